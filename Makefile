@@ -1,0 +1,61 @@
+# make run | test | mlflow | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+PORT ?= 5000
+
+# Nothing calls home. What runs here uses the venv's programs, whatever is activated.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PYTHONUTF8 := 1
+
+.PHONY: run test mlflow refresh lint lock clean setup
+.DEFAULT_GOAL := run
+
+run: setup  ## photos to a registered classifier, then a short table
+	@touchline registry sync
+	@dvc --wait-for-lock repro
+	@touchline summary
+
+test: setup  ## every test
+	@ruff check . && ruff format --check .
+	@python -m pytest -n 2 --dist loadgroup
+
+mlflow: setup  ## the MLflow UI on the project's store
+	@touchline registry sync
+	@touchline mlflow --port $(PORT)
+
+refresh: setup  ## look for new photos where DVC cannot see them, then bring all up to date
+	@dvc --wait-for-lock repro --force --single-item ingest
+	@dvc --wait-for-lock repro
+	@touchline summary
+
+lint: setup
+	@ruff check --fix . && ruff format .
+
+# No index address goes into the lock; --universal makes it one for every Python and system.
+lock: setup  ## write requirements.lock anew from pyproject.toml
+	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group dev \
+		--python-version 3.11 pyproject.toml --output-file requirements.lock
+
+setup: $(VENV)/.installed
+	@[ -e .git ] || dvc config --local core.no_scm true
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "touchline needs Python 3.11 to 3.13, and $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=python3.11"; exit 2; }
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV) (once)"
+# uv is pinned by the same lock; it installs this set in seconds where pip takes minutes.
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
+	@python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
+	@uv pip sync --quiet --require-hashes requirements.lock
+	@uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:  ## delete what the stages made; the photos' cache, the store and the environment stay
+	@rm -rf data/photos data/features data/*.csv models reports

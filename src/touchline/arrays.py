@@ -1,0 +1,143 @@
+"""Arrays of photos on disk, a row a photo, found by the photo's digest.
+
+An array lies in pieces of at most `PIECE` rows: `<name>.npy` with its `<name>.txt`, one digest a line. A piece is
+written whole or not at all and never changed, so a killed run goes on where it stopped, and ten new photos cost ten:
+the rows there are, are kept. Pieces are read memory-mapped, so an array may be larger than memory.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from touchline.errors import TouchlineError
+from touchline.files import read_json, remove_partials, replacing, write_json, write_text
+
+PIECE = 256
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A stored array, opened for reading.
+
+    Args:
+        folder: where `update` put it.
+    """
+
+    folder: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the array was made with, as given to `update`."""
+        return read_json(self.folder / _SETTINGS)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[np.ndarray, int]]:
+        return {
+            digest: (rows, number)
+            for piece in sorted(self.folder.glob("*.npy"))
+            for rows in [np.load(piece, mmap_mode="r")]
+            for number, digest in enumerate(_digests(piece))
+        }
+
+    def __getitem__(self, digests: Sequence[str]) -> np.ndarray:
+        """The rows of `digests`, copied into memory in that order: shape (len(digests), *row).
+
+        Raises:
+            TouchlineError: a photo is not in the array.
+        """
+        try:
+            return np.stack([rows[number] for rows, number in map(self._places.__getitem__, digests)])
+        except KeyError as error:
+            raise TouchlineError(
+                f"{self.folder} has no row for photo {error.args[0][:16]}: run `dvc repro` (it is older than the split)"
+            ) from None
+
+
+def update(
+    folder: Path,
+    settings: dict[str, Any],
+    digests: Sequence[str],
+    compute: Callable[[Sequence[str]], Iterator[np.ndarray]],
+) -> int:
+    """Make the array in `folder` hold exactly the rows of `digests`, keeping those it has.
+
+    Args:
+        settings: what the rows depend on besides the photos; rows made with other settings are not kept.
+        digests: one a photo, no two alike.
+        compute: yields the row of each digest it is given, in order; called once for all rows that are missing.
+
+    Returns:
+        How many rows were computed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    if (folder / _SETTINGS).exists() and read_json(folder / _SETTINGS) != settings:
+        shutil.rmtree(folder)
+    write_json(folder / _SETTINGS, settings)
+
+    kept, loose = _sort_pieces(folder, set(digests))
+    settled = {digest for piece in kept for digest in _digests(piece)}
+    wanted = [digest for digest in digests if digest not in settled]
+    there = {
+        digest: (piece, number)
+        for piece in loose
+        for number, digest in enumerate(_digests(piece))
+        if digest not in settled
+    }
+    if len(loose) == 1 and set(wanted) == set(_digests(loose[0])):
+        kept, loose, wanted = [*kept, *loose], [], []
+    computed = [digest for digest in wanted if digest not in there]
+    fresh = compute(computed) if computed else iter(())
+    for start in range(0, len(wanted), PIECE):
+        chosen = wanted[start : start + PIECE]
+        rows = [_copy_of_row(*there[digest]) if digest in there else next(fresh) for digest in chosen]
+        kept.append(_write_piece(folder, chosen, np.stack(rows)))
+    names = {piece.stem for piece in kept}
+    for path in folder.iterdir():
+        if path.name != _SETTINGS and path.stem not in names:
+            path.unlink()
+    return len(computed)
+
+
+def _sort_pieces(folder: Path, wanted: set[str]) -> tuple[list[Path], list[Path]]:
+    """Pieces to keep as they are (full, all their photos wanted), and pieces whose rows are to be packed anew."""
+    kept, loose, seen = [], [], set[str]()
+    for piece in sorted(folder.glob("*.npy")):
+        try:
+            digests = _digests(piece)
+            whole = len(np.load(piece, mmap_mode="r")) == len(digests)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            piece.unlink()  # torn by something other than us, which rename whole files; its rows are computed anew
+        elif len(digests) == PIECE and wanted.issuperset(digests) and seen.isdisjoint(digests):
+            seen.update(digests)
+            kept.append(piece)
+        else:
+            loose.append(piece)
+    return kept, loose
+
+
+def _write_piece(folder: Path, digests: Sequence[str], rows: np.ndarray) -> Path:
+    content = "".join(f"{digest}\n" for digest in digests)
+    piece = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.npy"
+    # The list goes first: a piece counts once its rows are there.
+    write_text(piece.with_suffix(".txt"), content)
+    with replacing(piece, ".npy") as temporary:
+        np.save(temporary, rows)
+    return piece
+
+
+def _copy_of_row(piece: Path, number: int) -> np.ndarray:
+    return np.load(piece, mmap_mode="r")[number]
+
+
+def _digests(piece: Path) -> list[str]:
+    return piece.with_suffix(".txt").read_text().split()

@@ -1,0 +1,181 @@
+"""The `touchline` command: one command a stage, and a few for people. Thin: the work is in the modules."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from touchline.errors import TouchlineError
+
+# Nothing calls home, and TensorFlow's start-up notes are no news to anyone; whoever wants either sets it before.
+_QUIET = {
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+registry = typer.Typer(no_args_is_help=True, help="The MLflow registry as a whole.")
+app.add_typer(registry, name="registry")
+
+
+def main() -> None:
+    """Entry point: a TouchlineError is one line on stderr and its exit code; anything else is a bug and a traceback."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except TouchlineError as error:
+        print(f"touchline: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("touchline: interrupted; what was done is kept, run it again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(module: str, *arguments: str) -> None:
+    """Run a stage: its module's `run`, under the stage's lock."""
+    from importlib import import_module
+
+    from touchline import params, running
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    values = params.load(paths.workspace / "params.yaml")
+    name = {"ingestion": "ingest", "splitting": "split", "validation": "validate", "training": "train"}.get(
+        module, module
+    )
+    with running.stage(paths, "@".join([name, *arguments])):
+        import_module(f"touchline.{module}").run(paths, values, *arguments)
+
+
+@app.command()
+def ingest() -> None:
+    """Fetch photos from the sources into data/photos."""
+    _run("ingestion")
+
+
+@app.command()
+def validate() -> None:
+    """Check every photo and the set as a whole; write what is accepted and what is rejected."""
+    _run("validation")
+
+
+@app.command()
+def split() -> None:
+    """Divide the accepted photos into train, validation and test."""
+    _run("splitting")
+
+
+@app.command()
+def features(name: Annotated[str, typer.Argument(help="an entry of `features` in params.yaml")]) -> None:
+    """Turn photos into arrays, once."""
+    _run("features", _known(name, "features"))
+
+
+@app.command()
+def train(name: Annotated[str, typer.Argument(help="an entry of `models` in params.yaml")]) -> None:
+    """Train one model."""
+    _run("training", _known(name, "models"))
+
+
+@app.command()
+def evaluate() -> None:
+    """Judge every model on the test photos, beside baselines."""
+    _run("evaluation")
+
+
+@app.command()
+def register() -> None:
+    """Register the better model; make it champion if it has earned it."""
+    _run("registration")
+
+
+@app.command()
+def promote(version: Annotated[int, typer.Argument(help="version of the registered model", min=1)]) -> None:
+    """Make a version champion by hand."""
+    store, name = _store()
+    if version not in (known := [found.number for found in store.versions(name)]):
+        there = ", ".join(map(str, known)) or "none"
+        raise TouchlineError(f"{name} has no version {version} (there: {there}): see `touchline registry list`")
+    store.promote(name, version)
+    print(f"version {version} of {name} is champion")
+
+
+@app.command()
+def rollback() -> None:
+    """Give the champion's place back to the version it replaced."""
+    store, name = _store()
+    print(f"version {store.rollback(name)} of {name} is champion again")
+
+
+@registry.command("list")
+def list_versions() -> None:
+    """The registered versions: model, accuracies, aliases, why promoted or not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    store, name = _store()
+    table = Table("version", "model", "validation", "test", "aliases", "why", title=name, title_justify="left")
+    for found in store.versions(name):
+        tags = found.tags
+        accuracies = (
+            f"{float(tags[key]):.3f}" if key in tags else "" for key in ("validation/accuracy", "test/accuracy")
+        )
+        table.add_row(
+            str(found.number), tags.get("touchline.model", ""), *accuracies, ", ".join(found.aliases),
+            tags.get("touchline.reason", ""),
+        )  # fmt: skip
+    Console().print(table)
+
+
+@registry.command("sync")
+def sync() -> None:
+    """Put runs, version and champion back from the project's files where the store lacks them."""
+    from touchline import params, tracking
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    name = params.load(paths.workspace / "params.yaml").register_.name
+    if tracking.in_sync(paths, name):
+        return
+    for line in tracking.sync(paths, name):
+        print(line)
+
+
+@app.command()
+def summary() -> None:
+    """The last run in a table: models, interval, seconds, decision, where to look."""
+    from touchline import summary
+    from touchline.paths import Paths
+
+    summary.show(Paths.here())
+
+
+def _store():  # noqa: ANN202 - naming the type would import tracking
+    from touchline import params
+    from touchline.paths import Paths
+    from touchline.tracking import open_store
+
+    paths = Paths.here()
+    name = params.load(paths.workspace / "params.yaml").register_.name
+    return open_store(paths, name), name
+
+
+def _known(name: str, section: str) -> str:
+    """`name`, if the section of params.yaml has it."""
+    from touchline import params
+    from touchline.errors import ParamsError
+    from touchline.paths import Paths
+
+    known = getattr(params.load(Paths.here().workspace / "params.yaml"), section)
+    if name not in known:
+        raise ParamsError(f"params.yaml: {section} has no entry '{name}'; allowed: {', '.join(known)}")
+    return name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The `features` stage: each photo as arrays, computed once and kept by its digest.
+
+`pixels` is the decoded photo; with a `backbone` it is what a frozen ImageNet network says of the photo and of its
+mirror image. Neither depends on the split, so another seed computes nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from touchline import arrays, photos
+from touchline.files import read_table
+from touchline.params import BackboneFeatures, Params
+from touchline.paths import Paths
+from touchline.progress import say, track
+from touchline.quiet import import_tensorflow
+
+BATCH = 32
+
+
+def run(paths: Paths, params: Params, name: str) -> None:
+    """Bring `data/features/<name>` up to date with the validated photos."""
+    features = params.features[name]
+    table = read_table(paths.validated_table)
+    files = {row.sha256: paths.workspace / row.path for row in table[["sha256", "path"]].itertuples()}
+
+    def compute(digests: Sequence[str]) -> Iterator[np.ndarray]:
+        wanted = [files[digest] for digest in digests]
+        rows = pixels(wanted, features.image_size)
+        if isinstance(features, BackboneFeatures):
+            rows = pooled(rows, features, paths.project)
+        return track(rows, len(wanted), f"computing {name}")
+
+    computed = arrays.update(paths.features / name, _settings(features, paths.project), list(files), compute)
+    say(f"{name}: {computed:,} computed, {len(files) - computed:,} kept")
+
+
+def pixels(files: Sequence[Path], image_size: int) -> Iterator[np.ndarray]:
+    """Each photo as RGB uint8, shape (image_size, image_size, 3); see `photos.decode`."""
+    return photos.in_order(lambda path: photos.read(path, image_size), files)
+
+
+def pooled(rows: Iterator[np.ndarray], features: BackboneFeatures, project: Path) -> Iterator[np.ndarray]:
+    """What the backbone says of each photo, averaged over the places of its feature map.
+
+    Args:
+        rows: photos as RGB uint8, shape (image_size, image_size, 3).
+
+    Yields:
+        float32, shape (views, channels): the photo, and with two views its mirror image.
+    """
+    import_tensorflow()
+    import keras
+    import tensorflow as tf
+
+    from touchline import backbones
+
+    backbone = backbones.build(features, project)
+    network = keras.Model(backbone.input, keras.layers.GlobalAveragePooling2D()(backbone.output))
+    forward = tf.function(
+        lambda images: network(images, training=False),
+        input_signature=[tf.TensorSpec((None, features.image_size, features.image_size, 3), tf.uint8)],
+    )
+    while batch := list(islice(rows, BATCH)):
+        images = np.stack(batch)
+        views = [images, images[:, :, ::-1]][: features.views]
+        yield from np.stack([forward(tf.constant(view)).numpy() for view in views], axis=1)
+
+
+def _settings(features: Any, project: Path) -> dict[str, Any]:
+    """What rows depend on besides the photo; `features.image_size` and the like, and which weights."""
+    settings = {"image_size": features.image_size}
+    if isinstance(features, BackboneFeatures):
+        from touchline import backbones
+
+        settings |= {"backbone": features.backbone, "views": features.views}
+        settings["weights"] = backbones.identity(features, project)
+    return settings

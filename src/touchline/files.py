@@ -1,0 +1,94 @@
+"""Files that are either whole or not there: everything is written under a temporary name and renamed."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from touchline.errors import TouchlineError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it over `path`.
+
+    Args:
+        path: the file to make or replace; its folder is made if missing.
+        suffix: ending of the temporary name, for writers that look at it (Keras wants `.keras`).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files for their owner alone; data and reports are ordinary files.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline. NaN is refused: JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises TouchlineError where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
+    except ValueError as error:
+        raise TouchlineError(f"{path} is not readable JSON ({error}): delete it and run `dvc repro`") from None
+
+
+def write_table(path: Path, table: "pd.DataFrame") -> None:
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def read_table(path: Path, **options: Any) -> "pd.DataFrame":
+    """A CSV as a frame; empty cells of text columns stay empty strings.
+
+    Raises:
+        TouchlineError: the file is missing, empty or not a table.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path, keep_default_na=False, na_values={}, **options)
+    except FileNotFoundError:
+        raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise TouchlineError(f"{path} is not a readable table ({error}): delete it and run `dvc repro`") from None
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what a killed writer left in `folder` and below it."""
+    for path in folder.rglob(".partial-*"):
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

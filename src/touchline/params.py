@@ -1,0 +1,289 @@
+"""params.yaml as typed, checked values.
+
+An unknown key, a missing one, a wrong type or an impossible number is one line that names the key, what was found and
+what is allowed.
+"""
+
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from touchline.errors import ParamsError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _whole_number_as_float(value: object) -> object:
+    # A bool is an int to Python, but no number to a person.
+    return float(value) if type(value) is int else value
+
+
+def _number(low: float, high: float, low_included: bool, high_included: bool) -> Any:
+    """A finite float in a range, with a message that states the whole range."""
+
+    def check(value: float) -> float:
+        if not (low <= value <= high) or (value == low and not low_included) or (value == high and not high_included):
+            at_least = "at least" if low_included else "greater than"
+            at_most = "at most" if high_included else "less than"
+            bounds = [f"{at_least} {low:g}"] + ([f"{at_most} {high:g}"] if high != inf else [])
+            raise PydanticCustomError("range", "a number {bounds}", {"bounds": " and ".join(bounds)})
+        return value
+
+    # YAML writes `4` where a person means `4.0`; strict mode would refuse it.
+    return Annotated[float, BeforeValidator(_whole_number_as_float), AfterValidator(check)]
+
+
+Share = _number(0, 1, low_included=False, high_included=False)
+Fraction = _number(0, 1, low_included=True, high_included=True)
+DropoutRate = _number(0, 1, low_included=True, high_included=False)
+Positive = _number(0, inf, low_included=False, high_included=False)
+NotNegative = _number(0, inf, low_included=True, high_included=False)
+Ratio = _number(1, inf, low_included=True, high_included=False)
+Degrees = _number(0, 180, low_included=True, high_included=True)
+
+
+def _usable_class(name: str) -> str:
+    # A class is a folder of data/photos, so its name must be a plain one on every file system.
+    if name != name.strip() or name in {"", ".", ".."} or name.startswith(".") or set(name) & set("/\\\0\n\r"):
+        raise PydanticCustomError("class_name", "a name without slashes, line breaks, a leading dot or outer spaces")
+    return name
+
+
+def _distinct(names: list[str]) -> list[str]:
+    folded = [name.casefold() for name in names]
+    for name in names:
+        if folded.count(name.casefold()) > 1:
+            raise PydanticCustomError("distinct", "each name once ('{name}' stands twice)", {"name": name})
+    return names
+
+
+ClassName = Annotated[str, AfterValidator(_usable_class)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SampleParams(_Section):
+    per_class: Annotated[int, Field(ge=10)]
+    seed: Seed
+
+
+class IngestParams(_Section):
+    sources: Annotated[list[Literal["sample", "folder"]], Field(min_length=1), AfterValidator(_distinct)]
+    per_class: Count | None
+    folder: Annotated[str, StringConstraints(min_length=1)]
+    sample: SampleParams
+
+
+class ValidateParams(_Section):
+    min_side: Count
+    max_aspect: Ratio
+    max_megapixels: Positive
+    min_contrast: NotNegative
+    min_per_class: Count
+    max_class_ratio: Ratio
+    max_rejected_share: Fraction
+
+
+class SplitParams(_Section):
+    seed: Seed
+    test_share: Share
+    validation_share: Share
+    by_group: bool
+    validation_by_group: bool
+    method: Literal["hash", "stratified"]
+    exact: bool
+    test_groups: Annotated[list[str], AfterValidator(_distinct)]
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=32)]
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "SplitParams":
+        if self.exact and self.method != "hash":
+            raise PydanticCustomError("options", "`exact: true` only with `method: hash`")
+        if self.test_groups and not self.by_group:
+            raise PydanticCustomError("options", "`test_groups` only with `by_group: true`")
+        return self
+
+
+class PixelFeatures(_Section):
+    image_size: Annotated[int, Field(ge=32, le=1024)]
+
+
+class BackboneFeatures(_Section):
+    image_size: Annotated[int, Field(ge=32, le=1024)]
+    backbone: Name
+    views: Literal[1, 2]
+    alpha: Positive | None = None
+    weights: str | None = None
+    weights_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+class AugmentationParams(_Section):
+    rotation: Degrees
+    zoom: DropoutRate
+    shift: DropoutRate
+    flip: bool
+
+
+class _Training(_Section):
+    input: Name
+    dropout: DropoutRate
+    learning_rate: Positive
+    batch_size: Count
+    epochs: Count
+    patience: Count
+    seed: Seed
+
+
+class CnnParams(_Training):
+    architecture: Literal["cnn"]
+    dense_units: Count
+    augmentation: AugmentationParams
+
+
+class FineTuneParams(_Section):
+    blocks: Annotated[int, Field(ge=0)]
+    learning_rate: Positive
+    epochs: Count
+
+
+class HeadParams(_Training):
+    architecture: Literal["head"]
+    fine_tune: FineTuneParams
+
+
+class EvaluateParams(_Section):
+    calibration_bins: Annotated[int, Field(ge=2, le=100)]
+    gallery: Annotated[int, Field(ge=0, le=200)]
+    baselines_seed: Seed
+
+
+class RegisterParams(_Section):
+    name: Annotated[str, StringConstraints(pattern=r"^[^/:.\"'%\s]+$")]
+    min_accuracy: Fraction
+    min_shared_photos: Count
+    significance: Share
+
+
+def _kind_of_features(value: object) -> str:
+    return "backbone" if isinstance(value, BackboneFeatures) or "backbone" in (value or ()) else "pixels"
+
+
+FeaturesParams = Annotated[
+    Annotated[PixelFeatures, Tag("pixels")] | Annotated[BackboneFeatures, Tag("backbone")],
+    Discriminator(_kind_of_features),
+]
+ModelParams = Annotated[CnnParams | HeadParams, Field(discriminator="architecture")]
+
+
+class Params(_Section):
+    """The whole of params.yaml."""
+
+    classes: Annotated[list[ClassName], Field(min_length=2), AfterValidator(_distinct)]
+    ingest: IngestParams
+    validate_: Annotated[ValidateParams, Field(alias="validate")]
+    split: SplitParams
+    features: Annotated[dict[Name, FeaturesParams], Field(min_length=1)]
+    models: Annotated[dict[Name, ModelParams], Field(min_length=1)]
+    evaluate: EvaluateParams
+    register_: Annotated[RegisterParams, Field(alias="register")]
+
+    @model_validator(mode="after")
+    def _inputs_exist(self) -> "Params":
+        for name, model in self.models.items():
+            kind = BackboneFeatures if isinstance(model, HeadParams) else PixelFeatures
+            fitting = [key for key, features in self.features.items() if isinstance(features, kind)]
+            if model.input not in fitting:
+                raise PydanticCustomError(
+                    "input",
+                    "models.{name}.input is '{found}'; allowed for a {architecture}: one of `features` ({allowed})",
+                    {
+                        "name": name,
+                        "found": model.input,
+                        "architecture": model.architecture,
+                        "allowed": ", ".join(fitting) or "there is none that fits",
+                    },
+                )
+        return self
+
+
+def load(path: Path) -> Params:
+    """Read and check `path`.
+
+    Raises:
+        ParamsError: the file is missing, not YAML, or holds what is not allowed.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text())
+    except FileNotFoundError:
+        raise ParamsError(f"{path} is missing: restore it from version control") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
+    return check(content, path.name)
+
+
+def check(content: object, where: str = "params.yaml") -> Params:
+    """Typed params from a plain mapping.
+
+    Raises:
+        ParamsError: the first thing that is not allowed, in one line, and how many more there are.
+    """
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        first, *more = error.errors()
+        rest = f" (and {len(more)} more)" if more else ""
+        raise ParamsError(f"{where}: {_one_line(first)}{rest}") from None
+
+
+def _one_line(error: ErrorDetails) -> str:
+    key = ".".join(_location(error["loc"])) or "the file"
+    found = repr(error["input"])
+    found = found if len(found) <= 60 else found[:57] + "..."
+    match error["type"]:
+        case "missing" | "union_tag_not_found":
+            return f"{key}{'.architecture' if error['type'] != 'missing' else ''} is missing"
+        case "extra_forbidden":
+            return f"{key} is not a known key"
+        case "union_tag_invalid":
+            return f"{key}.architecture is {error['ctx']['tag']!r}; allowed: {error['ctx']['expected_tags']}"
+        case "options":
+            return f"{key} allows {error['msg']}"
+        case "input":
+            return str(error["msg"])
+        case "too_short":
+            return f"{key} is {found}; allowed: at least {error['ctx']['min_length']} of them"
+        case "string_pattern_mismatch":
+            return f"{key} is {found}; allowed: what matches {error['ctx']['pattern']}"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return f"{key} is {found}; allowed: keys with their values"
+        case _:
+            return f"{key} is {found}; allowed: {error['msg'].removeprefix('Input should be ')}"
+
+
+def _location(parts: tuple[int | str, ...]) -> list[str]:
+    location = [str(part) for part in parts]
+    # pydantic puts the kind of a `features` or `models` entry behind its name, and marks names; the file holds neither.
+    if len(location) > 2 and location[0] in {"features", "models"}:
+        del location[2]
+    return location

@@ -1,0 +1,215 @@
+"""Photos as files and as arrays: the only place that opens an image.
+
+Decoding is OpenCV's (fast, scaled decoding for JPEG, EXIF orientation applied); whether a file is whole is Pillow's
+word, because OpenCV fills what is missing with grey and says nothing.
+"""
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from touchline.errors import TouchlineError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+# What each format that both libraries read calls itself in Pillow, and the ending its files get here.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+_HASH_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself without being decoded.
+
+    Attributes:
+        extension: by content, not by name; empty where the content is no photo.
+        width, height: pixels as a person sees it (EXIF orientation applied); 0 where unknown.
+    """
+
+    extension: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What decoding a photo in full shows.
+
+    Attributes:
+        error: empty if it decodes in full, else why not.
+        width, height: pixels as a person sees it; 0 where unknown.
+        megapixels: of the header; 0 where unknown.
+        bomb: True if the header promises more than allowed; such a file is not decoded.
+        contrast: standard deviation of the grey levels, 0 to 127.5.
+        perceptual_hash: 64 bits as 16 hexadecimal digits; empty where there is nothing to hash.
+    """
+
+    error: str
+    width: int = 0
+    height: int = 0
+    megapixels: float = 0.0
+    bomb: bool = False
+    contrast: float = 0.0
+    perceptual_hash: str = ""
+
+
+def header(content: bytes) -> Header:
+    """Read the header of an image file's bytes; never raises for bad content."""
+    try:
+        with _open(content) as image:
+            width, height = _oriented_size(image)
+            return Header(EXTENSIONS.get(image.format or "", ""), width, height)
+    except Exception:  # Pillow's readers raise many kinds on hostile bytes; all of them mean "no photo"
+        return Header("", 0, 0)
+
+
+def measure(path: Path, max_megapixels: float) -> Measurement:
+    """Decode a photo in full and measure it.
+
+    Args:
+        max_megapixels: a larger photo is taken for a decompression bomb and not decoded.
+    """
+    content = path.read_bytes()
+    if not content:
+        return Measurement("empty file")
+    try:
+        with _open(content) as image:
+            if image.format not in EXTENSIONS:
+                return Measurement(f"format {image.format} is not supported")
+            width, height = _oriented_size(image)
+            megapixels = width * height / 1e6
+            if megapixels > max_megapixels:
+                return Measurement("", width, height, megapixels, bomb=True)
+            # A JPEG decoded at a fraction of its size is still read to its last byte, in a third of the time.
+            image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
+            image.load()
+    except Exception as error:  # see `header`
+        return Measurement(f"does not decode: {_reason(error)}")
+    try:
+        # The hash and the contrast are taken from what training will see, so a file that only one library reads fails.
+        pixels = decode(content, _HASH_SIDE, str(path))
+    except TouchlineError as error:
+        return Measurement(str(error), width, height, megapixels)
+    return Measurement("", width, height, megapixels, False, _contrast(pixels), _perceptual_hash(pixels))
+
+
+def decode(content: bytes, size: int, name: str = "photo") -> np.ndarray:
+    """Decode a photo, turn it upright and squash it to a square.
+
+    Squashing, not cropping: the aspect ratio of a collected photo tells where it came from, and a model must not see it.
+
+    Args:
+        content: bytes of an image file.
+        size: side of the result in pixels.
+        name: what an error calls it.
+
+    Returns:
+        RGB, uint8, shape (size, size, 3).
+
+    Raises:
+        TouchlineError: the bytes are no readable photo.
+    """
+    import cv2
+
+    flags = _scaled_decoding(content, size)
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    except cv2.error as error:
+        raise TouchlineError(f"{name} does not decode: {_reason(error)}") from None
+    if image is None:
+        raise TouchlineError(f"{name} does not decode: no photo that OpenCV reads")
+    return cv2.cvtColor(_squash(image, size), cv2.COLOR_BGR2RGB)
+
+
+def read(path: Path, size: int) -> np.ndarray:
+    """`decode` of a file. Raises TouchlineError where it is missing or no readable photo."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TouchlineError(f"{path} cannot be read ({error.strerror}): run `dvc checkout` or `dvc repro`") from None
+    return decode(content, size, str(path))
+
+
+def in_order(work: Callable[[S], T], items: Iterable[S], ahead: int = 64) -> Iterator[T]:
+    """`work` of each item, in the items' order, on a thread for each core; at most `ahead` results wait in memory.
+
+    Decoders release Python's lock, so threads use all cores without copying pixels between processes.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)  # photos are spread over the cores; OpenCV spreading each one over them too only costs
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _open(content: bytes) -> "Image":
+    from PIL import Image
+
+    # Our own limit, a param, decides what is a bomb; Pillow's would only warn or raise somewhere else.
+    Image.MAX_IMAGE_PIXELS = None
+    return Image.open(io.BytesIO(content))
+
+
+def _oriented_size(image: "Image") -> tuple[int, int]:
+    width, height = image.size
+    # EXIF orientations 5 to 8 lie on their side.
+    return (height, width) if image.getexif().get(0x0112, 1) in {5, 6, 7, 8} else (width, height)
+
+
+def _scaled_decoding(content: bytes, size: int) -> int:
+    import cv2
+
+    if content[:2] != b"\xff\xd8":
+        return cv2.IMREAD_COLOR
+    found = header(content)
+    scaled = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+    room = min(found.width, found.height) // size
+    return next((flags for factor, flags in scaled.items() if factor <= room), cv2.IMREAD_COLOR)
+
+
+def _squash(image: np.ndarray, size: int) -> np.ndarray:
+    import cv2
+
+    height, width = image.shape[:2]
+    smaller = (min(width, size), min(height, size))
+    if smaller != (width, height):
+        image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+    if smaller != (size, size):
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    return image
+
+
+def _contrast(pixels: np.ndarray) -> float:
+    return round(float(pixels.mean(axis=2).std()), 3)
+
+
+def _perceptual_hash(pixels: np.ndarray) -> str:
+    import imagehash
+    from PIL import Image
+
+    return str(imagehash.phash(Image.fromarray(pixels)))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

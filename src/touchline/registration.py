@@ -1,0 +1,237 @@
+"""The `register` stage: the better model becomes a version of the registered model, and champion if it has earned it.
+
+Selection is made on validation; the test photos only report and gate. An experiment says what it would have done and
+moves nothing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from touchline import evaluation, report
+from touchline.files import read_json, read_table, write_json
+from touchline.params import Params, RegisterParams
+from touchline.paths import Paths
+from touchline.progress import say
+from touchline.quiet import import_tensorflow
+from touchline.tracking import CHALLENGER, CHAMPION, Store, Version, open_store
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Champion and challenger on the same photos, which neither was trained on.
+
+    Attributes:
+        photos: how many; the accuracies are of these.
+    """
+
+    photos: int
+    champion: float
+    challenger: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the challenger becomes champion, and the one sentence that says why."""
+
+    promote: bool
+    reason: str
+
+
+def run(paths: Paths, params: Params) -> None:
+    """Register the better model, move the aliases, and write `reports/registration.json` and `reports/report.html`."""
+    metrics = read_json(paths.reports / "metrics.json")
+    records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
+    better, why_better = choose({name: record["metrics"] for name, record in records.items()}, metrics["models"])
+    store = open_store(paths, params.register_.name)
+    run_ids = {name: store.ensure(record, paths.models / f"{name}.keras") for name, record in records.items()}
+    lock = paths.workspace / "dvc.lock"
+    if lock.exists():
+        for run_id in run_ids.values():
+            store.set_tags(run_id, {"touchline.dvc_lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest()})
+
+    champion = store.alias(params.register_.name, CHAMPION)
+    duel = None
+    if champion and champion.model_sha256 != records[better]["model_sha256"]:
+        duel = _duel(paths, params, store, champion, records[better])
+    decision = decide(better, metrics, params.register_, champion, duel, records[better])
+    outcome: dict[str, Any] = {
+        "better_model": better,
+        "why_better": why_better,
+        "promoted": decision.promote,
+        "reason": decision.reason,
+        "champion_before": champion.number if champion else None,
+        "duel": asdict(duel) if duel else None,
+        "experiment": os.environ.get("DVC_EXP_NAME"),
+        "run_ids": run_ids,
+        "registered": None,
+    }
+    if outcome["experiment"]:
+        outcome["promoted"] = False
+        verb = "would" if decision.promote else "would not"
+        outcome["reason"] = f"an experiment moves no alias; this one {verb} have become champion: {decision.reason}"
+    else:
+        outcome["registered"] = _register(
+            store, params, records[better], run_ids[better], metrics, why_better, decision
+        )
+    report.write(paths, params, metrics, records, outcome)
+    # Last: what this file says has been done.
+    write_json(paths.reports / "registration.json", outcome)
+    say(f"better model: {better} ({why_better})")
+    say(f"champion: {outcome['reason']}")
+
+
+def choose(validation: Mapping[str, Mapping[str, float]], test: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+    """The model that is better on validation; of equals the faster one.
+
+    Args:
+        validation: by model, `validation/accuracy`.
+        test: by model, `milliseconds_a_photo`; nothing else of it is looked at.
+
+    Returns:
+        The model's name and why.
+    """
+    ranked = sorted(
+        validation, key=lambda name: (-validation[name]["validation/accuracy"], test[name]["milliseconds_a_photo"])
+    )
+    best = validation[ranked[0]]["validation/accuracy"]
+    equals = [name for name in ranked if validation[name]["validation/accuracy"] == best]
+    if len(ranked) == 1:
+        return ranked[0], "the only model"
+    if len(equals) > 1:
+        return ranked[0], f"validation accuracy {best:.3f}, as {' and '.join(equals[1:])}, and faster"
+    second = validation[ranked[1]]["validation/accuracy"]
+    return ranked[0], f"validation accuracy {best:.3f}, {ranked[1]} {second:.3f}"
+
+
+def decide(
+    model: str,
+    metrics: Mapping[str, Any],
+    params: RegisterParams,
+    champion: Version | None,
+    duel: Duel | None,
+    record: Mapping[str, Any],
+) -> Decision:
+    """Whether the better model becomes champion.
+
+    Args:
+        metrics: `reports/metrics.json`.
+        champion: the version that holds the alias, if any.
+        duel: champion against it; None if there is no champion, it is the champion, or its classes are others.
+        record: `models/<name>.json` of the better model.
+    """
+    accuracy = metrics["models"][model]["accuracy"]
+    if champion and champion.model_sha256 == record["model_sha256"]:
+        return Decision(True, f"{model} already is the champion, version {champion.number}")
+    if accuracy < params.min_accuracy:
+        return Decision(
+            False, f"{model}: test accuracy {accuracy:.3f} is under register.min_accuracy {params.min_accuracy}"
+        )
+    for name, baseline in metrics["baselines"].items():
+        if accuracy <= baseline["accuracy"]:
+            return Decision(
+                False,
+                f"{model}: test accuracy {accuracy:.3f} does not beat baseline {name}, {baseline['accuracy']:.3f}",
+            )
+    for test in metrics["mcnemar"]:
+        other = _clearly_better(test, model, params.significance)
+        if other:
+            return Decision(
+                False, f"{other} is clearly better than {model} on the test photos (McNemar p = {test['p_value']:.3f})"
+            )
+    if champion is None:
+        return Decision(True, f"{model} is the first champion: test accuracy {accuracy:.3f} beats every baseline")
+    if duel is None:
+        return Decision(
+            False, f"the champion, version {champion.number}, knows other classes: compare them by hand, then promote"
+        )
+    if duel.photos < params.min_shared_photos:
+        return Decision(
+            False,
+            f"only {duel.photos} test photos were unseen by both {model} and the champion, version {champion.number} "
+            f"(register.min_shared_photos {params.min_shared_photos}): keep the split, or promote by hand",
+        )
+    verb = "at least equals" if duel.challenger >= duel.champion else "does not reach"
+    return Decision(
+        duel.challenger >= duel.champion,
+        f"{model} with accuracy {duel.challenger:.3f} {verb} the champion, version {champion.number}, with "
+        f"{duel.champion:.3f}, on {duel.photos} test photos that neither was trained on",
+    )
+
+
+def _clearly_better(test: Mapping[str, Any], model: str, significance: float) -> str | None:
+    """The other model of a paired test if it is significantly better than `model`."""
+    if model not in test["models"] or test["p_value"] >= significance:
+        return None
+    first_wins = test["only_first_right"] > test["only_second_right"]
+    winner = test["models"][0 if first_wins else 1]
+    return winner if winner != model else None
+
+
+def _duel(paths: Paths, params: Params, store: Store, champion: Version, record: Mapping[str, Any]) -> Duel | None:
+    name = params.register_.name
+    if json.loads(champion.tags.get("touchline.classes", "null")) != list(params.classes):
+        return None
+    split = read_table(paths.split_table)
+    seen = store.training_photos(name, champion.number) | set(record["training_photos"])
+    shared = split[(split["subset"] == "test") & ~split["sha256"].isin(seen)]
+    if len(shared) < params.register_.min_shared_photos:
+        return Duel(len(shared), 0.0, 0.0)
+    files = [paths.workspace / path for path in shared["path"]]
+    truth = [params.classes.index(label) for label in shared["class"]]
+    import_tensorflow()
+    contestants = {
+        "champion": store.load(name, champion.number),
+        "challenger": evaluation.load_model(paths.models / f"{record['model']}.keras"),
+    }
+    accuracies = {
+        role: float((evaluation.predict(model, files, role)[0].argmax(axis=1) == truth).mean())
+        for role, model in contestants.items()
+    }
+    return Duel(len(shared), **accuracies)
+
+
+def _register(
+    store: Store,
+    params: Params,
+    record: Mapping[str, Any],
+    run_id: str,
+    metrics: Mapping[str, Any],
+    why_better: str,
+    decision: Decision,
+) -> dict[str, Any]:
+    """Make the version, unless this very model is one already, and move the aliases."""
+    name = params.register_.name
+    found = metrics["models"][record["model"]]
+    tags = {
+        "touchline.model": record["model"],
+        "touchline.classes": json.dumps(record["classes"]),
+        "touchline.split_sha256": record["tags"]["touchline.split_sha256"],
+        "touchline.promoted": str(decision.promote).lower(),
+        "touchline.reason": decision.reason,
+        "test/accuracy": found["accuracy"],
+        "validation/accuracy": record["metrics"]["validation/accuracy"],
+    }
+    description = (
+        f"**{record['run_name']}**, chosen for its {why_better}.\n\n"
+        f"Test accuracy {found['accuracy']:.3f} (95 % interval {found['accuracy_low']:.3f} to "
+        f"{found['accuracy_high']:.3f}) on {metrics['test_photos']:,} photos.\n\nChampion: {decision.reason}."
+    )
+    same = [version.number for version in store.versions(name) if version.model_sha256 == record["model_sha256"]]
+    version = same[-1] if same else store.register(name, run_id, tags, description)
+    if same:
+        store.set_version_tags(name, version, tags)
+    store.set_alias(name, CHALLENGER, version)
+    if decision.promote:
+        store.promote(name, version)
+    return {
+        "model": record["model"],
+        "model_sha256": record["model_sha256"],
+        "version": version,
+        "aliases": [CHALLENGER, CHAMPION] if decision.promote else [CHALLENGER],
+        "tags": tags,
+        "description": description,
+    }

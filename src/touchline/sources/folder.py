@@ -1,0 +1,62 @@
+"""Photos of one's own: `<folder>/<class>/**` or `<folder>/{train,test}/<class>/**`.
+
+An optional `manifest.csv` in the folder gives `group`, `licence` and `author` by `file` (path within the folder).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from touchline.errors import ParamsError, TouchlineError
+from touchline.sources import Candidate
+
+_SUBSETS = ("train", "test")
+_MANIFEST_COLUMNS = ("group", "licence", "author")
+
+
+def candidates(folder: Path, classes: Sequence[str]) -> Iterator[Candidate]:
+    """Every file under the classes' folders, in the order of their paths.
+
+    Files are taken whatever their names: whether one is a photo is for `validate` to say. Hidden files are left out.
+
+    Raises:
+        ParamsError: the folder, or the folder of a class, is missing.
+        TouchlineError: the manifest is not readable or lacks its `file` column.
+    """
+    if not folder.is_dir():
+        raise ParamsError(
+            f"ingest.folder: {folder} is no folder: put photos into {folder}/<class>/ or name another one"
+        )
+    subsets = [name for name in _SUBSETS if (folder / name).is_dir() and name not in classes] or [""]
+    if subsets in (["train"], ["test"]):
+        missing = "test" if subsets == ["train"] else "train"
+        raise ParamsError(f"ingest.folder: {folder} has {subsets[0]}/ but no {missing}/: add it, or put classes on top")
+    for label in classes:
+        if not any((folder / subset / label).is_dir() for subset in subsets):
+            there = ", ".join(sorted(path.name for path in (folder / subsets[0]).iterdir() if path.is_dir())) or "none"
+            raise ParamsError(
+                f"ingest.folder: class '{label}' has no folder in {folder / subsets[0]} (there: {there}): "
+                "add it, or change `classes`"
+            )
+    facts = _manifest(folder / "manifest.csv")
+    for subset in subsets:
+        for label in classes:
+            for path in sorted((folder / subset / label).rglob("*")):
+                relative = path.relative_to(folder)
+                if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                    origin = relative.as_posix()
+                    yield Candidate(label, "folder", origin, path.read_bytes, subset=subset, **facts.get(origin, {}))
+
+
+def _manifest(path: Path) -> dict[str, dict[str, str]]:
+    if not path.exists():
+        return {}
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise TouchlineError(f"{path} is not a readable table ({error}): mend it or take it away") from None
+    if "file" not in table:
+        raise TouchlineError(f"{path} has no column `file` (path within the folder): add it or take the manifest away")
+    known = [column for column in _MANIFEST_COLUMNS if column in table]
+    return {row["file"]: {column: row[column] for column in known} for row in table.to_dict("records")}

@@ -1,0 +1,381 @@
+"""The `train` stage: one model of params.yaml, trained on the training photos, stopped by the validation photos.
+
+The test photos are not looked at here.
+"""
+
+import hashlib
+import itertools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from touchline import models, photos
+from touchline.arrays import Arrays
+from touchline.augmentation import augment
+from touchline.errors import TouchlineError
+from touchline.files import read_table, replacing, write_json, write_table
+from touchline.params import (
+    BackboneFeatures,
+    CnnParams,
+    FeaturesParams,
+    FineTuneParams,
+    HeadParams,
+    ModelParams,
+    Params,
+)
+from touchline.paths import Paths
+from touchline.progress import say
+from touchline.quiet import import_tensorflow
+
+if TYPE_CHECKING:
+    import keras
+    import pandas as pd
+    import tensorflow as tf
+
+T = TypeVar("T")
+OnEpoch = Callable[[dict[str, float]], None]
+METRICS = {
+    "loss": "train/loss",
+    "accuracy": "train/accuracy",
+    "val_loss": "validation/loss",
+    "val_accuracy": "validation/accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Photos of one subset.
+
+    Attributes:
+        digests: sha256 of each photo.
+        files: its path.
+        labels: its class as a position in `classes`, int64, shape (n,).
+    """
+
+    digests: Sequence[str]
+    files: Sequence[Path]
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, split: "pd.DataFrame", subset: str, classes: Sequence[str], workspace: Path) -> "Labelled":
+        chosen = split[split["subset"] == subset]
+        if chosen.empty:
+            raise TouchlineError(f"data/split.csv has no photo in {subset}: run `dvc repro`")
+        labels = chosen["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
+        return cls(list(chosen["sha256"]), [workspace / path for path in chosen["path"]], labels)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fitted model with its history: one dict an epoch, of the names in METRICS' values and `epoch`."""
+
+    model: "keras.Model"
+    history: list[dict[str, float]]
+
+
+def run(paths: Paths, params: Params, name: str) -> None:
+    """Write `models/<name>.keras`, `models/<name>.json` and `reports/history/<name>.csv`, and log the run."""
+    import pandas as pd
+
+    from touchline.tracking import open_store
+
+    import_tensorflow()
+    began = time.monotonic()
+    started = _now()
+    chosen, features = params.models[name], params.features[params.models[name].input]
+    split = read_table(paths.split_table)
+    train, validation = (
+        Labelled.of(split, subset, params.classes, paths.workspace) for subset in ("train", "validation")
+    )
+    record: dict[str, Any] = {
+        "model": name,
+        "run_name": _run_name(name, features),
+        "image_size": features.image_size,
+        "classes": list(params.classes),
+        "params": _flat_params(chosen, features, params),
+        "tags": _tags(paths),
+        "dataset": _dataset_facts(paths, split),
+        "training_photos": sorted(train.digests),
+        "started": started,
+    }
+    store = open_store(paths, params.register_.name)
+    run_id = store.start(record["run_name"], record["tags"], record["params"], record["dataset"])
+    try:
+
+        def report(row: dict[str, float]) -> None:
+            metrics = {metric: value for metric, value in row.items() if metric != "epoch"}
+            store.log_epoch(run_id, int(row["epoch"]), metrics)
+            say(
+                f"{name}: epoch {row['epoch']:.0f}, "
+                + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+            )
+
+        trained = fit(chosen, features, Arrays(paths.features / chosen.input), train, validation, paths.project, report)
+        # The saved model is what is judged from here on, by the validation photos as well.
+        path = paths.models / f"{name}.keras"
+        with replacing(path, ".keras") as temporary:
+            trained.model.save(temporary)
+        best = min(trained.history, key=lambda row: row["validation/loss"])
+        record["history"] = trained.history
+        record["metrics"] = {
+            "seconds/train": round(time.monotonic() - began, 2),
+            "epochs": len(trained.history),
+            **{metric: value for metric, value in best.items() if metric != "epoch"},
+        }
+        record["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        record["ended"] = _now()
+        store.finish(
+            run_id,
+            model_path=path,
+            image_size=record["image_size"],
+            classes=record["classes"],
+            training_photos=record["training_photos"],
+            metrics=record["metrics"],
+        )
+    except BaseException as error:
+        store.fail(run_id, str(error) or type(error).__name__)
+        raise
+    write_table(paths.reports / "history" / f"{name}.csv", pd.DataFrame(trained.history))
+    write_json(paths.models / f"{name}.json", {"run_id": run_id, **record})
+    say(
+        f"{name}: {len(trained.history)} epochs, {record['metrics']['seconds/train']:.0f} s, "
+        f"validation accuracy {best['validation/accuracy']:.3f}"
+    )
+
+
+def fit(
+    params: ModelParams,
+    features: FeaturesParams,
+    arrays: Arrays,
+    train: Labelled,
+    validation: Labelled,
+    project: Path,
+    on_epoch: OnEpoch,
+) -> Trained:
+    """Train one model from stored features.
+
+    Args:
+        params: an entry of `models`.
+        features: the entry of `features` that the model's `input` names; `arrays` are its rows.
+        project: what relative paths of weights hang on.
+        on_epoch: called with each row of the history as it comes.
+
+    Raises:
+        TouchlineError: the loss became NaN or infinite.
+    """
+    import keras
+
+    keras.utils.set_random_seed(params.seed)
+    classes = int(max(train.labels.max(), validation.labels.max())) + 1
+    history: list[dict[str, float]] = []
+
+    def remember(row: dict[str, float]) -> None:
+        history.append({"epoch": len(history), **row})
+        on_epoch(history[-1])
+
+    if isinstance(params, CnnParams):
+        model = models.cnn(params, features.image_size, classes)
+        rows = Rows(
+            lambda chosen, random: np.stack(
+                [augment(photo, params.augmentation, random) for photo in arrays[_pick(train.digests, chosen)]]
+            ),
+            lambda chosen: arrays[_pick(validation.digests, chosen)],
+        )
+        _fit(model, rows, train, validation, params, remember)
+        return Trained(model, history)
+
+    head = models.head(params, arrays[train.digests[:1]].shape[-1], classes)
+    rows = Rows(
+        # Each step sees one view of each photo, at random: the photo or its mirror image.
+        lambda chosen, random: _one_view(arrays[_pick(train.digests, chosen)], random),
+        # What is judged, and what the whole model will be given, is the photo as it is.
+        lambda chosen: arrays[_pick(validation.digests, chosen)][:, 0],
+    )
+    _fit(head, rows, train, validation, params, remember)
+    model = models.with_backbone(head, features, project)
+    if params.fine_tune.blocks:
+        _fine_tune(model, params, features.image_size, train, validation, remember)
+    return Trained(model, history)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of chosen photos are made: at random for training, always the same for validation."""
+
+    train: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    validation: Callable[[np.ndarray], np.ndarray]
+
+
+def _fit(
+    model: "keras.Model",
+    rows: Rows,
+    train: Labelled,
+    validation: Labelled,
+    params: HeadParams | CnnParams,
+    remember: OnEpoch,
+    fine_tune: FineTuneParams | None = None,
+) -> None:
+    """Fit until the validation loss stops falling, and keep the best weights."""
+    import keras
+
+    # The last layer is a softmax: the loss is given probabilities, and says so.
+    model.compile(
+        optimizer=keras.optimizers.Adam((fine_tune or params).learning_rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False),
+        metrics=["accuracy"],
+    )
+
+    def at_epoch_end(_: int, logs: dict[str, float]) -> None:
+        row = {METRICS[key]: round(float(logs[key]), 6) for key in METRICS}
+        if not np.isfinite(list(row.values())).all():
+            raise TouchlineError(f"training {model.name}: the loss is no number any more: lower its learning_rate")
+        remember(row)
+
+    size = params.batch_size
+    model.fit(
+        _dataset(rows.train, train.labels, size, params.seed),
+        epochs=(fine_tune or params).epochs,
+        validation_data=_dataset(lambda chosen, _: rows.validation(chosen), validation.labels, size),
+        verbose=0,
+        shuffle=False,  # `_dataset` does it
+        callbacks=[
+            keras.callbacks.LambdaCallback(on_epoch_end=at_epoch_end),
+            keras.callbacks.EarlyStopping("val_loss", patience=params.patience, restore_best_weights=True),
+        ],
+    )
+
+
+def _fine_tune(
+    model: "keras.Model",
+    params: HeadParams,
+    image_size: int,
+    train: Labelled,
+    validation: Labelled,
+    remember: OnEpoch,
+) -> None:
+    """Train the last blocks of the backbone with the head, from the photos; undone if validation is not the better."""
+    frozen = model.get_weights()
+    models.unfreeze(model, params.fine_tune.blocks)
+
+    def mirrored(chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        images = np.stack([photos.read(path, image_size) for path in _pick(train.files, chosen)])
+        return np.where(random.random((len(images), 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
+
+    losses: list[float] = []
+
+    def watched(row: dict[str, float]) -> None:
+        losses.append(row["validation/loss"])
+        remember(row)
+
+    rows = Rows(
+        mirrored, lambda chosen: np.stack([photos.read(path, image_size) for path in _pick(validation.files, chosen)])
+    )
+    model.compile(loss="sparse_categorical_crossentropy")
+    before = model.evaluate(
+        _dataset(lambda chosen, _: rows.validation(chosen), validation.labels, params.batch_size), verbose=0
+    )
+    _fit(model, rows, train, validation, params, watched, params.fine_tune)
+    if min(losses) >= before:
+        model.set_weights(frozen)
+        say(
+            f"fine-tuning did not help: validation loss {min(losses):.4f}, with the frozen backbone {before:.4f}; undone"
+        )
+
+
+def _dataset(
+    rows: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    labels: np.ndarray,
+    batch_size: int,
+    shuffle_seed: int | None = None,
+) -> "tf.data.Dataset":
+    """One pass an epoch over all photos, in batches made on every core, a few ahead of the training.
+
+    Args:
+        rows: makes the rows of a batch from positions in `labels`; what is random in it comes from the generator given,
+            so that the order of the threads changes nothing.
+        shuffle_seed: a new order each epoch if given, else always the order of `labels`.
+    """
+    import tensorflow as tf
+
+    epochs = itertools.count()
+
+    def one_epoch() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        epoch = next(epochs)
+        order = np.arange(len(labels))
+        if shuffle_seed is not None:
+            np.random.default_rng([shuffle_seed, epoch]).shuffle(order)
+        batches = np.split(order, range(batch_size, len(order), batch_size))
+
+        def make(numbered: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            number, chosen = numbered
+            return rows(chosen, np.random.default_rng([shuffle_seed or 0, epoch, number])), labels[chosen]
+
+        yield from photos.in_order(make, enumerate(batches), ahead=4)
+
+    example = rows(np.arange(1), np.random.default_rng(0))
+    signature = (tf.TensorSpec((None, *example.shape[1:]), example.dtype), tf.TensorSpec((None,), tf.int64))
+    dataset = tf.data.Dataset.from_generator(one_epoch, output_signature=signature)
+    return dataset.apply(tf.data.experimental.assert_cardinality(-(-len(labels) // batch_size))).prefetch(2)
+
+
+def _pick(items: Sequence[T], chosen: np.ndarray) -> list[T]:
+    return [items[position] for position in chosen]
+
+
+def _one_view(rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    return rows[np.arange(len(rows)), random.integers(rows.shape[1], size=len(rows))]
+
+
+def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -> dict[str, Any]:
+    """What a person compares between runs: no nested values, no names of files."""
+    flat: dict[str, Any] = {}
+    for key, value in (model.model_dump() | {"features": features.model_dump(exclude_none=True)}).items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": content for inner, content in value.items()}
+        else:
+            flat[key] = value
+    return flat | {"split.seed": params.split.seed}
+
+
+def _run_name(name: str, features: FeaturesParams) -> str:
+    return f"{name} {features.backbone}" if isinstance(features, BackboneFeatures) else name
+
+
+def _tags(paths: Paths) -> dict[str, str]:
+    """Which code, which data, which pipeline run, which machine."""
+    tags = {
+        "touchline.split_sha256": hashlib.sha256(paths.split_table.read_bytes()).hexdigest(),
+        "touchline.hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+    }
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["touchline.dvc_experiment"] = experiment
+    git = partial(subprocess.run, cwd=paths.workspace, capture_output=True, text=True, check=False)
+    commit = git(["git", "rev-parse", "HEAD"])
+    if commit.returncode == 0:
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        tags["touchline.git_dirty"] = str(bool(changed)).lower()
+    return tags
+
+
+def _dataset_facts(paths: Paths, split: "pd.DataFrame") -> dict[str, Any]:
+    counts = split.groupby(["subset", "class"]).size()
+    return {
+        "name": "split",
+        "digest": hashlib.sha256(paths.split_table.read_bytes()).hexdigest()[:16],
+        "source": "data/split.csv",
+        "counts": {f"{subset}/{label}": int(count) for (subset, label), count in counts.items()},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

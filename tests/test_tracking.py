@@ -1,0 +1,450 @@
+"""The MLflow store, real: SQLite and artifacts in a folder whose name has a space, a tiny Keras model, no mocks."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from touchline import tracking
+from touchline.errors import TouchlineError
+from touchline.paths import Paths
+
+EXPERIMENT = "rugby-soccer"
+CLASSES = ["rugby", "soccer"]
+PHOTOS = [hashlib.sha256(bytes([number])).hexdigest() for number in range(3)]
+DATASET = {
+    "name": "split",
+    "digest": hashlib.sha256(b"split").hexdigest(),
+    "source": "data/split.csv",
+    "counts": {"train": 3, "test": 1},
+}
+HISTORY = [{"epoch": epoch, "train/loss": 1 / (epoch + 1), "validation/accuracy": epoch / 4} for epoch in range(4)]
+SOURCES = Path(tracking.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_server_is_named(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def keras_file(tmp_path_factory) -> Path:
+    import keras
+
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3), dtype="uint8"),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    )
+    path = tmp_path_factory.mktemp("keras") / "cnn.keras"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> Paths:
+    return _project(tmp_path_factory.mktemp("machine"))
+
+
+@pytest.fixture(scope="module")
+def store(paths) -> tracking.Store:
+    return tracking.open_store(paths, EXPERIMENT)
+
+
+@pytest.fixture(scope="module")
+def run_id(store, keras_file) -> str:
+    run_id = _start(store)
+    for row in HISTORY:
+        store.log_epoch(run_id, row["epoch"], {key: value for key, value in row.items() if key != "epoch"})
+    _finish(store, run_id, keras_file)
+    return run_id
+
+
+def _project(folder: Path) -> Paths:
+    root = folder / "a project"
+    (root / "models").mkdir(parents=True)
+    return Paths(root, root)
+
+
+def _start(store: tracking.Store) -> str:
+    return store.start("cnn", {"git": "abc"}, {"learning_rate": 0.001}, DATASET)
+
+
+def _finish(store: tracking.Store, run_id: str, model_path: Path) -> None:
+    store.finish(
+        run_id,
+        model_path=model_path,
+        image_size=8,
+        classes=CLASSES,
+        training_photos=PHOTOS,
+        metrics={"seconds/train": 1.5},
+    )
+
+
+def _record(run_id: str, model_path: Path) -> dict:
+    return {
+        "model": "cnn",
+        "run_id": run_id,
+        "run_name": "cnn",
+        "model_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
+        "image_size": 8,
+        "classes": CLASSES,
+        "params": {"learning_rate": 0.001},
+        "tags": {"git": "abc"},
+        "history": HISTORY,
+        "metrics": {"seconds/train": 1.5},
+        "dataset": DATASET,
+        "training_photos": PHOTOS,
+        "started": "2026-01-02T03:04:05+00:00",
+        "ended": "2026-01-02T03:14:05+00:00",
+    }
+
+
+def _client(paths: Paths):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{paths.mlflow}/mlflow.db"
+    return MlflowClient(uri, uri)
+
+
+def test_a_run_keeps_its_epochs_its_params_its_dataset_and_its_model(paths, run_id, keras_file):
+    client = _client(paths)
+    run = client.get_run(run_id)
+    dataset = run.inputs.dataset_inputs[0]
+    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"learning_rate": "0.001"}
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [
+        (row["epoch"], row["train/loss"]) for row in HISTORY
+    ]
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("split", DATASET["digest"][:36])
+    assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
+    assert model.status == "READY"
+    assert model.artifact_location.startswith((paths.mlflow / "artifacts").as_uri())
+
+
+def test_the_logged_model_file_is_the_one_that_was_given(paths, store, run_id, keras_file):
+    [logged] = (paths.mlflow / "artifacts").rglob(f"{_model_id(paths, run_id)}/**/model.keras")
+
+    assert logged.read_bytes() == keras_file.read_bytes()
+
+
+def _model_id(paths: Paths, run_id: str) -> str:
+    return _client(paths).get_run(run_id).outputs.model_outputs[0].model_id
+
+
+def test_the_store_depends_neither_on_the_current_folder_nor_leaves_anything_there(store, keras_file, tmp_path):
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        _finish(store, _start(store), keras_file)
+    finally:
+        os.chdir(before)
+
+    assert list(tmp_path.iterdir()) == []
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_evaluation_adds_test_metrics_and_figures(paths, store, run_id, tmp_path):
+    picture = tmp_path / "drawn.png"
+    picture.write_bytes(b"a picture")
+
+    store.log_evaluation(run_id, {"accuracy": 0.9, "note": "text is left out"}, {"confusion": picture})
+
+    client = _client(paths)
+    [metric] = [m for m in client.get_logged_model(_model_id(paths, run_id)).metrics if m.key == "test/accuracy"]
+    assert (store.metrics(run_id)["test/accuracy"], metric.value) == (0.9, 0.9)
+    assert [file.path for file in client.list_artifacts(run_id, "figures")] == ["figures/confusion.png"]
+
+
+def test_a_failed_run_says_why(paths, store):
+    run_id = _start(store)
+    store.fail(run_id, "the loss is not a number")
+
+    run = _client(paths).get_run(run_id)
+    assert (run.info.status, run.data.tags["touchline.reason"]) == ("FAILED", "the loss is not a number")
+
+
+def test_only_runs_whose_process_is_gone_are_closed(paths, store):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    alive, killed, pid_taken_by_another, elsewhere = (_start(store) for _ in range(4))
+    store.set_tags(killed, {"touchline.pid": ended.pid})
+    store.set_tags(pid_taken_by_another, {"touchline.process_started": 1.0})
+    store.set_tags(elsewhere, {"touchline.pid": ended.pid, "touchline.host": "another-machine"})
+
+    # Opening the store is what closes them: the next training does it for one that was killed.
+    tracking.open_store(paths, EXPERIMENT)
+
+    status = {run: _client(paths).get_run(run).info.status for run in (alive, killed, pid_taken_by_another, elsewhere)}
+    assert status == {alive: "RUNNING", killed: "KILLED", pid_taken_by_another: "KILLED", elsewhere: "RUNNING"}
+    assert store.close_killed() == []
+
+
+def test_versions_promotion_and_rollback(store, run_id):
+    name = "ladder"
+    assert (store.versions(name), store.alias(name, "champion")) == ([], None)
+    with pytest.raises(TouchlineError, match="no champion to roll back"):
+        store.rollback(name)
+
+    first = store.register(name, run_id, {"why": "it is the first"}, "The first one.")
+    store.promote(name, first)
+    with pytest.raises(TouchlineError, match="version 1 of ladder replaced no other"):
+        store.rollback(name)
+
+    second = store.register(name, run_id, {}, "")
+    store.set_alias(name, "challenger", second)
+    store.promote(name, second)
+    store.promote(name, second)
+
+    assert [(v.number, v.aliases) for v in store.versions(name)] == [(1, ()), (2, ("challenger", "champion"))]
+    assert store.versions(name)[0].tags["why"] == "it is the first"
+    champion = store.alias(name, "champion")
+    assert (champion.run_id, champion.tags["touchline.replaced"]) == (run_id, "1")
+    assert "touchline.promoted_at" in champion.tags
+
+    assert store.rollback(name) == 1
+    assert store.alias(name, "champion").number == 1
+
+
+def test_a_version_gives_back_its_model_and_the_photos_it_learned_from(store, run_id):
+    import numpy as np
+
+    version = store.register("whole", run_id, {}, "")
+    probabilities = store.load("whole", version).predict(np.zeros((2, 8, 8, 3), "uint8"), verbose=0)
+
+    assert probabilities.shape == (2, 2)
+    assert store.training_photos("whole", version) == set(PHOTOS)
+    with pytest.raises(TouchlineError, match="version=99"):
+        store.load("whole", 99)
+
+
+def test_the_champion_predicts_in_a_process_that_never_saw_touchline(paths, store, run_id, tmp_path):
+    store.promote("served", store.register("served", run_id, {}, ""))
+    script = """
+import importlib.util, numpy, mlflow
+assert importlib.util.find_spec("touchline") is None
+model = mlflow.pyfunc.load_model("models:/served@champion")
+probabilities = model.predict(numpy.full((3, 8, 8, 3), 255, "uint8"))
+assert probabilities.dtype == "float32" and probabilities.shape == (3, 2), probabilities
+assert numpy.allclose(probabilities.sum(axis=1), 1)
+print("classes:", model.metadata.metadata["classes"])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    uri = f"sqlite:///{paths.mlflow}/mlflow.db"
+    # -S leaves out site-packages' .pth files, by which an editable install would bring touchline in.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {_site_packages()!r}{script}"],
+        cwd=tmp_path,
+        env={**environment, "MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "classes: ['rugby', 'soccer']" in done.stdout
+
+
+def _site_packages() -> list[str]:
+    return [path for path in sys.path if path.endswith("site-packages")]
+
+
+def test_a_known_model_is_not_logged_again(store, run_id, keras_file):
+    assert store.ensure(_record(run_id, keras_file), keras_file) == run_id
+
+
+@pytest.fixture(scope="module")
+def pulled(tmp_path_factory, run_id, keras_file) -> SimpleNamespace:
+    """A project whose models and reports came from elsewhere, synced with its own store, which knew nothing of them."""
+    paths = _project(tmp_path_factory.mktemp("other machine"))
+    record = _record(run_id, keras_file)
+    shutil.copyfile(keras_file, paths.models / "cnn.keras")
+    (paths.models / "cnn.json").write_text(json.dumps(record))
+    paths.reports.mkdir()
+    (paths.reports / "metrics.json").write_text(json.dumps({"models": {"cnn": {"accuracy": 0.875}}}))
+    registered = {
+        "model": "cnn",
+        "model_sha256": record["model_sha256"],
+        "version": 7,
+        "aliases": ["challenger", "champion"],
+        "tags": {"why": "better", "touchline.replaced": "1"},
+        "description": "The seventh.",
+    }
+    (paths.reports / "registration.json").write_text(json.dumps({"registered": registered}))
+    before = tracking.in_sync(paths, EXPERIMENT)
+    lines = tracking.sync(paths, EXPERIMENT)
+    return SimpleNamespace(paths=paths, record=record, before=before, lines=lines)
+
+
+def test_sync_puts_back_run_metrics_and_version(pulled):
+    store = tracking.open_store(pulled.paths, EXPERIMENT)
+    [version] = store.versions(EXPERIMENT)
+    run = _client(pulled.paths).get_run(version.run_id)
+
+    assert [line.split(" as run ")[0] for line in pulled.lines] == [
+        "cnn: logged again",
+        "cnn: test metrics logged again",
+        f"cnn: registered again as version 1 of {EXPERIMENT}",
+    ]
+    assert run.info.run_id != pulled.record["run_id"]
+    assert run.data.tags["touchline.restored"] == "true"
+    assert run.info.end_time - run.info.start_time == 600_000
+    assert run.data.metrics["test/accuracy"] == 0.875
+    assert run.data.metrics["validation/accuracy"] == 0.75
+    assert version.description == "The seventh."
+    assert version.aliases == ("challenger", "champion")
+    assert version.tags["why"] == "better"
+    # Version 1 of the old registry is not version 1 of this one.
+    assert version.tags["touchline.replaced"] == "none"
+
+
+def test_sync_twice_puts_back_nothing(pulled):
+    assert tracking.sync(pulled.paths, EXPERIMENT) == []
+
+
+def test_whether_all_is_in_sync_is_told_without_mlflow(pulled):
+    script = """
+import sys
+from pathlib import Path
+from touchline.paths import Paths
+from touchline.tracking import in_sync
+print(in_sync(Paths(Path(sys.argv[1]), Path(sys.argv[1])), sys.argv[2]), "mlflow" in sys.modules)
+"""
+    said = subprocess.check_output(
+        [sys.executable, "-c", script, str(pulled.paths.project), EXPERIMENT],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        text=True,
+    )
+
+    assert pulled.before is False
+    assert said.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize("changed", ["a retrained model", "a new metric", "another version", "another server"])
+def test_what_is_missing_in_the_store_is_noticed(pulled, changed, tmp_path, monkeypatch):
+    # The reports of another workspace over the same store, as in an experiment.
+    paths = Paths(tmp_path, pulled.paths.project)
+    shutil.copytree(pulled.paths.models, paths.models)
+    shutil.copytree(pulled.paths.reports, paths.reports)
+    assert tracking.in_sync(paths, EXPERIMENT)
+
+    if changed == "a retrained model":
+        record = {**pulled.record, "model_sha256": "0" * 64}
+        (paths.models / "cnn.json").write_text(json.dumps(record))
+    elif changed == "a new metric":
+        (paths.reports / "metrics.json").write_text(json.dumps({"models": {"cnn": {"accuracy": 0.9}}}))
+    elif changed == "another version":
+        (paths.reports / "registration.json").write_text(json.dumps({"registered": {"model_sha256": "0" * 64}}))
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+
+    assert not tracking.in_sync(paths, EXPERIMENT)
+
+
+def test_sync_leaves_an_alias_with_the_version_that_holds_it(paths, store, run_id, keras_file, pulled, tmp_path):
+    holder = store.register(EXPERIMENT, run_id, {}, "")
+    _client(paths).set_model_version_tag(EXPERIMENT, str(holder), "touchline.model_sha256", "of another model")
+    store.promote(EXPERIMENT, holder)
+    workspace = Paths(tmp_path, paths.project)
+    shutil.copytree(pulled.paths.models, workspace.models)
+    shutil.copytree(pulled.paths.reports, workspace.reports)
+
+    lines = tracking.sync(workspace, EXPERIMENT)
+
+    assert lines[-1] == f"cnn: champion stays with version {holder}"
+    assert store.alias(EXPERIMENT, "champion").number == holder
+    assert store.alias(EXPERIMENT, "challenger").number == holder + 1
+
+
+def test_a_file_that_is_not_the_one_described_is_not_logged(store, keras_file, tmp_path):
+    other = tmp_path / "cnn.keras"
+    other.write_bytes(b"something else")
+    record = {**_record("unknown", keras_file), "model_sha256": "1" * 64}
+
+    with pytest.raises(TouchlineError, match=r"cnn\.keras is not the file its \.json describes: run `dvc repro`"):
+        store.ensure(record, other)
+    with pytest.raises(TouchlineError, match=r"gone\.keras is missing"):
+        store.ensure(record, tmp_path / "gone.keras")
+
+
+def test_two_trainings_may_start_at_once_on_a_fresh_store(tmp_path, keras_file):
+    paths = _project(tmp_path)
+    script = """
+import sys
+from pathlib import Path
+from touchline import tracking
+from touchline.paths import Paths
+root, model, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+store = tracking.open_store(Paths(root, root), "both")
+dataset = {"name": "split", "digest": "same", "source": "data/split.csv", "counts": {}}
+run_id = store.start(name, {}, {"model": name}, dataset)
+for epoch in range(20):
+    store.log_epoch(run_id, epoch, {"train/loss": 1 / (epoch + 1)})
+store.finish(run_id, model_path=model, image_size=8, classes=["a", "b"], training_photos=[], metrics={})
+store.register("both", run_id, {}, "")
+print(run_id)
+"""
+    command = [sys.executable, "-c", script, str(paths.project), str(keras_file)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    trainings = [
+        subprocess.Popen(
+            [*command, name], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for name in ("cnn", "transfer")
+    ]
+    said = [training.communicate() for training in trainings]
+
+    assert [training.returncode for training in trainings] == [0, 0], said
+    assert not any(" mlflow" in errors or "alembic" in errors for _, errors in said), said
+    client = _client(paths)
+    for output, _ in said:
+        run = client.get_run(output.split()[-1])
+        assert run.info.status == "FINISHED"
+        assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 20
+    assert [version.number for version in tracking.open_store(paths, "both").versions("both")] == [1, 2]
+
+
+def test_a_server_that_is_down_is_one_clear_line(tmp_path, monkeypatch, capfd):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+    with pytest.raises(TouchlineError) as raised:
+        tracking.open_store(_project(tmp_path), EXPERIMENT)
+
+    message = str(raised.value)
+    assert message.startswith(f"the MLflow store http://***@127.0.0.1:{port}: ")
+    assert message.endswith("check that MLFLOW_TRACKING_URI names a store that works")
+    assert "\n" not in message and "secret" not in message
+    assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_store_is_one_clear_line(tmp_path):
+    paths = _project(tmp_path)
+    paths.mlflow.mkdir()
+    (paths.mlflow / "mlflow.db").write_text("not a database, but long enough to be taken for one" * 50)
+
+    with pytest.raises(TouchlineError, match=r"mlflow\.db is not usable \(file is not a database\).*make run"):
+        tracking.open_store(paths, EXPERIMENT)
+
+
+def test_a_store_that_was_moved_with_its_project_is_refused(paths, store, run_id, tmp_path):
+    moved = _project(tmp_path)
+    shutil.copytree(paths.mlflow, moved.mlflow)
+
+    with pytest.raises(TouchlineError, match=r"keeps the artifacts of rugby-soccer in .* move the project back"):
+        tracking.open_store(moved, EXPERIMENT)
