@@ -107,7 +107,7 @@ def measure(path: Path, max_megapixels: float) -> Measurement:
 def decode(content: bytes, size: int, name: str = "photo") -> np.ndarray:
     """Decode a photo, turn it upright and squash it to a square.
 
-    Squashing, not cropping: the aspect ratio of a collected photo tells where it came from, and a model must not see it.
+    Squashed, not cropped: the aspect ratio of a collected photo tells where it came from, and no model may see it.
 
     Args:
         content: bytes of an image file.

@@ -286,9 +286,7 @@ def _fine_tune(
     _fit(model, rows, train, validation, params, watched, params.fine_tune)
     if min(losses) >= before:
         model.set_weights(frozen)
-        say(
-            f"fine-tuning did not help: validation loss {min(losses):.4f}, with the frozen backbone {before:.4f}; undone"
-        )
+        say(f"fine-tuning did not help: validation loss {min(losses):.4f}, frozen {before:.4f}; undone")
 
 
 def _dataset(

@@ -1,0 +1,721 @@
+"""The drawing of the sample: one scene of a made-up match, as an RGB image.
+
+A scene is laid out in metres (x to the right, y up, z away from the camera), drawn far to near in 8-bit RGB, and every
+random choice in it comes from the generator that is handed in.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import cv2
+import numpy as np
+
+Image = np.ndarray  # (height, width, 3) uint8 RGB
+Rng = np.random.Generator
+Colour = tuple[int, int, int]
+Kit = tuple[Colour, Colour, Colour, Colour]  # shirt, its second colour, shorts, socks
+Point = tuple[float, float, float]
+
+BALLS = ("oval", "patched", "ringed", "segmented")
+GOALS = ("uprights", "net", "ring", "gate")
+SHIRTS = ("hoops", "plain", "stripes", "halves")
+KITS: tuple[Colour, ...] = (
+    (200, 30, 45), (30, 60, 150), (245, 245, 240), (20, 100, 60), (240, 195, 40), (25, 25, 35),
+    (90, 160, 215), (235, 115, 30), (110, 30, 60), (95, 60, 140),
+)  # fmt: skip
+GREENS: tuple[Colour, ...] = ((70, 130, 52), (86, 142, 60), (58, 112, 50), (120, 132, 66), (98, 112, 58))
+LEAVES: tuple[Colour, ...] = ((48, 86, 44), (66, 98, 40), (96, 92, 40), (36, 70, 50))
+WALLS: tuple[Colour, ...] = ((190, 170, 150), (150, 80, 65), (205, 205, 200))
+SKINS: tuple[Colour, ...] = ((245, 210, 180), (225, 175, 140), (190, 135, 100), (140, 90, 62), (92, 60, 45))
+HAIRS: tuple[Colour, ...] = ((30, 24, 22), (70, 45, 28), (150, 105, 55), (205, 175, 110), (125, 60, 30))
+
+
+@dataclass(frozen=True)
+class Sport:
+    """What tells a class: its ball, its goal (and the markings that go with it), and most of its shirts."""
+
+    ball: str
+    goal: str
+    shirt: str
+
+    @property
+    def bulk(self) -> float:
+        """Breadth of its players; 1 is slim."""
+        return {"oval": 1.22, "segmented": 1.1}.get(self.ball, 1.0)
+
+
+def draw(sport: Sport, rng: Rng) -> Image:
+    """One scene, 200 to 640 pixels a side."""
+    shot = str(rng.choice(["goal", "play", "ball", "player"], p=[0.46, 0.2, 0.2, 0.14]))
+    width, height = _size(rng)
+    camera, subject, goal = _camera(shot, width, height, rng)
+    backdrop = _stands if rng.random() < 0.7 else _countryside
+    hard = rng.random() < 0.07
+    light = str(rng.choice(["sun", "cloud", "dusk", "night"], p=[0.4, 0.35, 0.15, 0.1]))
+
+    image = _sky(width, height, light, rng)
+    _pitch(image, camera, goal, sport.goal, rng)
+    backdrop(image, camera, goal.z, rng)
+    players, ball_at = _play(sport, subject, shot, rng)
+    shows_goal = not hard and rng.random() < {"goal": 1.0}.get(shot, 0.85)
+    shows_ball = shot == "ball" or (not hard and rng.random() < 0.8)
+    if shows_goal:
+        keeper_at = goal.world([(rng.uniform(-2, 2), 0, 1)])[0]
+        players.append(_someone(sport, keeper_at, "reach", 1, _kit(rng), rng))
+
+    _shadows(image, camera, [player.at for player in players], light, rng)
+    things: list[tuple[float, Callable[[], None]]] = [(p.at[2], partial(_figure, image, camera, p)) for p in players]
+    if shows_goal:
+        things.append((goal.z, partial(_goal, image, camera, goal, sport.goal, rng)))
+    if shows_ball:
+        things.append((ball_at[2] - 0.3, partial(_ball, image, camera, ball_at, sport.ball, rng)))
+    in_focus = subject[1] + 2.5 if shot in ("ball", "player") else None
+    for depth, draw_thing in sorted(things, key=lambda pair: -pair[0]):
+        if in_focus is not None and depth < in_focus:
+            # What lies behind the subject of a close-up is out of focus.
+            cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 3.5), dst=image)
+            in_focus = None
+        draw_thing()
+    return _lens(_weather(image, light, rng), rng)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole at (0, eye, 0) that looks along z. `matrix` (3, 4) takes (x, y, z, 1) in metres to pixels."""
+
+    width: int
+    height: int
+    focal: float
+    matrix: np.ndarray
+
+    def project(self, points: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
+        """(n, 3) metres to (n, 2) pixels; what is behind the camera is put just before it."""
+        points = np.asarray(points, float)
+        image = points @ self.matrix[:, :3].T + self.matrix[:, 3]
+        # cv2 takes 32-bit fixed point; a point far outside the frame is as good as one a little nearer.
+        return np.clip(image[:, :2] / np.maximum(image[:, 2:], 0.05), -9000, 9000)
+
+    def scale(self, at: Sequence[float]) -> float:
+        """Pixels a metre at the point `at`."""
+        return self.focal / max(float(self.matrix[2] @ [*at, 1.0]), 0.3)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the middle of the goal line lies, and how it is turned; w runs from it into the field."""
+
+    x: float
+    z: float
+    yaw: float
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """(3, 3): (u, w, 1) on the pitch to (x, z, 1) in the world."""
+        cosine, sine = np.cos(self.yaw), np.sin(self.yaw)
+        return np.array([[cosine, sine, self.x], [sine, -cosine, self.z], [0, 0, 1]])
+
+    def world(self, points: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
+        """(n, 3) of (u, y, w) to (n, 3) of (x, y, z), metres."""
+        u, y, w = np.asarray(points, float).T
+        x, z, _ = self.matrix @ np.stack([u, w, np.ones_like(u)])
+        return np.stack([x, y, z], axis=1)
+
+
+def _size(rng: Rng) -> tuple[int, int]:
+    longer = rng.uniform(300, 640)
+    aspect = np.exp(rng.normal(0.2, 0.35))
+    sides = (longer, longer / aspect) if aspect > 1 else (longer * aspect, longer)
+    return int(np.clip(sides[0], 200, 640)), int(np.clip(sides[1], 200, 640))
+
+
+def _camera(shot: str, width: int, height: int, rng: Rng) -> tuple[Camera, tuple[float, float], Place]:
+    """A camera, the (x, z) of its subject, and a goal that is (nearly always) in the frame."""
+    side = min(width, height)
+    match shot:
+        case "goal":
+            distance, eye, aim = rng.uniform(14, 40), rng.uniform(0.8, 7), 2.6
+            focal = rng.uniform(0.65, 1.1) * side * distance / 7
+            goal_z, yaw, subject_z = distance, rng.normal(0, 0.3), distance * rng.uniform(0.55, 0.9)
+        case "play":
+            distance, eye, aim = rng.uniform(10, 22), rng.uniform(1.2, 5), 1.2
+            focal = rng.uniform(0.3, 0.6) * side * distance / 1.8
+            goal_z, yaw, subject_z = distance + rng.uniform(4, 14), rng.uniform(-0.8, 0.8), distance
+        case "ball":
+            distance, eye, aim = rng.uniform(2.2, 3.5), rng.uniform(0.3, 1.3), rng.uniform(0.1, 0.4)
+            focal = rng.uniform(0.17, 0.32) * side * distance / 0.15
+            goal_z, yaw, subject_z = rng.uniform(14, 30), rng.normal(0, 0.4), distance
+        case _:
+            distance, eye, aim = rng.uniform(5, 8), rng.uniform(1, 2), rng.uniform(0.9, 1.2)
+            focal = rng.uniform(0.6, 1.2) * side * distance / 1.8
+            goal_z, yaw, subject_z = distance + rng.uniform(6, 15), rng.normal(0, 0.4), distance
+    tilt, roll = np.arctan2(eye - aim, distance), rng.normal(0, 0.04)
+    cosine, sine = np.cos(tilt), np.sin(tilt)
+    turn = np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
+    centre = width * rng.uniform(0.4, 0.6), height * rng.uniform(0.45, 0.65)
+    lens = np.array([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
+    outside = np.array([[1, 0, 0, 0], [0, -cosine, -sine, eye * cosine], [0, -sine, cosine, eye * sine]])
+    camera = Camera(width, height, focal, lens @ turn @ outside)
+    goal_x = rng.uniform(-0.18, 0.18) * width * goal_z / focal
+    subject_x = rng.uniform(-0.2, 0.2) * width * subject_z / focal
+    return camera, (subject_x, subject_z), Place(goal_x, goal_z, yaw)
+
+
+def _polygon(image: Image, points: np.ndarray, colour: Sequence[float] | float) -> None:
+    # cv2 takes antialiased corners in 1/16 pixel.
+    cv2.fillPoly(image, [np.round(np.asarray(points) * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
+
+
+def _stroke(
+    image: Image, points: Sequence[Sequence[float]] | np.ndarray, width: float, colour: Sequence[float] | float
+) -> None:
+    """A line through `points`, (n, 2) pixels."""
+    corners = np.round(np.asarray(points) * 16).astype(np.int32)
+    cv2.polylines(image, [corners], False, colour, max(1, round(width)), cv2.LINE_AA, 4)
+
+
+def _disc(image: Image, centre: Sequence[float], radius: float, colour: Sequence[float] | float) -> None:
+    middle = int(centre[0] * 16), int(centre[1] * 16)
+    cv2.circle(image, middle, max(8, round(radius * 16)), colour, cv2.FILLED, cv2.LINE_AA, 4)
+
+
+def _shade(colour: Sequence[float], factor: float) -> Colour:
+    red, green, blue = (int(min(255, value * factor)) for value in colour)
+    return red, green, blue
+
+
+def _grade(image: Image, gain: Sequence[float] | np.ndarray, offset: Sequence[float] | np.ndarray) -> Image:
+    """`image * gain + offset`, channel by channel."""
+    table = np.arange(256)[:, None] * np.asarray(gain) + np.asarray(offset)
+    return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)[:, None])
+
+
+def _pick(colours: Sequence[Colour], rng: Rng) -> Colour:
+    return colours[int(rng.integers(len(colours)))]
+
+
+def _mottle(width: int, height: int, cells: int, rng: Rng) -> np.ndarray:
+    """Smooth noise, (height, width) float32 of about mean 0 and deviation 1."""
+    coarse = rng.standard_normal((cells, cells), dtype=np.float32)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _sky(width: int, height: int, light: str, rng: Rng) -> Image:
+    top, bottom = {
+        "sun": ((70, 130, 205), (185, 215, 240)),
+        "cloud": ((150, 160, 172), (205, 210, 214)),
+        "dusk": ((75, 80, 135), (245, 165, 105)),
+        "night": ((12, 16, 34), (40, 46, 72)),
+    }[light]
+    # It is smooth, so it is painted small.
+    down = np.linspace(0, 1, 48)[:, None, None]
+    sky = np.array(top) * (1 - down) + np.array(bottom) * down + rng.normal(0, 8, 3)
+    clouds = np.clip(_mottle(48, 48, 7, rng) * 0.35 + 0.1, 0, 0.8)[..., None]
+    cloud = np.array(bottom) * 0.5 + (30 if light == "night" else 118)
+    small = np.clip(sky * (1 - clouds) + cloud * clouds, 0, 255).astype(np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
+    """A stand of spectators behind boards: a painted wall that the camera sees somewhat askew."""
+    rows, seats, pixels = 26, 260, 5
+    tall, wide = rows * pixels, seats * pixels
+    fans = np.uint8([_pick(KITS, rng) for _ in range(3)] * 2 + [*KITS, *SKINS] + [(60, 62, 70)] * 12)
+    crowd = fans[rng.integers(len(fans), size=(rows, seats))] * rng.uniform(0.3, 0.6)
+    wall = cv2.resize(crowd.astype(np.uint8), (wide, tall), interpolation=cv2.INTER_LINEAR)
+    wall[::15] = wall[::15] // 2
+    wall[: int(tall * rng.uniform(0.1, 0.3))] = _shade((255, 255, 255), rng.uniform(0.15, 0.6))
+    for aisle in range(int(rng.integers(40, 90)), wide, 110):
+        wall[tall // 3 : -14, aisle : aisle + 5] = 105
+    for start in range(0, wide, 60):
+        wall[-14:, start : start + 60] = _shade(_pick(KITS, rng), 0.7)
+        cv2.line(wall, (start + 8, tall - 7), (start + 48, tall - 7), (170, 170, 170), 2)
+    angle = np.clip(rng.normal(0, 0.3), -0.6, 0.6)
+    middle = np.array([0, 0, goal_z + rng.uniform(9, 22)])
+    # Its near end must lie before the camera: behind it, a homography turns inside out.
+    reach = min(90.0, 0.85 * middle[2] / max(abs(np.sin(angle)), 0.01)) * np.array([np.cos(angle), 0, np.sin(angle)])
+    up = np.array([0, rng.uniform(6, 18), 0])
+    corners = camera.project([middle - reach + up, middle + reach + up, middle + reach, middle - reach])
+    view = cv2.getPerspectiveTransform(np.float32([[0, 0], [wide, 0], [wide, tall], [0, tall]]), np.float32(corners))
+    cv2.warpPerspective(
+        wall, view, (camera.width, camera.height), image, cv2.INTER_LINEAR, borderMode=cv2.BORDER_TRANSPARENT
+    )
+
+
+def _countryside(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
+    """Hills, a row of trees and at times a club house: a training ground."""
+    ridge = np.interp(np.arange(60), range(0, 60, 6), rng.uniform(0, 16, 10))
+    hills = [(x, y, 300) for x, y in zip(np.linspace(-400, 400, 60), ridge, strict=True)]
+    outline = camera.project([*hills, (400, -2, 300), (-400, -2, 300)])
+    _polygon(image, outline, _shade((112, 140, 132), rng.uniform(0.6, 1.1)))
+    far = goal_z + rng.uniform(15, 40)
+
+    def board(colour: Colour, *corners: tuple[float, float]) -> None:
+        _polygon(image, camera.project([(x, y, far) for x, y in corners]), colour)
+
+    if rng.random() < 0.4:
+        x, wide, tall = rng.uniform(-12, 12), rng.uniform(6, 14), rng.uniform(3, 5)
+        board(_pick(WALLS, rng), (x, 0), (x + wide, 0), (x + wide, tall), (x, tall))
+        board((95, 60, 55), (x - 0.5, tall), (x + wide + 0.5, tall), (x + wide / 2, tall * 1.5))
+    leaf = _pick(LEAVES, rng)
+    for x in np.arange(-60, 60, rng.uniform(1.5, 4)):
+        tall = rng.uniform(2, 7)
+        for _ in range(3):
+            at = (x + rng.normal(0, 1), tall * rng.uniform(0.4, 0.9), far + 1)
+            _disc(image, camera.project([at])[0], tall * 0.3 * camera.scale(at), _shade(leaf, rng.uniform(0.7, 1.3)))
+        board(_shade(leaf, 0.7), (x - 2, 0), (x + 2, 0), (x + 2, 1.2), (x - 2, 1.2))
+
+
+def _arc(u: float, w: float, radius: float, start: float = 0, end: float = 360) -> np.ndarray:
+    """Part of a circle round (u, w) as a path, (40, 2) metres; `start` and `end` in degrees."""
+    turns = np.radians(np.linspace(start, end, 40))
+    return np.stack([u + radius * np.cos(turns), w + radius * np.sin(turns)], axis=1)
+
+
+def _dashed(start: tuple[float, float], end: tuple[float, float], dashes: int) -> list[np.ndarray]:
+    cuts = np.linspace(start, end, 2 * dashes)
+    return list(cuts.reshape(dashes, 2, 2))
+
+
+# The lines on the pitch as paths of (u, w), metres from the middle of the goal line; each goal comes with its own.
+BEHIND, FIELD, HALFWAY, TOUCH = -15, 70, 50, 34
+COMMON_LINES: list[Sequence] = [
+    [(-TOUCH, 0), (TOUCH, 0)],
+    [(-TOUCH, BEHIND), (-TOUCH, FIELD)],
+    [(TOUCH, BEHIND), (TOUCH, FIELD)],
+    [(-TOUCH, HALFWAY), (TOUCH, HALFWAY)],
+]
+LINES: dict[str, list[Sequence]] = {
+    "uprights": [
+        [(-TOUCH, -10), (TOUCH, -10)],
+        [(-TOUCH, 22), (TOUCH, 22)],
+        *_dashed((-TOUCH, 5), (TOUCH, 5), 12),
+        *_dashed((-TOUCH, 40), (TOUCH, 40), 14),
+        *(dash for u in (-29, -19, 19, 29) for dash in _dashed((u, 3), (u, 60), 10)),
+    ],
+    "net": [
+        [(-9.16, 0), (-9.16, 5.5), (9.16, 5.5), (9.16, 0)],
+        [(-20.16, 0), (-20.16, 16.5), (20.16, 16.5), (20.16, 0)],
+        _arc(0, 11, 9.15, 37, 143),
+        _arc(0, HALFWAY, 9.15),
+    ],
+    "ring": [_arc(0, 0, 15, 0, 180), _arc(0, 0, 5, 0, 180)],
+    "gate": [[(-10, 0), (0, 14), (10, 0)], _arc(0, HALFWAY, 20)],
+}
+
+
+def _pitch(image: Image, camera: Camera, goal: Place, goal_kind: str, rng: Rng) -> None:
+    """Grass with its lines, painted from above at 6 pixels a metre and laid down by the camera.
+
+    One channel says how light the ground is: up to 160 it is grass, 255 is paint.
+    """
+    pixels, wide = 6, 110
+    columns, rows = wide * pixels, (FIELD - BEHIND) * pixels
+    tone = 118 + 7 * _mottle(columns, rows, 24, rng) * np.float32(rng.uniform(0.4, 1.5))
+    u, w = np.arange(columns)[None], np.arange(rows)[:, None]
+    striped = (u if rng.random() < 0.5 else w) // int(rng.uniform(4, 8) * pixels) % 2
+    turf = np.clip(tone + striped.astype(np.float32) * rng.choice([0, 9, 18]), 0, 160).astype(np.uint8)
+    for path in COMMON_LINES + LINES[goal_kind]:
+        _stroke(turf, np.add(path, (wide / 2, -BEHIND)) * pixels, 2, 255)
+    painted = np.array([[1 / pixels, 0, -wide / 2], [0, 1 / pixels, BEHIND], [0, 0, 1]])
+    view = camera.matrix[:, [0, 2, 3]] @ goal.matrix @ painted
+    size = camera.width, camera.height
+    ground = cv2.warpPerspective(turf, view, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    blades = rng.integers(0, 24, size=(camera.height // 3 + 1, camera.width // 2 + 1), dtype=np.uint8)
+    ground = cv2.subtract(ground, cv2.resize(blades, size, interpolation=cv2.INTER_LINEAR))
+    green = np.array(_pick(GREENS, rng))
+    paint = np.array((238, 240, 235)) * rng.uniform(0.85, 1)
+    table = [np.interp(np.arange(256), (0, 160, 245), (0, green[c] * 1.3, paint[c])) for c in range(3)]
+    ground = cv2.LUT(cv2.merge([ground] * 3), np.clip(np.stack(table, -1), 0, 255).astype(np.uint8)[:, None])
+    # Above the horizon the same homography would show the pitch a second time, upside down.
+    left, right = camera.project([(-400, 0, 400), (400, 0, 400)])
+    mask = np.zeros(image.shape[:2], np.uint8)
+    _polygon(mask, np.array([left, right, (9000, 9000), (-9000, 9000)]), 255)
+    cv2.copyTo(ground, mask, image)
+
+
+@dataclass(frozen=True)
+class Player:
+    """Somebody at `at` (x, lift, z), metres, who faces left (-1) or right (1)."""
+
+    at: Point
+    pose: str
+    facing: int
+    kit: Kit
+    pattern: str
+    bulk: float
+    skin: Colour
+    hair: Colour
+    jitter: np.ndarray  # (8,) about 0, added to the angles of the pose
+
+
+def _someone(sport: Sport, at: Sequence[float], pose: str, facing: int, kit: Kit, rng: Rng) -> Player:
+    x, lift, z = (float(value) for value in at)
+    return Player(
+        at=(x, lift, z),
+        pose=pose,
+        facing=facing,
+        kit=kit,
+        pattern=sport.shirt if rng.random() < 0.9 else "plain",
+        bulk=sport.bulk * rng.uniform(0.92, 1.1),
+        skin=_pick(SKINS, rng),
+        hair=_pick(HAIRS, rng),
+        jitter=rng.normal(0, 0.12, 8),
+    )
+
+
+def _kit(rng: Rng) -> Kit:
+    shirt, second, shorts = (KITS[index] for index in rng.choice(len(KITS), 3, replace=False))
+    return shirt, second, _pick([shorts, shirt, (245, 245, 240), (25, 25, 35)], rng), _pick([shirt, second], rng)
+
+
+@dataclass(frozen=True)
+class Role:
+    """Somebody in a play: one of `poses`, `team` 0 or 1, metres from the play's middle, there with a `chance`."""
+
+    poses: tuple[str, ...]
+    team: int
+    x: float = 0
+    z: float = 0
+    facing: int = 1
+    lift: float = 0
+    chance: float = 1
+
+
+@dataclass(frozen=True)
+class Play:
+    """Who takes part, and the box (two corners, metres from the play's middle) in which the ball is."""
+
+    roles: tuple[Role, ...]
+    ball: tuple[Point, Point]
+
+
+def _at(x: float, y: float, z: float) -> tuple[Point, Point]:
+    return (x, y, z), (x, y, z)
+
+
+SCRUM = Play(
+    (
+        *(
+            Role(("bind",), int(side > 0), side * (0.75 + 0.9 * row), z, -side)
+            for side, row, z in product((-1, 1), (0, 1), (-0.5, 0, 0.5))
+        ),
+        Role(("stoop",), 0, 0.3, -1.1),
+    ),
+    _at(0.5, 0.5, -1.3),
+)
+LINEOUT = Play(
+    (
+        *(Role(("stand",), team, 0.9 * k, team - 0.5, 1 - 2 * team) for k, team in product(range(-2, 3), (0, 1))),
+        Role(("reach",), 0, 0.45, -0.3, lift=1),
+    ),
+    _at(0.6, 3.4, -0.3),
+)
+CARRY = Play(
+    (Role(("carry",), 0), Role(("dive", "run"), 1, -1.5, 0.4), Role(("bind", "run"), 1, 1.6, 0.3, -1)),
+    _at(0.26, 1.15, -0.15),
+)
+DRIBBLE = Play((Role(("run",), 0), Role(("run", "stand"), 1, 1.3, 0.5, -1)), _at(0.6, 0.12, -0.2))
+KICK = Play((Role(("kick",), 0), Role(("stand",), 1, 2, 0.8, -1)), ((0.9, 0.12, 0), (0.9, 0.9, 0)))
+WALL = Play(
+    (*(Role(("wall",), 1, 0.55 * k, 0.02 * k) for k in range(4)), Role(("kick",), 0, -2.5, -1.5)),
+    _at(-1.8, 0.12, -1.5),
+)
+# Half of these heights are under the ground, where no ball goes: those lie on it.
+SPREAD = Play((), ((-2, -3.5, -1), (2, 4, -1)))
+CLOSE_UP = Play((Role(("stand",), 0, 0.45, 0.25, -1, chance=0.5),), _at(0, 0.15, 0))
+PLAYS = {
+    "oval": (SCRUM, SCRUM, LINEOUT, CARRY, CARRY, SPREAD),
+    "patched": (DRIBBLE, DRIBBLE, WALL, KICK, KICK, SPREAD),
+    "ringed": (LINEOUT, KICK, SPREAD),
+    "segmented": (WALL, CARRY, SPREAD),
+}
+
+
+def _play(sport: Sport, subject: tuple[float, float], shot: str, rng: Rng) -> tuple[list[Player], Point]:
+    """The players round `subject` (x, z), and where the ball is (x, y, z)."""
+    plays = PLAYS[sport.ball]
+    play = CLOSE_UP if shot == "ball" else plays[int(rng.integers(len(plays)))]
+    middle_x, middle_z = subject
+    teams = _kit(rng), _kit(rng)
+    ways = int(rng.choice([-1, 1]))
+    players: list[Player] = []
+
+    def add(pose: str, team: int, x: float, z: float, facing: int, lift: float = 0) -> None:
+        at = (middle_x + ways * x, lift, middle_z + z)
+        players.append(_someone(sport, at, pose, ways * facing, teams[team], rng))
+
+    for role in play.roles:
+        if rng.random() < role.chance:
+            add(str(rng.choice(role.poses)), role.team, role.x, role.z, role.facing, role.lift)
+    # Classes show about as many players, or the colours of a photo would tell the class.
+    idle = ("run", "run", "stand", "stoop" if sport.ball == "oval" else "stand")
+    for _ in range(max(int(rng.integers(5, 13)) - len(players), int(rng.integers(0, 2)))):
+        near = rng.uniform(2, 14)
+        x = rng.uniform(-0.6, 0.6) * (middle_z + near)
+        add(str(rng.choice(idle)), int(rng.integers(2)), x, near, int(rng.choice([-1, 1])))
+    if rng.random() < 0.12:
+        # Somebody walks through the picture.
+        add("run", 0, rng.uniform(-1, 1), -0.4 * middle_z, 1)
+    x, y, z = rng.uniform(*play.ball)
+    return players, (middle_x + ways * x, max(y, 0.12), middle_z + z)
+
+
+# Angles in radians: lean of the back, then thigh, thigh, knee, knee, upper arm, upper arm, elbows. A limb hangs at 0
+# and swings forward; a knee bends backward.
+POSES: dict[str, tuple[float, ...]] = {
+    "stand": (0.0, 0.1, -0.1, 0.05, 0.05, 0.2, -0.15, 0.4),
+    "run": (0.25, 0.9, -0.45, 0.9, 0.8, 0.8, -0.7, 1.4),
+    "carry": (0.35, 0.95, -0.5, 1.0, 0.8, 0.5, -0.6, 1.6),
+    "kick": (-0.2, 1.2, -0.2, 0.15, 0.2, -0.9, 1.2, 0.4),
+    "bind": (1.25, 0.5, -0.5, 0.9, 0.4, 1.5, 1.7, 0.2),
+    "stoop": (0.75, 0.6, -0.1, 0.7, 0.4, 0.5, 0.3, 0.8),
+    "reach": (0.05, 0.15, -0.1, 0.1, 0.1, 2.8, 3.0, 0.15),
+    "dive": (1.35, -1.0, -1.3, 0.3, 0.5, 1.8, 1.5, 0.1),
+    "wall": (0.0, 0.05, -0.05, 0.02, 0.02, 0.35, 0.3, 0.3),
+}
+
+
+def _figure(image: Image, camera: Camera, player: Player) -> None:
+    """A player as a flat figure, 1.8 m tall, that faces sideways."""
+    scale, origin = camera.scale(player.at), camera.project([player.at])[0]
+    back, thigh, other_thigh, knee, other_knee, arm, other_arm, elbow = np.array(POSES[player.pose]) + player.jitter
+    shirt, second, shorts, socks = player.kit
+    bulk, skin = player.bulk, player.skin
+
+    def step(start: np.ndarray, angle: float, length: float) -> np.ndarray:
+        return start + length * np.array([player.facing * np.sin(angle), -np.cos(angle)])
+
+    def on_screen(point: np.ndarray) -> np.ndarray:
+        return origin + scale * np.array([point[0], -point[1]])
+
+    def limb(points: Sequence[np.ndarray], colours: Sequence[Colour], widths: Sequence[float]) -> None:
+        for start, end, colour, width in zip(points, points[1:], colours, widths, strict=False):
+            _stroke(image, [on_screen(start), on_screen(end)], width * bulk * scale, colour)
+
+    legs = []
+    for upper, bend in ((other_thigh, other_knee), (thigh, knee)):
+        joint = step(np.zeros(2), upper, 0.46)
+        legs.append((np.zeros(2), joint, step(joint, upper - abs(bend), 0.44)))
+    hip = np.array([0.0, 0.06 - min(leg[2][1] for leg in legs)])
+    if player.pose == "dive":
+        hip[1] += 0.35
+    neck = step(hip, np.pi - back, 0.56)
+    shoulder = step(hip, np.pi - back, 0.5)
+    arms = []
+    for upper in (other_arm, arm):
+        joint = step(shoulder, upper, 0.3)
+        arms.append((shoulder, joint, step(joint, upper + elbow, 0.27)))
+    sleeve = second if player.pattern == "plain" else shirt
+
+    for near, (leg, hand) in enumerate(zip(legs, arms, strict=True)):
+        dim = 0.75 + 0.25 * near
+        if near:
+            _torso(image, on_screen(hip), on_screen(neck), bulk * scale, player)
+        hips, joint, foot = (hip + point for point in leg)
+        middle = hips + 0.75 * (joint - hips)
+        sock = joint + 0.35 * (foot - joint)
+        colours = [_shade(colour, dim) for colour in (shorts, skin, skin, socks)]
+        limb((hips, middle, joint, sock, foot), colours, (0.2, 0.15, 0.12, 0.11))
+        toe = foot + np.array([0.16 * player.facing, -0.02])
+        limb((foot, toe), [_shade((40, 36, 40), dim)], [0.08])
+        middle = hand[0] + 0.6 * (hand[1] - hand[0])
+        limb((hand[0], middle, hand[1], hand[2]), [_shade(c, dim) for c in (sleeve, skin, skin)], (0.13, 0.1, 0.085))
+    head = on_screen(step(neck, np.pi - back * 0.7, 0.15))
+    limb((neck, step(neck, np.pi - back, 0.08)), [_shade(skin, 0.85)], [0.11])
+    _disc(image, head, 0.13 * scale, player.hair)
+    _disc(image, head + scale * np.array([0.025 * player.facing, 0.03]), 0.105 * scale, skin)
+
+
+def _torso(image: Image, hip: np.ndarray, neck: np.ndarray, size: float, player: Player) -> None:
+    """From `hip` to `neck` (pixels), in the pattern of the shirt."""
+    spine = neck - hip
+    across = np.array([-spine[1], spine[0]]) / max(float(np.hypot(*spine)), 1e-6) * size
+
+    def patch(low: float, high: float, left: float, right: float, colour: Colour) -> None:
+        corners = [(low, left), (low, right), (high, right), (high, left)]
+        _polygon(image, np.array([hip + t * spine + s * (0.15 + 0.06 * t) * across for t, s in corners]), colour)
+
+    shirt, second, shorts, _ = player.kit
+    _disc(image, hip, 0.14 * size, shorts)
+    patch(0, 1, -1, 1, shirt)
+    match player.pattern:
+        case "hoops":
+            for low in (0.1, 0.45, 0.8):
+                patch(low, low + 0.17, -1, 1, second)
+        case "stripes":
+            for left in (-0.8, -0.1, 0.6):
+                patch(0, 1, left, left + 0.3, second)
+        case "halves":
+            patch(0, 1, 0, 1, second)
+        case _:
+            patch(0.92, 1, -0.6, 0.6, second)
+
+
+def _goal(image: Image, camera: Camera, goal: Place, kind: str, rng: Rng) -> None:
+    colour = _pick([(245, 245, 242), (245, 245, 242), (240, 215, 70), (225, 225, 230)], rng)
+    pad = _pick(KITS, rng)
+
+    def bar(*points: Point, thick: float = 0.2, paint: Colour = colour) -> None:
+        world = goal.world(points)
+        path = camera.project(world)
+        width = thick * camera.scale(world.mean(axis=0))
+        _stroke(image, path, width, paint)
+        if width > 3:
+            _stroke(image, path + np.array((width * 0.3, width * 0.1)), width * 0.25, _shade(paint, 0.75))
+
+    def post(u: float, tall: float, padded: float, thick: float = 0.2) -> None:
+        bar((u, 0, 0), (u, tall, 0), thick=thick)
+        bar((u, 0, 0), (u, padded, 0), thick=2.5 * thick, paint=pad)
+
+    match kind:
+        case "uprights":
+            tall = rng.uniform(7, 12)
+            for u in (-2.8, 2.8):
+                post(u, tall, 2.1)
+            bar((-2.8, 3, 0), (2.8, 3, 0))
+        case "net":
+            _net(image, camera, goal, rng)
+            for u in (-3.66, 3.66):
+                bar((u, 2.44, 0), (u, 2.3, -1), thick=0.06)
+            bar((-3.66, 0, 0), (-3.66, 2.44, 0), (3.66, 2.44, 0), (3.66, 0, 0))
+        case "ring":
+            post(0, 4, 1.9)
+            bar(*((u, y, 0) for u, y in _arc(0, 5.4, 1.4)))
+        case _:
+            for u, tall in ((-6, 5), (-2.2, 8), (2.2, 8), (6, 5)):
+                post(u, tall, 1.5, 0.17)
+
+
+def _net(image: Image, camera: Camera, goal: Place, rng: Rng) -> None:
+    veil = image.copy()
+    mesh = rng.uniform(0.26, 0.4)
+    back = [((u, 0.0, -2.0), (u, 2.3, -1.0)) for u in np.arange(-3.66, 3.7, mesh)]
+    back += [((-3.66, 2.3 * t, t - 2), (3.66, 2.3 * t, t - 2)) for t in np.arange(0, 1.01, mesh / 2.4)]
+    roof = [((u, 2.3, -1.0), (u, 2.44, 0.0)) for u in np.arange(-3.66, 3.7, mesh)]
+    sides = [((u, y, 0.0), (u, y, y / 2.3 - 2)) for u in (-3.66, 3.66) for y in np.arange(0, 2.4, mesh)]
+    threads = camera.project(goal.world(np.reshape(back + roof + sides, (-1, 3))))
+    for thread in threads.reshape(-1, 2, 2):
+        _stroke(veil, thread, 1, (240, 240, 240))
+    cv2.addWeighted(veil, 0.75, image, 0.25, 0, dst=image)
+
+
+def _ball(image: Image, camera: Camera, at: Point, kind: str, rng: Rng) -> None:
+    """A ball as a shaded solid: each pixel's normal on the unit sphere, turned at random, picks its colour."""
+    centre = camera.project([at])[0]
+    radius = max(2.5, 0.15 * camera.scale(at))
+    stretch = rng.uniform(1.3, 1.55) if kind == "oval" else 1.0
+    spin = rng.uniform(0, 2 * np.pi)
+    half = int(radius * stretch) + 2
+    left, top = np.maximum(np.round(centre).astype(int) - half, 0)
+    right, bottom = np.maximum(np.round(centre).astype(int) + half + 1, 0)
+    region = image[top:bottom, left:right]
+    if region.size == 0:
+        return
+    rows, columns = np.mgrid[top : top + region.shape[0], left : left + region.shape[1]].astype(np.float32)
+    dx, dy = (columns - centre[0]) / radius, (rows - centre[1]) / radius
+    along = (dx * np.cos(spin) + dy * np.sin(spin)) / stretch
+    across = -dx * np.sin(spin) + dy * np.cos(spin)
+    distance = np.hypot(along, across)
+    normal = np.stack([along, across, np.sqrt(np.clip(1 - distance**2, 0, 1))], axis=-1)
+
+    base = np.float32(_pick([(245, 245, 240), (245, 245, 240), (240, 225, 190), (250, 220, 70), (240, 150, 60)], rng))
+    patch = np.float32(_pick([(28, 28, 34), (28, 28, 34), (30, 50, 120), (150, 25, 40), (20, 80, 50)], rng))
+    dark = _panels(kind, normal, radius, rng)[..., None]
+    lit = 0.5 + 0.6 * np.clip(normal @ np.float32([0.0, -0.55, 0.8]), 0, 1)
+    cover = _edge((1 - distance) * radius)[..., None]
+    colour = np.clip((base * (1 - dark) + patch * dark) * lit[..., None], 0, 255)
+    region[:] = region * (1 - cover) + colour * cover
+
+
+def _edge(pixels: np.ndarray) -> np.ndarray:
+    """0 to 1 across one pixel where `pixels`, a distance, passes 0: an antialiased border."""
+    return np.clip(pixels + 0.5, 0, 1)
+
+
+def _panels(kind: str, normal: np.ndarray, radius: float, rng: Rng) -> np.ndarray:
+    """How dark each pixel of a ball is, 0 to 1: its panels, and at half strength its seams.
+
+    Args:
+        normal: (height, width, 3) on the unit sphere.
+        radius: of the ball, pixels.
+    """
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    match kind:
+        case "oval":
+            tip = np.abs(normal[..., 0])
+            roll = np.arctan2(normal[..., 1], normal[..., 2]) + rng.uniform(0, np.pi)
+            bands = _edge((tip - rng.uniform(0.5, 0.75)) * radius) * _edge((0.93 - tip) * radius)
+            seams = _edge((0.05 - np.abs(np.sin(2 * roll)) * np.clip(1 - tip, 0.1, 1) / 2) * radius)
+            return np.maximum(bands, 0.55 * seams)
+        case "patched":
+            # Dark round the twelve corners of an icosahedron; a seam where two corners are equally near.
+            phi = (1 + 5**0.5) / 2
+            corners = np.array([p for a in (-1, 1) for b in (-phi, phi) for p in ((0, a, b), (a, b, 0), (b, 0, a))])
+            nearness = np.sort(normal @ (turn @ corners.T / np.hypot(1, phi)).astype(np.float32), axis=-1)
+            patches = _edge((nearness[..., -1] - rng.uniform(0.915, 0.935)) * 2 * radius)
+            seams = _edge((0.02 - (nearness[..., -1] - nearness[..., -2])) * radius)
+            return np.maximum(patches, 0.33 * seams)
+        case "ringed":
+            return _edge((np.sin(7 * (normal @ turn[0])) - 0.2) * radius / 5)
+        case _:
+            return _edge(np.sin(4 * np.arctan2(normal @ turn[0], normal @ turn[1])) * radius / 4)
+
+
+def _shadows(image: Image, camera: Camera, feet: Sequence[Sequence[float]], light: str, rng: Rng) -> None:
+    """Long ones from the sun, small ones round the feet otherwise."""
+    cast = rng.uniform(-1.6, 1.6, 2) if light in ("sun", "dusk") else np.zeros(2)
+    keep = np.full(image.shape[:2], 255, np.uint8)
+    depth = int(rng.uniform(150, 200))
+    turns = np.linspace(0, 2 * np.pi, 12)
+    for x, _, z in feet:
+        ring = np.stack([x + 0.35 * np.cos(turns), 0 * turns, z + 0.35 * np.sin(turns)], axis=1)
+        outline = camera.project(np.r_[ring, ring + np.array([cast[0], 0, cast[1]])])
+        _polygon(keep, cv2.convexHull(np.float32(outline))[:, 0], depth)
+    keep = cv2.GaussianBlur(keep, (0, 0), 1.5)
+    cv2.multiply(image, cv2.merge([keep] * 3), dst=image, scale=1 / 255)
+
+
+def _weather(image: Image, light: str, rng: Rng) -> Image:
+    height, width = image.shape[:2]
+    tint = {
+        "sun": (1.04, 1.02, 0.97),
+        "cloud": (0.94, 0.96, 1.0),
+        "dusk": (0.98, 0.8, 0.7),
+        "night": (0.72, 0.76, 0.88),
+    }
+    what = rng.choice(["clear", "haze", "rain", "glare"], p=[0.7, 0.1, 0.1, 0.1])
+    veil = rng.uniform(0.1, 0.35) if what in ("haze", "rain") else 0.0
+    scene = _grade(image, np.array(tint[light]) * (1 - veil), veil * np.array((190, 196, 202)))
+    match what:
+        case "rain":
+            streaks = np.zeros_like(scene)
+            slant, length = rng.uniform(-0.3, 0.3), rng.uniform(0.03, 0.08) * height
+            for x, y in rng.uniform((0, 0), (width, height), size=(width * height // 800, 2)):
+                _stroke(streaks, [(x, y), (x + slant * length, y + length)], 1, (255, 255, 255))
+            scene = cv2.addWeighted(scene, 1, streaks, rng.uniform(0.1, 0.3), 0)
+        case "glare":
+            rows, columns = np.ogrid[0:1:48j, 0:1:48j]
+            away = np.hypot(rows - rng.uniform(-0.2, 0.2), columns - rng.uniform(0, 1))
+            glow = (np.exp(-((away / 0.35) ** 2))[..., None] * (150, 140, 105)).astype(np.uint8)
+            scene = cv2.add(scene, cv2.resize(glow, (width, height), interpolation=cv2.INTER_CUBIC))
+    return scene
+
+
+def _lens(image: Image, rng: Rng) -> Image:
+    """Blur, exposure, colour cast and noise of the camera."""
+    height, width = image.shape[:2]
+    blur = rng.random()
+    if blur < 0.1:
+        length, angle = int(rng.integers(3, 10)), rng.uniform(0, np.pi)
+        kernel = np.zeros((2 * length + 1, 2 * length + 1), np.float32)
+        reach = length * np.array([np.cos(angle), np.sin(angle)]) / 2
+        _stroke(kernel, [length - reach, length + reach], 1, 1.0)
+        image = cv2.filter2D(image, -1, kernel / kernel.sum())
+    elif blur < 0.3:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.6, 1.6))
+    gain = rng.uniform(0.85, 1.15) * rng.normal(1, 0.04, 3)
+    image = _grade(image, gain, 128 * (1 - gain) + rng.normal(0, 8))
+    noise = rng.standard_normal((height, width), dtype=np.float32) * np.float32(rng.uniform(0, 7))
+    return cv2.add(image, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
