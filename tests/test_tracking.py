@@ -274,6 +274,8 @@ def pulled(tmp_path_factory, run_id, keras_file) -> SimpleNamespace:
     (paths.models / "cnn.json").write_text(json.dumps(record))
     paths.reports.mkdir()
     (paths.reports / "metrics.json").write_text(json.dumps({"models": {"cnn": {"accuracy": 0.875}}}))
+    judged = {"cnn": {"model_sha256": record["model_sha256"], "milliseconds_a_photo": 9.5}}
+    (paths.reports / "evaluation.json").write_text(json.dumps(judged))
     registered = {
         "model": "cnn",
         "model_sha256": record["model_sha256"],

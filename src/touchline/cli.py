@@ -17,6 +17,17 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# The module that does the work of each stage.
+STAGES = {
+    "ingest": "touchline.ingestion",
+    "validate": "touchline.validation",
+    "split": "touchline.splitting",
+    "features": "touchline.features",
+    "train": "touchline.training",
+    "evaluate": "touchline.evaluation",
+    "register": "touchline.registration",
+}
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 registry = typer.Typer(no_args_is_help=True, help="The MLflow registry as a whole.")
 app.add_typer(registry, name="registry")
@@ -36,8 +47,8 @@ def main() -> None:
         sys.exit(130)
 
 
-def _run(module: str, *arguments: str) -> None:
-    """Run a stage: its module's `run`, under the stage's lock."""
+def _run(stage: str, *arguments: str) -> None:
+    """Run a stage, under its lock: `run` of the module that does its work."""
     from importlib import import_module
 
     from touchline import params, running
@@ -45,29 +56,26 @@ def _run(module: str, *arguments: str) -> None:
 
     paths = Paths.here()
     values = params.load(paths.workspace / "params.yaml")
-    name = {"ingestion": "ingest", "splitting": "split", "validation": "validate", "training": "train"}.get(
-        module, module
-    )
-    with running.stage(paths, "@".join([name, *arguments])):
-        import_module(f"touchline.{module}").run(paths, values, *arguments)
+    with running.stage(paths, "@".join([stage, *arguments])):
+        import_module(STAGES[stage]).run(paths, values, *arguments)
 
 
 @app.command()
 def ingest() -> None:
     """Fetch photos from the sources into data/photos."""
-    _run("ingestion")
+    _run("ingest")
 
 
 @app.command()
 def validate() -> None:
     """Check every photo and the set as a whole; write what is accepted and what is rejected."""
-    _run("validation")
+    _run("validate")
 
 
 @app.command()
 def split() -> None:
     """Divide the accepted photos into train, validation and test."""
-    _run("splitting")
+    _run("split")
 
 
 @app.command()
@@ -79,19 +87,19 @@ def features(name: Annotated[str, typer.Argument(help="an entry of `features` in
 @app.command()
 def train(name: Annotated[str, typer.Argument(help="an entry of `models` in params.yaml")]) -> None:
     """Train one model."""
-    _run("training", _known(name, "models"))
+    _run("train", _known(name, "models"))
 
 
 @app.command()
 def evaluate() -> None:
     """Judge every model on the test photos, beside baselines."""
-    _run("evaluation")
+    _run("evaluate")
 
 
 @app.command()
 def register() -> None:
     """Register the better model; make it champion if it has earned it."""
-    _run("registration")
+    _run("register")
 
 
 @app.command()
@@ -144,6 +152,30 @@ def sync() -> None:
         return
     for line in tracking.sync(paths, name):
         print(line)
+
+
+@app.command()
+def mlflow(
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 5000,
+) -> None:
+    """Open the MLflow UI on the project's store, until Ctrl-C."""
+    import socket
+    import subprocess
+
+    from touchline import tracking
+    from touchline.paths import Paths
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise TouchlineError(f"{host}:{port} is not free ({error.strerror}): choose another --port") from None
+    # One worker answers one person, and four would each take 0.3 GB.
+    command = [sys.executable, "-m", "mlflow", "server", *tracking.server_options(Paths.here())]
+    print(f"MLflow UI: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    subprocess.run([*command, "--host", host, "--port", str(port), "--workers", "1"], check=False)
 
 
 @app.command()

@@ -38,11 +38,13 @@ def run(paths: Paths, params: Params) -> None:
 
     probabilities: dict[str, np.ndarray] = {}
     metrics: dict[str, Any] = {"test_photos": len(test), "models": {}}
+    facts: dict[str, Any] = {}
     for name in params.models:
         model = load_model(paths.models / f"{name}.keras")
         probabilities[name], seconds = predict(model, files, name)
-        metrics["models"][name] = {
-            **scores(labels, probabilities[name], params.evaluate.calibration_bins),
+        metrics["models"][name] = scores(labels, probabilities[name], params.evaluate.calibration_bins)
+        facts[name] = {
+            "model_sha256": read_json(paths.models / f"{name}.json")["model_sha256"],
             "milliseconds_a_photo": round(1000 * seconds / len(files), 2),
         }
     metrics["baselines"] = baselines(split, params, paths.workspace)
@@ -51,6 +53,12 @@ def run(paths: Paths, params: Params) -> None:
         for a, b in combinations(params.models, 2)
     ]
     write_json(paths.reports / "metrics.json", metrics)
+    # What differs from run to run though nothing changed is kept out of the metrics.
+    write_json(paths.reports / "evaluation.json", facts)
+    # `dvc metrics show` makes a row of each file: a few columns that a person compares.
+    for name, found in {**metrics["models"], **metrics["baselines"]}.items():
+        shown = ("accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "log_loss", "calibration_error")
+        write_json(paths.reports / "scores" / f"{name}.json", {key: found[key] for key in shown if key in found})
 
     tables = {
         "predictions": _predictions(test, probabilities, params.classes),
@@ -62,7 +70,7 @@ def run(paths: Paths, params: Params) -> None:
     for name, table in tables.items():
         write_table(paths.reports / f"{name}.csv", table)
     figures = plots.draw(paths, params, split, tables)
-    _log(paths, params, metrics, figures)
+    _log(paths, params, metrics, facts, figures)
     for name, found in metrics["models"].items():
         say(
             f"{name}: test accuracy {found['accuracy']:.3f} [{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]"
@@ -334,11 +342,14 @@ def _forget_removed(paths: Paths, params: Params) -> None:
                 say(f"removed {paths.relative(path)}: params.yaml names it no more")
 
 
-def _log(paths: Paths, params: Params, metrics: dict[str, Any], figures: dict[str, Path]) -> None:
+def _log(
+    paths: Paths, params: Params, metrics: dict[str, Any], facts: dict[str, Any], figures: dict[str, Path]
+) -> None:
     from touchline.tracking import open_store
 
     store = open_store(paths, params.register_.name)
     for name in params.models:
         record = read_json(paths.models / f"{name}.json")
         run_id = store.ensure(record, paths.models / f"{name}.keras")
-        store.log_evaluation(run_id, metrics["models"][name], figures)
+        speed = {"milliseconds_a_photo": facts[name]["milliseconds_a_photo"]}
+        store.log_evaluation(run_id, metrics["models"][name] | speed, figures)

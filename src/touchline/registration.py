@@ -45,7 +45,8 @@ def run(paths: Paths, params: Params) -> None:
     """Register the better model, move the aliases, and write `reports/registration.json` and `reports/report.html`."""
     metrics = read_json(paths.reports / "metrics.json")
     records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
-    better, why_better = choose({name: record["metrics"] for name, record in records.items()}, metrics["models"])
+    speeds = read_json(paths.reports / "evaluation.json")
+    better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
     store = open_store(paths, params.register_.name)
     run_ids = {name: store.ensure(record, paths.models / f"{name}.keras") for name, record in records.items()}
     lock = paths.workspace / "dvc.lock"
@@ -77,25 +78,25 @@ def run(paths: Paths, params: Params) -> None:
         outcome["registered"] = _register(
             store, params, records[better], run_ids[better], metrics, why_better, decision
         )
-    report.write(paths, params, metrics, records, outcome)
+    report.write(paths, params, metrics, speeds, records, outcome)
     # Last: what this file says has been done.
     write_json(paths.reports / "registration.json", outcome)
     say(f"better model: {better} ({why_better})")
     say(f"champion: {outcome['reason']}")
 
 
-def choose(validation: Mapping[str, Mapping[str, float]], test: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+def choose(validation: Mapping[str, Mapping[str, float]], speeds: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
     """The model that is better on validation; of equals the faster one.
 
     Args:
         validation: by model, `validation/accuracy`.
-        test: by model, `milliseconds_a_photo`; nothing else of it is looked at.
+        speeds: by model, `milliseconds_a_photo`.
 
     Returns:
         The model's name and why.
     """
     ranked = sorted(
-        validation, key=lambda name: (-validation[name]["validation/accuracy"], test[name]["milliseconds_a_photo"])
+        validation, key=lambda name: (-validation[name]["validation/accuracy"], speeds[name]["milliseconds_a_photo"])
     )
     best = validation[ranked[0]]["validation/accuracy"]
     equals = [name for name in ranked if validation[name]["validation/accuracy"] == best]

@@ -21,12 +21,18 @@ FIGURES = {
 
 
 def write(
-    paths: Paths, params: Params, metrics: Mapping[str, Any], records: Mapping[str, Any], outcome: Mapping[str, Any]
+    paths: Paths,
+    params: Params,
+    metrics: Mapping[str, Any],
+    speeds: Mapping[str, Any],
+    records: Mapping[str, Any],
+    outcome: Mapping[str, Any],
 ) -> None:
     """Write the page from what the stages wrote.
 
     Args:
         metrics: `reports/metrics.json`.
+        speeds: `reports/evaluation.json`.
         records: `models/<name>.json` by name.
         outcome: what `register` decided.
     """
@@ -47,6 +53,7 @@ def write(
         classes=params.classes,
         sources=params.ingest.sources,
         metrics=metrics,
+        speeds=speeds,
         records=records,
         outcome=outcome,
         split=read_json(paths.reports / "split.json"),

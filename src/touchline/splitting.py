@@ -26,6 +26,15 @@ _PAIRS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
+class Move:
+    """A photo that its near-duplicates keep out of the subset it would be in alone."""
+
+    path: str
+    alone: str
+    subset: str
+
+
+@dataclass(frozen=True)
 class Conflict:
     """A photo left out because a near-duplicate of it lies in a subset nearer to training."""
 
@@ -41,9 +50,7 @@ def run(paths: Paths, params: Params) -> None:
     Raises:
         TouchlineError: a class has no photo in a subset, or the options do not fit the groups there are.
     """
-    table = read_table(paths.validated_table, dtype={"group": str, "subset": str, "perceptual_hash": str})
-    split, conflicts = assign(table, params.split)
-    moved = moved_by_merging(split, params.split)
+    split, moves, conflicts = assign(read_table(paths.validated_table, dtype=str), params.split)
     write_table(paths.split_table, split.sort_values(["subset", "class", "path"])[list(COLUMNS)])
     counts = {
         subset: {
@@ -56,7 +63,7 @@ def run(paths: Paths, params: Params) -> None:
         "groups": int(split["group"].nunique()),
         "counts": counts,
         "shares": {subset: round(float((split["subset"] == subset).mean()), 4) for subset in SUBSETS},
-        "moved_by_merging": moved,
+        "moved_by_merging": [vars(move) for move in moves],
         "left_out": [vars(conflict) for conflict in conflicts],
     }
     write_json(paths.reports / "split.json", report)
@@ -64,8 +71,8 @@ def run(paths: Paths, params: Params) -> None:
         by_class = ", ".join(f"{label} {count:,}" for label, count in counts[subset].items())
         say(f"{subset:>10}: {report['shares'][subset]:6.1%} ({by_class})")
     say(f"    groups: {report['groups']:,}")
-    for path in moved:
-        say(f"     moved: {path} out of test, to stay with its near-duplicate")
+    for move in moves:
+        say(f"     moved: {move.path} from {move.alone} to {move.subset}, to stay with its near-duplicate")
     for conflict in conflicts:
         say(f"  left out: {conflict.path} ({conflict.subset}) nearly equals {conflict.other} ({conflict.other_subset})")
     empty = [f"{subset} has no {label}" for subset in SUBSETS for label, count in counts[subset].items() if not count]
@@ -76,7 +83,7 @@ def run(paths: Paths, params: Params) -> None:
         )
 
 
-def assign(photos: "pd.DataFrame", params: SplitParams) -> tuple["pd.DataFrame", list[Conflict]]:
+def assign(photos: "pd.DataFrame", params: SplitParams) -> tuple["pd.DataFrame", list[Move], list[Conflict]]:
     """Give each photo its subset.
 
     Args:
@@ -84,29 +91,36 @@ def assign(photos: "pd.DataFrame", params: SplitParams) -> tuple["pd.DataFrame",
         params: the `split` section.
 
     Returns:
-        The photos with `subset` (one of SUBSETS) and `group` (never empty) filled in, without those left out; and the
-        conflicts that left them out.
+        The photos with `subset` (one of SUBSETS) and `group` (never empty) filled in, without those left out; what
+        near-duplicates moved (with `method: hash` no other photo can be elsewhere than before photos were added); and
+        the conflicts that left photos out.
     """
-    pairs = near_duplicates(photos["perceptual_hash"], params.near_duplicate_bits)
-    photos = photos.assign(group=_groups(photos, pairs, params.by_group), given=photos["subset"])
     unknown = set(params.test_groups) - set(photos["group"])
     if unknown:
         raise TouchlineError(
             f"split.test_groups: no photo is of group {', '.join(sorted(unknown))}: see data/photos.csv"
         )
+    pairs = near_duplicates(photos["perceptual_hash"], params.near_duplicate_bits)
+    split, conflicts = _without_conflicts(_with_subsets(photos, pairs, params), pairs)
+    if params.method != "hash" or params.exact:
+        return split, [], conflicts
+    alone = _with_subsets(photos, [], params)["subset"][split.index]
+    rows = zip(split["path"], alone, split["subset"], strict=True)
+    return split, [Move(path, before, now) for path, before, now in rows if before != now], conflicts
 
-    test = photos["given"].eq("test") | photos["group"].isin(params.test_groups)
+
+def _with_subsets(photos: "pd.DataFrame", pairs: list[tuple[int, int]], params: SplitParams) -> "pd.DataFrame":
+    """The photos with `group` and `subset` filled in."""
+    given = photos["subset"]
+    grouped = _grouped(photos, pairs, params.by_group)
+    test = given.eq("test") | grouped["group"].isin(params.test_groups)
     # Photos that come with a split, or beside named test groups, have their test subset already.
-    if not (photos["given"].ne("").any() or params.test_groups):
-        test = _carve(photos, params.test_share, params, salt="test")
-    rest = photos[~test]
-    if not params.validation_by_group:
-        rest = rest.assign(group=_groups(photos, pairs, by_group=False)[rest.index])
-    validation = _carve(rest, params.validation_share, params, salt="validation").reindex(
-        photos.index, fill_value=False
-    )
-    photos = photos.assign(subset=np.select([test, validation], ["test", "validation"], "train"))
-    return _without_conflicts(photos, pairs)
+    if not (given.ne("").any() or params.test_groups):
+        test = _carve(grouped, params.test_share, params, salt="test")
+    rest = grouped if params.validation_by_group else _grouped(photos, pairs, by_group=False)
+    validation = _carve(rest[~test], params.validation_share, params, salt="validation")
+    validation = validation.reindex(photos.index, fill_value=False)
+    return grouped.assign(subset=np.select([test, validation], ["test", "validation"], "train"))
 
 
 def near_duplicates(hashes: Sequence[str], bits: int) -> list[tuple[int, int]]:
@@ -125,13 +139,12 @@ def near_duplicates(hashes: Sequence[str], bits: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def _groups(photos: "pd.DataFrame", pairs: list[tuple[int, int]], by_group: bool) -> "pd.Series":
-    """Each photo's group: its own where it has one, else its near-duplicates' common one.
+def _grouped(photos: "pd.DataFrame", pairs: list[tuple[int, int]], by_group: bool) -> "pd.DataFrame":
+    """The photos with `group`, their own where they have one, else their near-duplicates' common one, and with `key`.
 
     Two named groups are not joined by a pair of near-duplicates between them: with few large groups all would soon be
     one. `_without_conflicts` looks after such pairs.
     """
-    import pandas as pd
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -140,19 +153,10 @@ def _groups(photos: "pd.DataFrame", pairs: list[tuple[int, int]], by_group: bool
     first, second = np.array(free, dtype=int).reshape(-1, 2).T
     graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(photos), len(photos)))
     _, component = connected_components(graph, directed=False)
-    shas = photos["sha256"].to_numpy()
-    # A cluster is called after its smallest digest; which subset it gets does not depend on that name, see `_position`.
-    names = pd.Series(shas).groupby(component).transform("min").str[:16].to_numpy()
-    return pd.Series(np.where(named, photos["group"], names), index=photos.index)
-
-
-def moved_by_merging(split: "pd.DataFrame", params: SplitParams) -> list[str]:
-    """Paths of photos that alone would be test photos and are not, because a near-duplicate keeps them from it."""
-    if params.method != "hash" or params.exact or params.test_groups or split.get("given", split["group"]).ne("").all():
-        return []
-    alone = _position(split.assign(group=split["sha256"].str[:16]), params, "test") < params.test_share
-    clustered = split["group"].isin(set(split["sha256"].str[:16]))
-    return sorted(split.loc[alone & clustered & split["subset"].ne("test"), "path"])
+    shas = photos["sha256"].str[:16]
+    # A cluster is called after its smallest digest; which subset it gets hangs on its photos' keys, not on that name.
+    names = shas.groupby(component).transform("min")
+    return photos.assign(group=np.where(named, photos["group"], names), key=np.where(named, photos["group"], shas))
 
 
 def _carve(photos: "pd.DataFrame", share: float, params: SplitParams, salt: str) -> "pd.Series":
@@ -178,19 +182,16 @@ def _carve(photos: "pd.DataFrame", share: float, params: SplitParams, salt: str)
 
 
 def _position(photos: "pd.DataFrame", params: SplitParams, salt: str) -> "pd.Series":
-    """A number in [0, 1) for each photo, equal within a group, from its digest or group's name and the seed.
+    """A number in [0, 1) for each photo, equal within a group, from its key and the seed.
 
     Of a cluster of near-duplicates the largest number counts: when a new photo joins an old one, the pair can only move
     away from the low end, which is the test subset's, so nothing a model was trained on ever becomes a test photo.
     """
     import pandas as pd
 
-    shas = photos["sha256"].str[:16]
-    is_cluster = photos["group"].isin(set(shas))
-    keys = np.where(is_cluster, shas, photos["group"])
     numbers = [
         int.from_bytes(hashlib.sha256(f"{params.seed}:{salt}:{key}".encode()).digest()[:8], "big") / 2**64
-        for key in keys
+        for key in photos["key"]
     ]
     return pd.Series(numbers, index=photos.index).groupby(photos["group"]).transform("max")
 
@@ -200,11 +201,11 @@ def _stratified(photos: "pd.DataFrame", share: float, seed: int, salt: str) -> "
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = max(2, round(1 / share))
-    groups = photos["group"].nunique()
-    if groups < folds:
+    groups, most = photos["group"].nunique(), photos["class"].value_counts().max()
+    if min(groups, most) < folds:
         raise TouchlineError(
-            f"split: {groups} groups cannot give a {salt} share of {share}: name split.test_groups, or set "
-            "split.by_group: false"
+            f"split: {groups} groups with at most {most} photos a class cannot give a {salt} share of {share}: "
+            "add photos, name split.test_groups, or set split.by_group: false"
         )
     seed = int.from_bytes(hashlib.sha256(f"{seed}:{salt}".encode()).digest()[:4], "big")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)

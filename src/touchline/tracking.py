@@ -548,11 +548,15 @@ def _holds_version(database: sqlite3.Connection, name: str, sha256: str) -> bool
 
 
 def _expected_runs(paths: Paths) -> list[tuple[dict[str, Any], dict[str, float]]]:
-    """Each model's record with its test metrics, which are empty before `evaluate`."""
-    metrics_file = paths.reports / "metrics.json"
-    metrics = read_json(metrics_file)["models"] if metrics_file.is_file() else {}
-    records = [read_json(path) for path in sorted(paths.models.glob("*.json"))]
-    return [(record, _test_metrics(metrics.get(record["model"], {}))) for record in records]
+    """Each model's record with its test metrics, which are empty where `evaluate` has not seen this very model."""
+    metrics_file, judged_file = paths.reports / "metrics.json", paths.reports / "evaluation.json"
+    there = metrics_file.is_file() and judged_file.is_file()
+    metrics, judged = (read_json(metrics_file)["models"], read_json(judged_file)) if there else ({}, {})
+    expected = []
+    for record in [read_json(path) for path in sorted(paths.models.glob("*.json"))]:
+        same = judged.get(record["model"], {}).get("model_sha256") == record["model_sha256"]
+        expected.append((record, _test_metrics(metrics[record["model"]]) if same else {}))
+    return expected
 
 
 def _expected_version(paths: Paths) -> dict[str, Any] | None:
@@ -644,6 +648,20 @@ def _database(paths: Paths) -> Path:
 
 def _own_uri(paths: Paths) -> str:
     return f"sqlite:///{_database(paths).as_posix()}"
+
+
+def server_options(paths: Paths) -> list[str]:
+    """Options of `mlflow server` that make it show this project's store.
+
+    Raises:
+        TouchlineError: the store is a server already.
+    """
+    uri = _tracking_uri(paths)
+    if uri.startswith("http"):
+        raise TouchlineError(f"the store is a server, {_where(uri)}: open that address, or unset MLFLOW_TRACKING_URI")
+    options = ["--backend-store-uri", uri, "--registry-store-uri", _registry_uri(paths)]
+    artifacts = _artifacts_uri(paths, uri)
+    return [*options, "--default-artifact-root", artifacts] if artifacts else options
 
 
 def _tracking_uri(paths: Paths) -> str:
