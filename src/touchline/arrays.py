@@ -6,7 +6,7 @@ the rows there are, are kept. Pieces are read memory-mapped, so an array may be 
 """
 
 import hashlib
-import shutil
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,12 +38,12 @@ class Arrays:
         return read_json(self.folder / _SETTINGS)
 
     @cached_property
-    def _places(self) -> dict[str, tuple[np.ndarray, int]]:
+    def _places(self) -> dict[str, tuple["_Piece", int]]:
         return {
-            digest: (rows, number)
-            for piece in sorted(self.folder.glob("*.npy"))
-            for rows in [np.load(piece, mmap_mode="r")]
-            for number, digest in enumerate(_digests(piece))
+            digest: (piece, number)
+            for path in sorted(self.folder.glob("*.npy"))
+            for piece in [_Piece.open(path)]
+            for number, digest in enumerate(_digests(path))
         }
 
     def __getitem__(self, digests: Sequence[str]) -> np.ndarray:
@@ -53,11 +53,37 @@ class Arrays:
             TouchlineError: a photo is not in the array.
         """
         try:
-            return np.stack([rows[number] for rows, number in map(self._places.__getitem__, digests)])
+            places = [self._places[digest] for digest in digests]
         except KeyError as error:
             raise TouchlineError(
                 f"{self.folder} has no row for photo {error.args[0][:16]}: run `dvc repro` (it is older than the split)"
             ) from None
+        found = np.stack([piece.rows[number] for piece, number in places])
+        for piece, _ in places:
+            piece.release()
+        return found
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece's rows, mapped: its bytes are read from disk where and when they are looked at."""
+
+    rows: np.ndarray
+    bytes: mmap.mmap
+
+    @classmethod
+    def open(cls, path: Path) -> "_Piece":
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read_header[version](file)
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return cls(np.ndarray(shape, dtype, content, offset=file.tell()), content)
+
+    def release(self) -> None:
+        """Give back the pages read so far: held, they would count as this process's memory, photo by photo."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none, and pages them out by itself
+            self.bytes.madvise(mmap.MADV_DONTNEED)
 
 
 def update(
@@ -78,8 +104,9 @@ def update(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
-    if (folder / _SETTINGS).exists() and read_json(folder / _SETTINGS) != settings:
-        shutil.rmtree(folder)
+    # The settings are written before any row and go last, so rows without them are of nobody knows what.
+    if not (folder / _SETTINGS).exists() or read_json(folder / _SETTINGS) != settings:
+        _clear(folder)
     write_json(folder / _SETTINGS, settings)
 
     kept, loose = _sort_pieces(folder, set(digests))
@@ -113,7 +140,7 @@ def _sort_pieces(folder: Path, wanted: set[str]) -> tuple[list[Path], list[Path]
         try:
             digests = _digests(piece)
             whole = len(np.load(piece, mmap_mode="r")) == len(digests)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             whole = False
         if not whole:
             piece.unlink()  # torn by something other than us, which rename whole files; its rows are computed anew
@@ -123,6 +150,13 @@ def _sort_pieces(folder: Path, wanted: set[str]) -> tuple[list[Path], list[Path]
         else:
             loose.append(piece)
     return kept, loose
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.glob("*"):
+        if path.name != _SETTINGS:
+            path.unlink()
+    (folder / _SETTINGS).unlink(missing_ok=True)
 
 
 def _write_piece(folder: Path, digests: Sequence[str], rows: np.ndarray) -> Path:

@@ -161,7 +161,6 @@ def mlflow(
 ) -> None:
     """Open the MLflow UI on the project's store, until Ctrl-C."""
     import socket
-    import subprocess
 
     from touchline import tracking
     from touchline.paths import Paths
@@ -175,7 +174,8 @@ def mlflow(
     # One worker answers one person, and four would each take 0.3 GB.
     command = [sys.executable, "-m", "mlflow", "server", *tracking.server_options(Paths.here())]
     print(f"MLflow UI: http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    subprocess.run([*command, "--host", host, "--port", str(port), "--workers", "1"], check=False)
+    # In place of this process, so that whoever ends it ends the server.
+    os.execv(command[0], [*command, "--host", host, "--port", str(port), "--workers", "1"])
 
 
 @app.command()
