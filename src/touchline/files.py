@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+# Names are text even where they look like numbers: a class may be called 1, a group 007.
+_TEXT = dict.fromkeys(
+    (
+        "path", "class", "subset", "source", "group", "sha256", "perceptual_hash", "licence", "author", "origin",
+        "model", "predicted", "slice",
+    ),
+    str,
+)  # fmt: skip
+
+
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it over `path`.
@@ -67,7 +77,7 @@ def write_table(path: Path, table: "pd.DataFrame") -> None:
 
 
 def read_table(path: Path, **options: Any) -> "pd.DataFrame":
-    """A CSV as a frame; empty cells of text columns stay empty strings.
+    """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings.
 
     Raises:
         TouchlineError: the file is missing, empty or not a table.
@@ -75,11 +85,12 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        return pd.read_csv(path, keep_default_na=False, na_values={}, **options)
+        return pd.read_csv(path, keep_default_na=False, na_values={}, **{"dtype": _TEXT, **options})
     except FileNotFoundError:
         raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise TouchlineError(f"{path} is not a readable table ({error}): delete it and run `dvc repro`") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise TouchlineError(f"{path} is not a readable table ({reason}): delete it and run `dvc repro`") from None
 
 
 def remove_partials(folder: Path) -> None:

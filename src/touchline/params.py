@@ -183,7 +183,8 @@ class RegisterParams(_Section):
 
 
 def _kind_of_features(value: object) -> str:
-    return "backbone" if isinstance(value, BackboneFeatures) or "backbone" in (value or ()) else "pixels"
+    names_one = isinstance(value, dict) and "backbone" in value
+    return "backbone" if isinstance(value, BackboneFeatures) or names_one else "pixels"
 
 
 FeaturesParams = Annotated[

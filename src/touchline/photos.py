@@ -173,8 +173,11 @@ def _open(content: bytes) -> "Image":
 
 def _oriented_size(image: "Image") -> tuple[int, int]:
     width, height = image.size
+    # Asked for without need, Pillow decodes a whole PNG to look for EXIF behind its pixels, and a bomb would go off
+    # there; and a TIFF, whose size Pillow has turned already, would be turned twice.
+    exif = image.getexif() if "exif" in image.info else {}
     # EXIF orientations 5 to 8 lie on their side.
-    return (height, width) if image.getexif().get(0x0112, 1) in {5, 6, 7, 8} else (width, height)
+    return (height, width) if exif.get(0x0112, 1) in {5, 6, 7, 8} else (width, height)
 
 
 def _scaled_decoding(content: bytes, size: int) -> int:

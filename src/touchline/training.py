@@ -10,6 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OnEpoch = Callable[[dict[str, float]], None]
+# The rows of chosen photos, given their positions; what is random in them comes from the generator.
+MakeRows = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 METRICS = {
     "loss": "train/loss",
     "accuracy": "train/accuracy",
@@ -211,7 +214,7 @@ def fit(
 class Rows:
     """How the rows of chosen photos are made: at random for training, always the same for validation."""
 
-    train: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    train: MakeRows
     validation: Callable[[np.ndarray], np.ndarray]
 
 
@@ -241,17 +244,18 @@ def _fit(
         remember(row)
 
     size = params.batch_size
-    model.fit(
-        _dataset(rows.train, train.labels, size, params.seed),
-        epochs=(fine_tune or params).epochs,
-        validation_data=_dataset(lambda chosen, _: rows.validation(chosen), validation.labels, size),
-        verbose=0,
-        shuffle=False,  # `_dataset` does it
-        callbacks=[
-            keras.callbacks.LambdaCallback(on_epoch_end=at_epoch_end),
-            keras.callbacks.EarlyStopping("val_loss", patience=params.patience, restore_best_weights=True),
-        ],
-    )
+    with _errors_of_rows() as telling:
+        model.fit(
+            _dataset(telling(rows.train), train.labels, size, params.seed),
+            epochs=(fine_tune or params).epochs,
+            validation_data=_dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size),
+            verbose=0,
+            shuffle=False,  # `_dataset` does it
+            callbacks=[
+                keras.callbacks.LambdaCallback(on_epoch_end=at_epoch_end),
+                keras.callbacks.EarlyStopping("val_loss", patience=params.patience, restore_best_weights=True),
+            ],
+        )
 
 
 def _fine_tune(
@@ -280,17 +284,43 @@ def _fine_tune(
         mirrored, lambda chosen: np.stack([photos.read(path, image_size) for path in _pick(validation.files, chosen)])
     )
     model.compile(loss="sparse_categorical_crossentropy")
-    before = model.evaluate(
-        _dataset(lambda chosen, _: rows.validation(chosen), validation.labels, params.batch_size), verbose=0
-    )
+    with _errors_of_rows() as telling:
+        judged = _dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, params.batch_size)
+        before = model.evaluate(judged, verbose=0)
     _fit(model, rows, train, validation, params, watched, params.fine_tune)
     if min(losses) >= before:
         model.set_weights(frozen)
         say(f"fine-tuning did not help: validation loss {min(losses):.4f}, frozen {before:.4f}; undone")
 
 
+@contextmanager
+def _errors_of_rows() -> Iterator[Callable[[MakeRows], MakeRows]]:
+    """Yield what to wrap a maker of rows in, so that its TouchlineError comes out of the block as it is.
+
+    TensorFlow would give what a dataset raises as the text of an error of its own.
+    """
+    errors: list[TouchlineError] = []
+
+    def telling(make: MakeRows) -> MakeRows:
+        def rows(chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
+            try:
+                return make(chosen, random)
+            except TouchlineError as error:
+                errors.append(error)
+                raise
+
+        return rows
+
+    try:
+        yield telling
+    except Exception:
+        if errors:
+            raise errors[0] from None
+        raise
+
+
 def _dataset(
-    rows: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    rows: MakeRows,
     labels: np.ndarray,
     batch_size: int,
     shuffle_seed: int | None = None,

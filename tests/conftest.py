@@ -1,0 +1,60 @@
+"""What the tests share: the shipped params, changed where a test wants it, and an empty project to work in."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from touchline.params import Params, check, load
+from touchline.paths import Paths
+
+# As the command line and the Makefile set it: nothing calls home, and TensorFlow's start-up notes are no news.
+os.environ |= {
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+# The tests may themselves run inside a DVC stage or beside a tracking server; their projects are their own.
+for variable in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+    os.environ.pop(variable, None)
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+
+
+def shipped_values() -> dict[str, Any]:
+    return load(SHIPPED).model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+@pytest.fixture
+def shipped() -> dict[str, Any]:
+    """The shipped params.yaml as plain values, a test's own to change."""
+    return shipped_values()
+
+
+@pytest.fixture(scope="session")
+def params_with() -> Callable[..., Params]:
+    """The shipped params with some values changed: `params_with(split={"seed": 7})`.
+
+    Of `features` and `models` the entries given are the only ones; of any other section the rest stays as shipped.
+    """
+
+    def changed(**sections: Any) -> Params:
+        values = shipped_values()
+        for name, value in sections.items():
+            whole = name in {"classes", "features", "models"}
+            values[name] = value if whole else {**values[name], **value}
+        return check(values)
+
+    return changed
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    """An empty project, in a folder whose name a shell would tear apart."""
+    root = tmp_path / "a project; $(id)"
+    root.mkdir()
+    return Paths(root, root)

@@ -1,0 +1,186 @@
+"""params.yaml: what is shipped loads; what is not allowed is one line with the key, the value and the rule."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHIPPED
+
+from touchline import params
+from touchline.errors import ParamsError
+from touchline.params import BackboneFeatures, CnnParams, HeadParams, PixelFeatures
+
+GONE = object()
+
+
+def changed(content: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    """`content` with the value at a dotted key replaced, added or, if GONE, taken away."""
+    *sections, last = key.split(".")
+    place = content
+    for section in sections:
+        place = place[section]
+    if value is GONE:
+        del place[last]
+    else:
+        place[last] = value
+    return content
+
+
+def message_of(content: object) -> str:
+    with pytest.raises(ParamsError) as error:
+        params.check(content)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+def test_the_shipped_file_loads_into_typed_values() -> None:
+    shipped = params.load(SHIPPED)
+    assert shipped.classes == ["rugby", "soccer"]
+    assert {name: type(entry) for name, entry in shipped.features.items()} == {
+        "pixels": PixelFeatures,
+        "lite0": BackboneFeatures,
+    }
+    assert {name: type(entry) for name, entry in shipped.models.items()} == {"cnn": CnnParams, "transfer": HeadParams}
+
+
+def test_a_whole_number_is_good_where_a_fraction_is_meant(shipped: dict[str, Any]) -> None:
+    found = params.check(changed(shipped, "validate.max_aspect", 4)).validate_.max_aspect
+    assert (found, type(found)) == (4.0, float)
+
+
+def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
+    names = ["; rm -rf x", "Étoile", "soccer (women)", "3"]
+    assert params.check(changed(shipped, "classes", names)).classes == names
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("split.test_share", 1.2, "split.test_share is 1.2; allowed: a number greater than 0 and less than 1"),
+        ("split.test_share", 0, "split.test_share is 0; allowed: a number greater than 0 and less than 1"),
+        ("split.test_share", float("nan"), "split.test_share is nan; allowed: a number greater than 0 and less than 1"),
+        ("split.test_share", True, "split.test_share is True; allowed: a valid number"),
+        ("split.test_share", "0.2", "split.test_share is '0.2'; allowed: a valid number"),
+        ("split.seed", True, "split.seed is True; allowed: a valid integer"),
+        ("split.seed", 42.0, "split.seed is 42.0; allowed: a valid integer"),
+        ("split.seed", "42", "split.seed is '42'; allowed: a valid integer"),
+        ("split.by_group", "yes", "split.by_group is 'yes'; allowed: a valid boolean"),
+        ("split.method", "random", "split.method is 'random'; allowed: 'hash' or 'stratified'"),
+        ("split.seed", GONE, "split.seed is missing"),
+        ("evaluate", GONE, "evaluate is missing"),
+        ("split.sed", 42, "split.sed is not a known key"),
+        ("colours", 3, "colours is not a known key"),
+        ("models.cnn.augmentation.shear", 5, "models.cnn.augmentation.shear is not a known key"),
+        ("classes", ["rugby"], "classes is ['rugby']; allowed: at least 2 of them"),
+        (
+            "classes",
+            ["rugby", "Rugby"],  # one folder where capitals do not count
+            "classes is ['rugby', 'Rugby']; allowed: each name once ('rugby' stands twice)",
+        ),
+        (
+            "classes",
+            ["rugby", "field/hockey"],
+            "classes.1 is 'field/hockey'; allowed: a name without slashes, line breaks, a leading dot or outer spaces",
+        ),
+        ("classes", ["rugby", 7], "classes.1 is 7; allowed: a valid string"),
+        ("models.cnn.architecture", "rnn", "models.cnn.architecture is 'rnn'; allowed: 'cnn', 'head'"),
+        ("models.cnn.architecture", GONE, "models.cnn.architecture is missing"),
+        (
+            "models.cnn.input",
+            "pixel",
+            "models.cnn.input is 'pixel'; allowed for a cnn: one of `features` (pixels)",
+        ),
+        (
+            "models.cnn.input",
+            "lite0",
+            "models.cnn.input is 'lite0'; allowed for a cnn: one of `features` (pixels)",
+        ),
+        (
+            "models.transfer.input",
+            "pixels",
+            "models.transfer.input is 'pixels'; allowed for a head: one of `features` (lite0)",
+        ),
+        ("models.cnn.dropout", 1.0, "models.cnn.dropout is 1.0; allowed: a number at least 0 and less than 1"),
+        ("features.lite0.views", 3, "features.lite0.views is 3; allowed: 1 or 2"),
+        ("features.pixels.image_size", 16, "features.pixels.image_size is 16; allowed: greater than or equal to 32"),
+        ("features.pixels", 64, "features.pixels is 64; allowed: keys with their values"),
+        ("models.cnn", None, "models.cnn is None; allowed: keys with their values"),
+        ("ingest.sources", ["web"], "ingest.sources.0 is 'web'; allowed: 'sample' or 'folder'"),
+        ("split.exact", "maybe" * 30, "split.exact is 'maybemaybe"),
+    ],
+)
+def test_what_is_not_allowed_is_one_line(shipped: dict[str, Any], key: str, value: object, says: str) -> None:
+    message = message_of(changed(shipped, key, value))
+    assert message.startswith(f"params.yaml: {says}")
+    assert "\n" not in message and len(message) < 200
+    assert "more)" not in message
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"exact": True, "method": "stratified"}, "split allows `exact: true` only with `method: hash`"),
+        ({"test_groups": ["2019"], "by_group": False}, "split allows `test_groups` only with `by_group: true`"),
+    ],
+)
+def test_options_that_contradict_each_other(shipped: dict[str, Any], options: dict[str, Any], says: str) -> None:
+    shipped["split"] |= options
+    assert message_of(shipped) == f"params.yaml: {says}"
+
+
+def test_the_first_fault_is_told_and_the_others_are_counted(shipped: dict[str, Any]) -> None:
+    changed(changed(shipped, "split.seed", -1), "split.colour", "red")
+    assert message_of(shipped) == "params.yaml: split.seed is -1; allowed: greater than or equal to 0 (and 1 more)"
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"classes: [a, b\nsplit: {seed: 1}\n", "is not readable YAML"),
+        (b"classes: [a, b]\nclasses: [c, d]\n", 'found duplicate key "classes"'),
+        (b"classes: !!python/object/apply:os.system [exit]\n", "is not readable YAML"),
+        (b"classes: [a, \xff]\n", "is not readable YAML"),
+        (b"", "the file is None; allowed: keys with their values"),
+        (b"- rugby\n- soccer\n", "the file is ['rugby', 'soccer']; allowed: keys with their values"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(ParamsError) as error:
+        params.load(tmp_path / "params.yaml")
+    assert str(error.value).startswith("params.yaml") and says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"params\.yaml is missing: restore it"):
+        params.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    "line, instead, arguments, says",
+    [
+        ("test_share: 0.2", "test_share: 1.2", ["split"], "params.yaml: split.test_share is 1.2; allowed: "),
+        ("", "", ["train", "resnet"], "params.yaml: models has no entry 'resnet'; allowed: cnn, transfer"),
+    ],
+)
+def test_the_command_line_says_it_on_stderr_and_exits_2(
+    tmp_path: Path, line: str, instead: str, arguments: list[str], says: str
+) -> None:
+    assert line in SHIPPED.read_text()
+    (tmp_path / "params.yaml").write_text(SHIPPED.read_text().replace(line, instead))
+    done = touchline(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"touchline: {says}") and done.stderr.count("\n") == 1
+
+
+def test_outside_a_project_the_command_line_says_where_to_run_it(tmp_path: Path) -> None:
+    done = touchline(tmp_path, "split")
+    assert done.returncode == 2
+    assert done.stderr == f"touchline: no params.yaml in {tmp_path} or above it: run this inside a Touchline project\n"
+
+
+def touchline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "touchline.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)

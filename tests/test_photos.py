@@ -1,0 +1,297 @@
+"""Photos of every kind that people have come out upright, in RGB, and square; what is no photo is said to be none."""
+
+import io
+import itertools
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from touchline import photos
+from touchline.errors import TouchlineError
+
+ORIENTATION = 0x0112
+RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 160, 30), (30, 30, 200), (120, 120, 120)
+
+
+def encoded(image: Image.Image, file_format: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def four_corners(width: int = 240, height: int = 120, mode: str = "RGB") -> Image.Image:
+    """Red and green above, blue and grey below."""
+    image = Image.new("RGB", (width, height), GREY)
+    for colour, corner in ((RED, (0, 0)), (GREEN, (width // 2, 0)), (BLUE, (0, height // 2))):
+        image.paste(colour, (*corner, corner[0] + width // 2, corner[1] + height // 2))
+    return image.convert(mode)
+
+
+def scene(seed: int, width: int = 400, height: int = 300) -> Image.Image:
+    """A made-up photo: large soft shapes, small ones upon them, a little noise."""
+    random = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3), np.float32)
+    for cells, strength in ((4, 120), (12, 60), (60, 15)):
+        coarse = random.uniform(0, strength, (cells, cells, 3)).astype(np.float32)
+        pixels += cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return Image.fromarray((pixels + random.normal(0, 3, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def corners_of(pixels: np.ndarray) -> list[tuple[int, ...]]:
+    """Mean colours at the middle of the four quarters: above left, above right, below left, below right."""
+    side = len(pixels) // 4
+    places = itertools.product((side, 3 * side), repeat=2)
+    return [tuple(pixels[y - 4 : y + 4, x - 4 : x + 4].mean(axis=(0, 1)).round().astype(int)) for y, x in places]
+
+
+def assert_colours(found: list[tuple[int, ...]], expected: list[tuple[int, int, int]], tolerance: float = 12) -> None:
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+def measured(tmp_path: Path, content: bytes, max_megapixels: float = 60, name: str = "photo") -> photos.Measurement:
+    (tmp_path / name).write_bytes(content)
+    return photos.measure(tmp_path / name, max_megapixels)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header promises 30,000 x 30,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "file_format, mode, options, extension",
+    [
+        ("JPEG", "RGB", {"quality": 90}, "jpg"),
+        ("JPEG", "RGB", {"quality": 90, "progressive": True}, "jpg"),
+        ("JPEG", "CMYK", {"quality": 95}, "jpg"),
+        ("PNG", "RGB", {}, "png"),
+        ("PNG", "RGBA", {}, "png"),
+        ("PNG", "P", {}, "png"),
+        ("WEBP", "RGB", {"quality": 90}, "webp"),
+        ("GIF", "RGB", {}, "gif"),
+        ("BMP", "RGB", {}, "bmp"),
+        ("TIFF", "RGB", {}, "tif"),
+    ],
+)
+def test_every_format_keeps_its_colours(
+    tmp_path: Path, file_format: str, mode: str, options: dict, extension: str
+) -> None:
+    content = encoded(four_corners(mode=mode), file_format, **options)
+    assert photos.header(content) == photos.Header(extension, 240, 120)
+    # Red is red: the article mixed up the order of colours in which OpenCV reads.
+    assert_colours(corners_of(photos.decode(content, 64)), [RED, GREEN, BLUE, GREY], 30 if mode == "P" else 15)
+    found = measured(tmp_path, content)
+    assert (found.error, found.width, found.height, found.bomb) == ("", 240, 120, False)
+
+
+def test_a_grey_photo_has_three_equal_channels() -> None:
+    pixels = photos.decode(encoded(four_corners(mode="L")), 64)
+    assert pixels.shape == (64, 64, 3)
+    np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+
+
+def test_sixteen_bits_a_channel_become_eight(tmp_path: Path) -> None:
+    levels = np.array([[0, 20_000], [40_000, 65_535]], np.uint16).repeat(60, 0).repeat(60, 1)
+    grey = encoded(Image.fromarray(levels), "PNG")
+    assert [colour[0] for colour in corners_of(photos.decode(grey, 64))] == pytest.approx([0, 78, 156, 255], abs=2)
+    assert measured(tmp_path, grey).error == ""
+
+    colour = cv2.imencode(".png", np.full((60, 60, 3), (257 * 30, 257 * 30, 257 * 200), np.uint16))[1].tobytes()
+    assert_colours(corners_of(photos.decode(colour, 64)), [RED] * 4, 2)
+
+
+def test_an_mpo_is_its_first_photo(tmp_path: Path) -> None:
+    second = Image.new("RGB", (240, 120), BLUE)
+    content = encoded(four_corners(), "MPO", save_all=True, append_images=[second], quality=90)
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    assert photos.header(content).extension == "jpg"
+    assert_colours(corners_of(photos.decode(content, 64)), [RED, GREEN, BLUE, GREY])
+    assert measured(tmp_path, content).error == ""
+
+
+@pytest.mark.parametrize("width", [240, 2400])  # the larger one is decoded at a fraction of its size
+@pytest.mark.parametrize("orientation, turn", [(6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270)])
+def test_a_photo_of_a_camera_held_upright_is_turned_upright(
+    tmp_path: Path, orientation: int, turn: Image.Transpose, width: int
+) -> None:
+    upright = four_corners(width // 2, width)
+    # The sensor lies on its side; EXIF says by how much.
+    stored, exif = upright.transpose(turn), Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = encoded(stored, exif=exif, quality=90)
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(content))).size == upright.size != stored.size
+
+    assert photos.header(content) == photos.Header("jpg", width // 2, width)
+    assert_colours(corners_of(photos.decode(content, 64)), [RED, GREEN, BLUE, GREY])
+    assert (found := measured(tmp_path, content)).error == "" and (found.width, found.height) == (width // 2, width)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+def test_other_formats_are_turned_upright_too(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = encoded(four_corners(120, 240).transpose(Image.Transpose.ROTATE_90), file_format, exif=exif)
+    found = photos.header(content)
+    assert (found.width, found.height) == (120, 240)
+    assert_colours(corners_of(photos.decode(content, 64)), [RED, GREEN, BLUE, GREY], 25)
+
+
+def test_a_name_does_not_decide_what_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(encoded(four_corners(), "JPEG"))
+    assert photos.header((tmp_path / "photo.png").read_bytes()).extension == "jpg"
+    assert photos.read(tmp_path / "photo.png", 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "empty file"),
+        (b"<!DOCTYPE html><title>404</title>", "does not decode: cannot identify image file"),
+        (bytes(range(256)) * 8, "does not decode: cannot identify image file"),
+        (encoded(Image.new("RGB", (40, 40)), "PPM"), "format PPM is not supported"),
+    ],
+)
+def test_what_is_no_photo_is_said_to_be_none(tmp_path: Path, content: bytes, says: str) -> None:
+    found = measured(tmp_path, content)
+    assert found.error.startswith(says) and "\n" not in found.error
+    assert (found.contrast, found.perceptual_hash) == (0.0, "")
+    assert photos.header(content).extension == ""
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_truncated_photo_does_not_decode(tmp_path: Path, file_format: str) -> None:
+    whole = encoded(scene(1), file_format)
+    assert measured(tmp_path, whole).error == ""
+    # OpenCV alone would fill what is missing with grey.
+    assert measured(tmp_path, whole[: len(whole) // 2]).error.startswith("does not decode: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\xff\xd8\xff\xe0 a JPEG that ends here"])
+def test_decoding_what_is_no_photo_raises_with_its_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cat.jpg").write_bytes(content)
+    with pytest.raises(TouchlineError, match=r"cat\.jpg does not decode"):
+        photos.read(tmp_path / "cat.jpg", 32)
+
+
+def test_a_photo_that_is_gone_says_how_to_get_it_back(tmp_path: Path) -> None:
+    with pytest.raises(TouchlineError, match=r"gone\.jpg cannot be read .*: run `dvc checkout`"):
+        photos.read(tmp_path / "gone.jpg", 32)
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path: Path) -> None:
+    found = measured(tmp_path, bomb(), max_megapixels=60)
+    assert found == photos.Measurement("", 30_000, 30_000, 900.0, bomb=True)
+    assert photos.header(bomb()) == photos.Header("png", 30_000, 30_000)
+
+
+def test_the_limit_of_a_bomb_is_the_one_given(tmp_path: Path) -> None:
+    content = encoded(four_corners(240, 120))
+    assert measured(tmp_path, content, 0.0288).bomb is False
+    assert measured(tmp_path, content, 0.0287).bomb is True
+
+
+def test_contrast_tells_a_flat_colour_from_a_photo(tmp_path: Path) -> None:
+    assert measured(tmp_path, encoded(Image.new("RGB", (90, 90), GREEN))).contrast < 0.5
+    assert measured(tmp_path, encoded(scene(1))).contrast > 15
+
+
+@pytest.mark.parametrize("width, height", [(3000, 2000), (1111, 2777), (640, 480), (150, 300)])
+def test_decoding_at_a_fraction_of_the_size_looks_like_decoding_in_full(width: int, height: int) -> None:
+    content = encoded(scene(5, width, height), quality=90)
+    expected = np.asarray(Image.open(io.BytesIO(content)).resize((128, 128), Image.Resampling.BOX), float)
+    difference = np.abs(photos.decode(content, 128) - expected)
+    assert difference.mean() < 3 and np.percentile(difference, 99) < 12
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_but_never_below_what_is_asked_for() -> None:
+    def flags(width: int, height: int, file_format: str = "JPEG") -> int:
+        return photos._scaled_decoding(encoded(Image.new("RGB", (width, height)), file_format), 128)
+
+    assert flags(255, 400) == cv2.IMREAD_COLOR
+    assert flags(256, 400) == cv2.IMREAD_REDUCED_COLOR_2
+    assert flags(4000, 512) == cv2.IMREAD_REDUCED_COLOR_4
+    assert flags(1024, 1024) == cv2.IMREAD_REDUCED_COLOR_8
+    assert flags(1024, 1024, "PNG") == cv2.IMREAD_COLOR
+
+
+@pytest.mark.parametrize("width, height", [(400, 100), (100, 400), (100, 100), (30, 20), (20, 300), (1, 1)])
+def test_any_aspect_becomes_a_square_with_all_of_the_photo_in_it(width: int, height: int) -> None:
+    pixels = photos.decode(encoded(four_corners(width, height), "PNG"), 64)
+    assert (pixels.shape, pixels.dtype) == ((64, 64, 3), np.uint8)
+    if min(width, height) > 1:
+        assert_colours(corners_of(pixels), [RED, GREEN, BLUE, GREY])
+
+
+def bits_between(first: str, second: str) -> int:
+    return (int(first, 16) ^ int(second, 16)).bit_count()
+
+
+def test_a_perceptual_hash_survives_recompression_and_resizing_and_tells_photos_apart(tmp_path: Path) -> None:
+    originals = [scene(seed) for seed in range(8)]
+    hashes = [measured(tmp_path, encoded(photo, "PNG")).perceptual_hash for photo in originals]
+    assert all(len(each) == 16 for each in hashes)
+    for photo, original in zip(originals, hashes, strict=True):
+        for copy in (
+            encoded(photo, quality=40),
+            encoded(photo.resize((200, 150)), quality=80),
+            encoded(photo.resize((1200, 900)), "WEBP"),
+        ):
+            assert bits_between(measured(tmp_path, copy).perceptual_hash, original) <= 6
+    assert min(bits_between(*pair) for pair in itertools.combinations(hashes, 2)) > 12
+
+
+def test_a_crowd_at_work_answers_in_order() -> None:
+    def work(number: int) -> int:
+        time.sleep(0.01 * (number % 3))
+        return number * number
+
+    assert list(photos.in_order(work, range(20), ahead=4)) == [number * number for number in range(20)]
+
+
+def test_an_error_at_work_comes_out_at_its_place() -> None:
+    def work(number: int) -> int:
+        if number == 3:
+            raise TouchlineError("photo 3 does not decode")
+        return number
+
+    found = []
+    with pytest.raises(TouchlineError, match="photo 3"):
+        found.extend(photos.in_order(work, range(100), ahead=8))
+    results = photos.in_order(work, range(100), ahead=8)
+    assert list(itertools.islice(results, 3)) == [0, 1, 2]
+
+
+def test_no_more_is_read_ahead_than_allowed() -> None:
+    asked: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            asked.append(number)
+            yield number
+
+    results = photos.in_order(lambda number: number, items(), ahead=5)
+    next(results)
+    results.close()
+    assert len(asked) == 5
+
+
+def test_who_stops_early_leaves_no_thread_at_work() -> None:
+    before = threading.active_count()
+    results = photos.in_order(lambda number: number, range(1000), ahead=8)
+    next(results)
+    results.close()
+    assert threading.active_count() == before
