@@ -13,6 +13,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PYTHONUTF8 := 1
 
+# Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test mlflow refresh lint lock clean setup
 .DEFAULT_GOAL := run
 
@@ -23,7 +26,7 @@ run: setup  ## photos to a registered classifier, then a short table
 
 test: setup  ## every test
 	@ruff check . && ruff format --check .
-	@python -m pytest -n 2 --dist loadgroup
+	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 mlflow: setup  ## the MLflow UI on the project's store
 	@touchline registry sync
@@ -53,7 +56,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 # uv is pinned by the same lock; it installs this set in seconds where pip takes minutes.
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
 	@python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
-	@uv pip sync --quiet --require-hashes requirements.lock
+	@uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 	@uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -241,3 +241,13 @@ def test_two_sources_add_up(paths: Paths, params_with: ParamsWith) -> None:
         ("soccer", "folder"): 1,
         ("soccer", "sample"): 4,
     }
+
+
+def test_a_limit_holds_for_each_subset_of_a_folder_that_brings_its_split(paths: Paths, params_with: ParamsWith) -> None:
+    names = [
+        f"{subset}/{label}/{n}.jpg" for subset in ("train", "test") for label in ("rugby", "soccer") for n in range(3)
+    ]
+    offer(paths, {name: photo(number) for number, name in enumerate(names)})
+    params = params_with(ingest={"sources": ["folder"], "folder": "incoming", "per_class": 2})
+    counts = ingested(paths, params).groupby(["subset", "class"]).size()
+    assert counts.to_dict() == {(subset, label): 2 for subset in ("train", "test") for label in ("rugby", "soccer")}

@@ -64,15 +64,19 @@ def _offers(paths: Paths, params: Params) -> Iterator[Candidate]:
 def _limited(
     offers: Iterator[Candidate], per_class: int | None, rejected: set[tuple[str, str, str]]
 ) -> Iterator[Candidate]:
-    """At most `per_class` offers a class; what validation rejected before does not fill a place."""
+    """At most `per_class` offers a class (and subset, where the source brings a split of its own).
+
+    What validation rejected before fills no place.
+    """
     if per_class is None:
         yield from offers
         return
-    taken: Counter[str] = Counter()
+    taken: Counter[tuple[str, str]] = Counter()
     for candidate in offers:
         known_bad = (candidate.label, candidate.source, candidate.origin) in rejected
-        if taken[candidate.label] < per_class and not known_bad:
-            taken[candidate.label] += 1
+        place = (candidate.label, candidate.subset)
+        if taken[place] < per_class and not known_bad:
+            taken[place] += 1
             yield candidate
 
 

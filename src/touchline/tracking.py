@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from touchline.errors import TouchlineError
 from touchline.files import read_json
 from touchline.paths import Paths
+from touchline.quiet import import_tensorflow
 
 if TYPE_CHECKING:
     import keras
@@ -362,6 +363,7 @@ class Store:
     def load(self, name: str, version: int) -> "keras.Model":
         """The Keras model of a version, out of the store."""
         folder = self._download(name, version)
+        import_tensorflow()
         with _one_line_errors(self._where):
             import mlflow.keras
 
@@ -383,6 +385,7 @@ class Store:
     def _log_model(
         self, run_id: str, path: Path, image_size: int, classes: Sequence[str], training_photos: Collection[str]
     ) -> str:
+        import_tensorflow()
         import mlflow.keras
         import numpy as np
         from mlflow.entities import LoggedModelOutput

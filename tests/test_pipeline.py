@@ -1,0 +1,159 @@
+"""The whole path, driven by DVC: photos to a registered champion, and what runs again after which change.
+
+The project is built once for the whole session; each test leaves it as it found it.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from projects import GONE, REGISTERED, STAGES, UP_TO_DATE, Project, aliases, built, ran, runs, versions
+
+from touchline import photos
+
+
+@pytest.fixture
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    project = built(tmp_path_factory).project
+    yield project
+    if project.git("status", "--porcelain"):
+        project.git("checkout", "--quiet", "--", ".")
+        project.dvc("checkout")
+
+
+def test_dvc_repro_takes_photos_to_a_registered_champion(
+    project: Project, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert sorted(ran(built(tmp_path_factory).output)) == sorted(STAGES)
+    assert set(project.json("reports/metrics.json")["models"]) == {"cnn", "transfer"}
+    registration = project.json("reports/registration.json")
+    better = registration["better_model"]
+    assert registration["promoted"] and registration["registered"]["version"] == 1
+    [version] = versions(project)
+    assert version.aliases == ("challenger", "champion")
+    assert version.model_sha256 == project.json(f"models/{better}.json")["model_sha256"]
+    assert version.run_id == registration["run_ids"][better]
+
+
+def test_the_champion_predicts_as_its_file_does_where_touchline_is_not_installed(
+    project: Project, tmp_path: Path
+) -> None:
+    better = project.json("reports/registration.json")["better_model"]
+    predictions = pd.read_csv(project.root / "reports/predictions.csv")
+    rows = predictions[predictions["model"] == better].head(3)
+    size = project.json(f"models/{better}.json")["image_size"]
+    np.save(tmp_path / "photos.npy", np.stack([photos.read(project.root / path, size) for path in rows["path"]]))
+    script = f"""
+import json, sys
+sys.modules["touchline"] = None  # importing it now fails
+import keras, mlflow, numpy
+mlflow.set_tracking_uri({f"sqlite:///{project.root}/mlflow/mlflow.db"!r})
+photos = numpy.load("photos.npy")
+champion = mlflow.pyfunc.load_model("models:/{REGISTERED}@champion").predict(photos)
+file = keras.models.load_model({str(project.root / "models" / f"{better}.keras")!r}).predict(photos, verbose=0)
+json.dump([numpy.asarray(champion).tolist(), file.tolist()], open("found.json", "w"))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=project.environment(), check=True)
+    champion, file = np.array(json.loads((tmp_path / "found.json").read_text()))
+    assert champion.shape == (3, 2)
+    np.testing.assert_allclose(champion, file, atol=1e-5)
+    np.testing.assert_allclose(champion, rows[["probability:rugby", "probability:soccer"]], atol=1e-4)
+
+
+def test_a_second_repro_runs_nothing(project: Project) -> None:
+    output = project.dvc("repro")
+    assert UP_TO_DATE in output
+    assert ran(output) == []
+
+
+def test_a_comment_in_the_plumbing_runs_nothing(project: Project) -> None:
+    for name in ("cli", "params", "tracking", "running"):
+        with (project.root / f"src/touchline/{name}.py").open("a") as file:
+            file.write("# a comment\n")
+    assert UP_TO_DATE in project.dvc("repro")
+
+
+def test_another_seed_of_the_split_computes_no_features(project: Project) -> None:
+    project.change({"split.seed": 43})
+    assert ran(project.dvc("repro", "split", "features@pixels", "features@lite0")) == ["split"]
+
+
+def test_another_dropout_trains_that_model_alone(project: Project) -> None:
+    before = project.json("reports/metrics.json")["models"]
+    project.change({"models.transfer.dropout": 0.5})
+    assert ran(project.dvc("repro")) == ["train@transfer", "evaluate", "register"]
+    after = project.json("reports/metrics.json")["models"]
+    assert after["cnn"] == before["cnn"]
+    assert after["transfer"]["log_loss"] != before["transfer"]["log_loss"]
+
+
+def test_a_third_model_joins_and_leaves_without_training_the_others(project: Project) -> None:
+    entry = {
+        "architecture": "cnn", "input": "pixels", "dropout": 0.1, "dense_units": 4, "learning_rate": 0.001,
+        "augmentation": {"rotation": 0, "zoom": 0.0, "shift": 0.0, "flip": False},
+        "batch_size": 64, "epochs": 1, "patience": 1, "seed": 1,
+    }  # fmt: skip
+
+    def models_known() -> list[set[str]]:
+        metrics, registration = project.json("reports/metrics.json"), project.json("reports/registration.json")
+        return [set(metrics["models"]), set(registration["run_ids"])]
+
+    project.change({"models.small": entry})
+    assert ran(project.dvc("repro")) == ["train@small", "evaluate", "register"]
+    assert models_known() == [{"cnn", "transfer", "small"}] * 2
+    assert "small" in (project.root / "reports/report.html").read_text()
+
+    project.change({"models.small": GONE})
+    output = project.dvc("repro")
+    assert not [stage for stage in ran(output) if stage.startswith("train")]
+    assert models_known() == [{"cnn", "transfer"}] * 2
+    assert not list(project.root.glob("models/small.*")) + list(project.root.glob("reports/*/small.*"))
+    assert "small" not in (project.root / "reports/predictions.csv").read_text()
+    assert UP_TO_DATE in project.dvc("repro")
+
+
+def test_training_again_with_the_same_seed_gives_the_same_metrics(project: Project) -> None:
+    history = project.root / "reports/history/cnn.csv"
+    first, run_id = pd.read_csv(history), project.json("models/cnn.json")["run_id"]
+    assert ran(project.dvc("repro", "--force", "--single-item", "train@cnn")) == ["train@cnn"]
+    assert project.json("models/cnn.json")["run_id"] != run_id
+    pd.testing.assert_frame_equal(pd.read_csv(history), first, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "where"), [(0.3, []), (0.4, ["--temp"])], ids=["in the workspace", "in a copy of it"]
+)
+def test_an_experiment_logs_to_the_projects_store_and_moves_no_alias(
+    project: Project, dropout: float, where: list[str]
+) -> None:
+    before, params = aliases(project), (project.root / "params.yaml").read_text()
+    name = f"dropout-{dropout}".replace(".", "-")
+    output = project.dvc("exp", "run", *where, "--name", name, "--set-param", f"models.transfer.dropout={dropout}")
+    assert ran(output) == ["train@transfer", "evaluate", "register"]
+
+    [run] = runs(project, f"tags.`touchline.dvc_experiment` = '{name}'")
+    assert run.data.params["dropout"] == str(dropout)
+    assert "test/accuracy" in run.data.metrics
+    assert not list((project.root / ".dvc/tmp").rglob("mlflow.db"))
+    assert aliases(project) == before
+    if where:
+        assert (project.root / "params.yaml").read_text() == params
+        assert UP_TO_DATE in project.dvc("status")
+    else:
+        assert "an experiment moves no alias" in project.json("reports/registration.json")["reason"]
+
+
+def test_a_deleted_store_is_put_back_from_the_files(project: Project) -> None:
+    before = aliases(project)
+    (project.root / "mlflow/mlflow.db").unlink()
+    shutil.rmtree(project.root / "mlflow/artifacts")
+    project.touchline("registry", "sync")
+    assert aliases(project) == before
+    assert project.touchline("registry", "sync") == ""
+    assert UP_TO_DATE in project.dvc("repro")
