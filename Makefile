@@ -46,7 +46,7 @@ lock: setup  ## write requirements.lock anew from pyproject.toml
 		--python-version 3.11 pyproject.toml --output-file requirements.lock
 
 setup: $(VENV)/.installed
-	@[ -e .git ] || dvc config --local core.no_scm true
+	@[ -e .git ] || grep -qs no_scm .dvc/config.local || dvc config --local core.no_scm true
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
