@@ -84,16 +84,14 @@ def memory(folder: Path, sizes: Sequence[int]) -> None:
 
 def retrain(folder: Path) -> None:
     """A transfer head trained again after its dropout changed; the features are kept."""
-    # 64 % of the photos train: 2,448 of 3,825.
+    # Near 63 % of the sample's photos come to train.
     root = project(
-        folder / "retrain", {"ingest.sample.per_class": 1913, "models.cnn.epochs": 1, "models.cnn.patience": 1}
+        folder / "retrain", {"ingest.sample.per_class": 1950, "models.cnn.epochs": 1, "models.cnn.patience": 1}
     )
     dvc(root, "repro", "-q", "train@transfer")
     change(root, {"models.transfer.dropout": 0.3})
     seconds = timed([sys.executable, "-m", "dvc", "repro", "train@transfer"], root)
-    train = dvc(root, "metrics", "show") and sum(
-        ",train," in line for line in (root / "data/split.csv").read_text().splitlines()
-    )
+    train = sum(",train," in line for line in (root / "data/split.csv").read_text().splitlines())
     print(f"head trained again at {train:,} training photos: {seconds:.1f} s, start-up included (goal: under 30)")
 
 
