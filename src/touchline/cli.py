@@ -173,7 +173,8 @@ def mlflow(
             raise TouchlineError(f"{host}:{port} is not free ({error.strerror}): choose another --port") from None
     # One worker answers one person, and four would each take 0.3 GB.
     command = [sys.executable, "-m", "mlflow", "server", *tracking.server_options(Paths.here())]
-    print(f"MLflow UI: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    # Asked for nothing else, the UI opens on its pages for language models, where no run is to be seen.
+    print(f"MLflow UI: http://{host}:{port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
     # In place of this process, so that whoever ends it ends the server.
     os.execv(command[0], [*command, "--host", host, "--port", str(port), "--workers", "1"])
 

@@ -631,9 +631,7 @@ def _experiment(client: _Client, name: str, artifacts: str | None, where: str) -
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # Without a kind the UI opens on its pages for language models.
-        tags = {MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE, "mlflow.experimentKind": "custom_model_development"}
-        return client.create_experiment(name, artifacts, tags)
+        return client.create_experiment(name, artifacts, {MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE})
     if experiment.lifecycle_stage != "active":
         raise TouchlineError(
             f"experiment {name} in {where} was deleted: restore it with "
