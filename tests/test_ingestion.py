@@ -251,3 +251,10 @@ def test_a_limit_holds_for_each_subset_of_a_folder_that_brings_its_split(paths: 
     params = params_with(ingest={"sources": ["folder"], "folder": "incoming", "per_class": 2})
     counts = ingested(paths, params).groupby(["subset", "class"]).size()
     assert counts.to_dict() == {(subset, label): 2 for subset in ("train", "test") for label in ("rugby", "soccer")}
+
+
+def test_a_stray_file_among_the_photos_stops_nothing(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/1.jpg": photo(1), "soccer/2.jpg": photo(2)})
+    paths.photos.mkdir(parents=True)
+    (paths.photos / ".DS_Store").write_bytes(b"left by a file manager")
+    assert len(ingested(paths, params)) == 2

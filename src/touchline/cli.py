@@ -42,9 +42,6 @@ def main() -> None:
     except TouchlineError as error:
         print(f"touchline: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("touchline: interrupted; what was done is kept, run it again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 def _run(stage: str, *arguments: str) -> None:

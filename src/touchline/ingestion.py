@@ -45,7 +45,7 @@ def run(paths: Paths, params: Params) -> None:
         if paths.relative(path) not in wanted:
             path.unlink()
     for path in paths.photos.glob("*"):
-        if not any(path.iterdir()):
+        if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
     write_table(paths.photos_table, table)
     counts = Counter(table["class"])

@@ -34,7 +34,9 @@ def show(paths: Paths) -> None:
         table.add_row(label, f"{found['accuracy']:.3f}", interval, f"{found['balanced_accuracy']:.3f}", "", style="dim")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    costs = running.costs(paths)
+    # A model taken out of params.yaml leaves its cost behind.
+    named = {*params.features, *params.models}
+    costs = {name: cost for name, cost in running.costs(paths).items() if name.partition("@")[2] in {"", *named}}
     total = sum(cost["seconds"] for cost in costs.values())
     each = ", ".join(f"{name} {cost['seconds']:.0f}" for name, cost in costs.items())
     console.print(f"seconds     {total:.0f} ({each})")

@@ -366,7 +366,9 @@ def _one_view(rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -> dict[str, Any]:
     """What a person compares between runs: no nested values, no names of files."""
     flat: dict[str, Any] = {}
-    for key, value in (model.model_dump() | {"features": features.model_dump(exclude_none=True)}).items():
+    for key, value in (
+        model.model_dump() | {"features": features.model_dump(exclude_none=True, exclude={"weights"})}
+    ).items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": content for inner, content in value.items()}
         else:
