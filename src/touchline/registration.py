@@ -221,9 +221,10 @@ def _register(
         f"Test accuracy {found['accuracy']:.3f} (95 % interval {found['accuracy_low']:.3f} to "
         f"{found['accuracy_high']:.3f}) on {metrics['test_photos']:,} photos.\n\nChampion: {decision.reason}."
     )
-    same = [version.number for version in store.versions(name) if version.model_sha256 == record["model_sha256"]]
-    version = same[-1] if same else store.register(name, run_id, tags, description)
-    if same:
+    same = [known for known in store.versions(name) if known.model_sha256 == record["model_sha256"]]
+    version = same[-1].number if same else store.register(name, run_id, tags, description)
+    # Why a champion became one is worth more than that it still is.
+    if same and CHAMPION not in same[-1].aliases:
         store.set_version_tags(name, version, tags)
     store.set_alias(name, CHALLENGER, version)
     if decision.promote:
