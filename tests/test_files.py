@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -66,10 +69,36 @@ def test_a_table_comes_back_as_it_was_with_empty_text_empty(tmp_path: Path) -> N
 
 def test_what_a_killed_writer_left_can_be_swept_away(tmp_path: Path) -> None:
     (tmp_path / "rugby").mkdir()
-    for name in ("rugby/.partial-abc", ".partial-def.keras", "rugby/photo.jpg"):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = ("rugby/.partial-abc", f".partial-{ended.pid}-def.keras", f".partial-{os.getpid()}-of-an-earlier-life")
+    # The parent of this process lives.
+    being_written = f".partial-{os.getppid()}-ghi"
+    for name in (*left, being_written, "rugby/photo.jpg"):
         (tmp_path / name).write_text("x")
-    files.remove_partials(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["photo.jpg"]
+    with files.replacing(tmp_path / "ours.json") as temporary:
+        files.remove_partials(tmp_path)
+        assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+            [being_written, temporary.name, "photo.jpg"]
+        )
+
+
+def test_a_process_that_ends_itself_leaves_nothing_half_written_and_begins_nothing_more(tmp_path: Path) -> None:
+    script = """
+import os, sys, threading
+from pathlib import Path
+from touchline import files
+folder = Path(sys.argv[1])
+def write_on():
+    while True:
+        files.write_text(folder / "other.txt", "x")
+threading.Thread(target=write_on, daemon=True).start()
+with files.replacing(folder / "model.keras", ".keras"):
+    files.abandon()
+    os._exit(1)
+"""
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == 1
+    assert set(names_in(tmp_path)) <= {"other.txt"}
 
 
 def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:

@@ -115,3 +115,11 @@ def test_what_a_stage_cost_is_written_when_it_has_ended_well(paths: Paths) -> No
     with pytest.raises(RuntimeError):
         fail()
     assert list(running.costs(paths)) == ["split"]
+
+
+def test_a_stage_sweeps_away_what_killed_ones_left(paths: Paths) -> None:
+    for folder in (paths.photos_table.parent, paths.models, paths.reports / "figures"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".partial-killed.png").write_text("half")
+    with running.stage(paths, "register"):
+        assert not list(paths.workspace.rglob(".partial-*"))

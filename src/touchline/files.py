@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,11 @@ _TEXT = dict.fromkeys(
 )  # fmt: skip
 
 
+# Temporary files this process is writing, and what guards them.
+_unfinished: set[Path] = set()
+_guard = threading.Lock()
+
+
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it over `path`.
@@ -33,9 +39,11 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         suffix: ending of the temporary name, for writers that look at it (Keras wants `.keras`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with _guard:
+        handle, name = tempfile.mkstemp(prefix=f".partial-{os.getpid()}-", suffix=suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        _unfinished.add(temporary)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -45,6 +53,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -93,9 +102,23 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
         raise TouchlineError(f"{path} is not a readable table ({reason}): delete it and run `dvc repro`") from None
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what a killed writer left in `folder` and below it."""
-    for path in folder.rglob(".partial-*"):
+def remove_partials(folder: Path, *, below: bool = True) -> None:
+    """Delete what killed writers left in `folder`, and below it if so told; what a living process writes stays."""
+    import psutil
+
+    for path in folder.rglob(".partial-*") if below else folder.glob(".partial-*"):
+        writer = path.name.split("-")[1]
+        # A number of an earlier life may be ours today.
+        ours = writer == str(os.getpid())
+        at_work = path in _unfinished if ours else writer.isdecimal() and psutil.pid_exists(int(writer))
+        if not at_work:
+            path.unlink(missing_ok=True)
+
+
+def abandon() -> None:
+    """Delete what this process is writing and let it begin nothing more. For the last moment before it ends itself."""
+    _guard.acquire()
+    for path in list(_unfinished):
         path.unlink(missing_ok=True)
 
 

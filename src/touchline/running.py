@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from touchline.errors import TouchlineError
-from touchline.files import read_json, write_json
+from touchline.files import abandon, read_json, remove_partials, write_json
 from touchline.paths import Paths
 
 _SECONDS_BETWEEN_LOOKS = 0.3
@@ -36,6 +36,10 @@ def stage(paths: Paths, name: str) -> Iterator[None]:
         # A process whose DVC was killed ends by itself within a moment; so wait a little before complaining.
         with lock.acquire(timeout=_SECONDS_FOR_LOCK):
             began = time.monotonic()
+            # What a writer killed with -9 left. Photos and features are looked through by the stages that write them.
+            remove_partials(paths.photos_table.parent, below=False)
+            remove_partials(paths.models)
+            remove_partials(paths.reports)
             yield
             # Not an output: what a stage cost differs from run to run, and is no reason to run what follows it.
             write_json(paths.locks / f"{name}.json", {"seconds": round(time.monotonic() - began, 2), **_memory()})
@@ -74,6 +78,7 @@ def _end_with_parent() -> None:
         while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
             pause.wait(_SECONDS_BETWEEN_LOOKS)
         # Nobody waits for the result, and what was half done lies under temporary names.
+        abandon()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
