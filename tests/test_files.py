@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import os
 from pathlib import Path
 
 import pandas as pd
