@@ -107,7 +107,19 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
         ("features.pixels.image_size", 16, "features.pixels.image_size is 16; allowed: greater than or equal to 32"),
         ("features.pixels", 64, "features.pixels is 64; allowed: keys with their values"),
         ("models.cnn", None, "models.cnn is None; allowed: keys with their values"),
-        ("ingest.sources", ["web"], "ingest.sources.0 is 'web'; allowed: 'sample' or 'folder'"),
+        ("ingest.sources", ["web"], "ingest.sources.0 is 'web'; allowed: 'sample', 'folder', 'openimages' or"),
+        (
+            "ingest.sources",
+            ["imagenet"],
+            "ingest allows imagenet, whose photos may not be passed on",
+        ),
+        (
+            "ingest.openimages.url",
+            "storage.googleapis.com",
+            "ingest.openimages.url is 'storage.googleapis.com'; allowed",
+        ),
+        ("ingest.openimages.url", "https://host/", "ingest.openimages.url is 'https://host/'; allowed: what matches"),
+        ("ingest.imagenet.classes.rugby", ["n123"], "ingest.imagenet.classes.rugby.0 is 'n123'; allowed: what matches"),
         ("split.exact", "maybe" * 30, "split.exact is 'maybemaybe"),
     ],
 )

@@ -1,5 +1,6 @@
 """The `touchline` command: one command a stage, and a few for people. Thin: the work is in the modules."""
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -16,6 +17,9 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+
+# What no code can help: the disk is full, over quota or read-only.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 # The module that does the work of each stage.
 STAGES = {
@@ -42,6 +46,13 @@ def main() -> None:
     except TouchlineError as error:
         print(f"touchline: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"touchline: {error.strerror}{where}: make room or mend that, then run again; what is done is kept",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(1)
 
 
 def _run(stage: str, *arguments: str) -> None:
@@ -58,9 +69,14 @@ def _run(stage: str, *arguments: str) -> None:
 
 
 @app.command()
-def ingest() -> None:
+def ingest(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be fetched, and fetch nothing")] = False,
+) -> None:
     """Fetch photos from the sources into data/photos."""
-    _run("ingest")
+    if dry_run:
+        _plan()
+    else:
+        _run("ingest")
 
 
 @app.command()
@@ -183,6 +199,27 @@ def summary() -> None:
     from touchline.paths import Paths
 
     summary.show(Paths.here())
+
+
+def _plan() -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from touchline import ingestion, params
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    table = Table("what", "where", "MB", "state", "licence", title="would be fetched", title_justify="left")
+    planned = ingestion.plan(paths, params.load(paths.workspace / "params.yaml"))
+    for row in planned:
+        size = "?" if row.megabytes is None else f"{row.megabytes:,.1f}"
+        table.add_row(*map(escape, (row.what, row.where, size, row.state, row.licence)))
+    Console().print(table)
+    to_fetch = [row for row in planned if row.state == "to fetch"]
+    known = sum(row.megabytes or 0 for row in to_fetch)
+    unknown = sum(row.megabytes is None for row in to_fetch)
+    print(f"to fetch: {known:,.0f} MB at most" + (f", and {unknown} of a size nobody tells" if unknown else ""))
 
 
 def _store():  # noqa: ANN202 - naming the type would import tracking

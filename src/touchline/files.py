@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _TEXT = dict.fromkeys(
     (
         "path", "class", "subset", "source", "group", "sha256", "perceptual_hash", "licence", "author", "origin",
-        "model", "predicted", "slice",
+        "title", "author_page", "landing_page", "retrieved", "model", "predicted", "slice",
     ),
     str,
 )  # fmt: skip
@@ -39,26 +39,38 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         suffix: ending of the temporary name, for writers that look at it (Keras wants `.keras`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _guard:
-        handle, name = tempfile.mkstemp(prefix=f".partial-{os.getpid()}-", suffix=suffix, dir=path.parent)
+    with _temporary(path, suffix) as (temporary, handle):
         os.close(handle)
-        temporary = Path(name)
-        _unfinished.add(temporary)
-    try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone; data and reports are ordinary files.
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        _unfinished.discard(temporary)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    """Like a file written in `replacing`; few system calls, for there are many photos."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path) as (temporary, handle):
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(handle)
+        temporary.replace(path)
+
+
+@contextmanager
+def _temporary(path: Path, suffix: str = "") -> Iterator[tuple[Path, int]]:
+    """A new file beside `path`, open for writing; deleted when the block ends, if it is still there."""
+    with _guard:
+        temporary = path.parent / f".partial-{os.getpid()}-{secrets.token_hex(6)}{suffix}"
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+        _unfinished.add(temporary)
+    try:
+        yield temporary, handle
+    finally:
+        temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -120,9 +132,3 @@ def abandon() -> None:
     _guard.acquire()
     for path in list(_unfinished):
         path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -27,6 +27,9 @@ from touchline.errors import ParamsError
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s?#]*[^\s?#/])?$")]
+Synset = Annotated[str, StringConstraints(pattern=r"^n[0-9]{8}$")]
 
 
 def _whole_number_as_float(value: object) -> object:
@@ -85,11 +88,58 @@ class SampleParams(_Section):
     seed: Seed
 
 
+class DownloadParams(_Section):
+    connections: Annotated[int, Field(ge=1, le=1000)]
+    tries: Count
+    connect_timeout: Positive
+    read_timeout: Positive
+    total_timeout: Positive
+    max_megabytes: Positive
+
+
+class OpenImagesParams(_Section):
+    url: Url
+    photos_url: Url
+    subsets: Annotated[list[Literal["validation", "test", "train"]], Field(min_length=1), AfterValidator(_distinct)]
+    classes: dict[str, Annotated[list[Text], Field(min_length=1)]]
+    exclude: list[Text]
+    max_per_author: Count
+    leave_out_drawings: bool
+    keep_label_files: bool
+
+
+class ImageNetParams(_Section):
+    accept_terms: bool
+    share: bool
+    origin: Literal["winter21", "ilsvrc2012", "folder", "kaggle", "huggingface"]
+    url: Url
+    archive: Text
+    folder: Text
+    classes: dict[str, Annotated[list[Synset], Field(min_length=1)]]
+
+
 class IngestParams(_Section):
-    sources: Annotated[list[Literal["sample", "folder"]], Field(min_length=1), AfterValidator(_distinct)]
+    sources: Annotated[
+        list[Literal["sample", "folder", "openimages", "imagenet"]], Field(min_length=1), AfterValidator(_distinct)
+    ]
     per_class: Count | None
-    folder: Annotated[str, StringConstraints(min_length=1)]
+    min_per_class: Count
+    remote: str
+    folder: Text
     sample: SampleParams
+    download: DownloadParams
+    openimages: OpenImagesParams
+    imagenet: ImageNetParams
+
+    @model_validator(mode="after")
+    def _terms_are_kept(self) -> "IngestParams":
+        if "imagenet" in self.sources and not self.remote and not self.imagenet.share:
+            raise PydanticCustomError(
+                "options",
+                "imagenet, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
+                "(`dvc remote add private /a/folder`), or with `imagenet.share: true`",
+            )
+        return self
 
 
 class ValidateParams(_Section):

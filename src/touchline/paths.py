@@ -1,8 +1,8 @@
 """Where everything is. Two roots: the workspace a command works in, and the project it belongs to.
 
 They are the same folder except in `dvc exp run --temp`, which works in a copy under `.dvc/tmp/exps` and names the
-project in DVC_ROOT. What every run shares (the MLflow store, the ledger of rejected photos, the folder that photos
-are taken from) hangs on the project; what a stage reads and writes hangs on the workspace.
+project in DVC_ROOT. What every run shares (the MLflow store, the ledger of rejected photos, the journal of fetched
+ones, the folder that photos are taken from) hangs on the project; what a stage reads and writes hangs on the workspace.
 """
 
 import os
@@ -76,6 +76,14 @@ class Paths:
     @property
     def ledger(self) -> Path:
         return self.project / "data/ledger.csv"
+
+    @property
+    def journal(self) -> Path:
+        return self.project / "data/fetched.jsonl"
+
+    @property
+    def openimages(self) -> Path:
+        return self.project / "data/openimages"
 
     @property
     def mlflow(self) -> Path:

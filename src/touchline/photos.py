@@ -6,6 +6,8 @@ word, because OpenCV fills what is missing with grey and says nothing.
 
 import io
 import os
+import re
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,6 +106,47 @@ def measure(path: Path, max_megapixels: float) -> Measurement:
     return Measurement("", width, height, megapixels, False, _contrast(pixels), _perceptual_hash(pixels))
 
 
+def flaw(content: bytes) -> str:
+    """Why bytes that came over a network are no whole photo; empty where first and last bytes look right.
+
+    Decoding in full costs more than fetching, and is done later, once, by `measure`.
+    """
+    start, end = content[:16], content[-min(len(content) // 2, 2**16) :]
+    # Bytes may follow the end marker, but not many; a marker in the first half is that of a thumbnail.
+    if start.startswith(b"\xff\xd8\xff"):
+        whole = b"\xff\xd9" in end
+    elif start.startswith(b"\x89PNG\r\n\x1a\n"):
+        whole = b"IEND" in end
+    elif start.startswith(b"RIFF") and start[8:12] == b"WEBP":
+        whole = len(content) >= int.from_bytes(start[4:8], "little") + 8
+    elif start.startswith((b"GIF87a", b"GIF89a")):
+        whole = b"\x3b" in end[-16:]
+    elif start.startswith((b"BM", b"II*\x00", b"MM\x00*")):
+        whole = True
+    else:
+        page = re.search(rb"<!doctype html|<html|<\?xml", content[:1024], re.IGNORECASE)
+        return "a web page" if page else "no photo"
+    return "" if whole else "cut off"
+
+
+def turned(content: bytes, rotation: int) -> bytes:
+    """A JPEG that its readers show upright, without a pixel being coded anew: an EXIF orientation is written into it.
+
+    Args:
+        content: a JPEG; one that has an EXIF orientation of its own is upright by that, and comes back as it is.
+        rotation: degrees counter-clockwise that turn it upright: 0, 90, 180 or 270.
+    """
+    if not rotation or not content.startswith(b"\xff\xd8") or _states_orientation(content):
+        return content
+    orientation = {90: 8, 180: 3, 270: 6}[rotation]
+    # EXIF 2.3, 4.5 and 4.6: a TIFF header (big-endian, first directory at byte 8) and a directory of one short.
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    # A JFIF segment stays the first.
+    place = 4 + int.from_bytes(content[4:6], "big") if content[2:4] == b"\xff\xe0" else 2
+    return content[:place] + segment + content[place:]
+
+
 def decode(content: bytes, size: int, name: str = "photo") -> np.ndarray:
     """Decode a photo, turn it upright and squash it to a square.
 
@@ -169,6 +212,14 @@ def _open(content: bytes) -> "Image":
     # Our own limit, a param, decides what is a bomb; Pillow's would only warn or raise somewhere else.
     Image.MAX_IMAGE_PIXELS = None
     return Image.open(io.BytesIO(content))
+
+
+def _states_orientation(content: bytes) -> bool:
+    try:
+        with _open(content) as image:
+            return image.getexif().get(0x0112, 1) != 1
+    except Exception:  # see `header`
+        return False
 
 
 def _oriented_size(image: "Image") -> tuple[int, int]:

@@ -36,7 +36,7 @@ def draw(paths: Paths, params: Params, split: "pd.DataFrame", tables: Mapping[st
     """Draw every figure.
 
     Args:
-        split: rows of `data/split.csv`.
+        split: rows of `data/split.csv` with their `source`.
         tables: what evaluation wrote, by name: predictions, curves, roc.
 
     Returns:
@@ -45,12 +45,12 @@ def draw(paths: Paths, params: Params, split: "pd.DataFrame", tables: Mapping[st
     folder = paths.reports / "figures"
     figures = {
         "class_counts": lambda figure: _class_counts(figure, split, params.classes),
-        "random_photos": lambda figure: _random_photos(figure, split, params, paths.workspace),
+        "random_photos": lambda figure: _random_photos(figure, _shown(split, params), params, paths.workspace),
         "learning_curves": lambda figure: _learning_curves(figure, tables["curves"]),
         "confusion": lambda figure: _confusion(figure, tables["predictions"], params.classes),
         "roc": lambda figure: _roc(figure, tables["roc"]),
         "calibration": lambda figure: _calibration(figure, tables["predictions"], params.evaluate.calibration_bins),
-        "mistakes": lambda figure: _mistakes(figure, tables["predictions"], params.evaluate.gallery, paths.workspace),
+        "mistakes": lambda figure: _mistakes(figure, tables["predictions"], params, paths.workspace),
     }
     made = {}
     for name, fill in figures.items():
@@ -74,6 +74,11 @@ def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Iterable[str
     axes.set(title="Photos by class and subset", xlabel="photos")
     axes.invert_yaxis()
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
+    """The rows whose photos may be seen by others: figures are passed on, and ImageNet's photos may not be."""
+    return rows if params.ingest.imagenet.share else rows[rows["source"] != "imagenet"]
 
 
 def _random_photos(figure: "Figure", split: "pd.DataFrame", params: Params, workspace: Path) -> None:
@@ -169,8 +174,8 @@ def _calibration(figure: "Figure", predictions: "pd.DataFrame", bins: int) -> No
     axes.legend(frameon=False)
 
 
-def _mistakes(figure: "Figure", predictions: "pd.DataFrame", most: int, workspace: Path) -> None:
-    models = list(dict.fromkeys(predictions["model"]))
+def _mistakes(figure: "Figure", predictions: "pd.DataFrame", params: Params, workspace: Path) -> None:
+    models, most = list(dict.fromkeys(predictions["model"])), params.evaluate.gallery
     wrong = predictions[predictions["class"] != predictions["predicted"]]
     columns = 6
     lines = {model: max(1, -(-min(most, int((wrong["model"] == model).sum())) // columns)) for model in models}
@@ -182,7 +187,7 @@ def _mistakes(figure: "Figure", predictions: "pd.DataFrame", most: int, workspac
             f"{model}: {len(of_model)} mistakes, the most confident first", x=0.01, ha="left", fontweight="bold"
         )
         cells = part.subplots(lines[model], columns, squeeze=False).ravel()
-        rows = {row["path"]: row for row in of_model.head(most).to_dict("records")}
+        rows = {row["path"]: row for row in _shown(of_model, params).head(most).to_dict("records")}
         for axes, path in _padded(cells, rows):
             _show(axes, workspace, path)
             row = rows[path]

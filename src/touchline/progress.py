@@ -2,17 +2,20 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
     """Yield `items`, showing how many of `total` are done and how long the rest will take.
 
     Args:
+        total: None where nobody knows.
         what: what is being done, for example `reading photos`.
     """
     if sys.stderr.isatty():
@@ -27,9 +30,81 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         if now - said >= _SECONDS_BETWEEN_LINES:
             said = now
             # The first item carries the start-up; an estimate from it alone would be far off.
-            left = f", {(total - done) * (now - began) / done:.0f} s left" if done > 1 else ""
-            say(f"{what}: {done:,} of {total:,}{left}")
+            left = f" of {total:,}, {(total - done) * (now - began) / done:.0f} s left" if done > 1 and total else ""
+            say(f"{what}: {done:,}{left}")
     say(f"{what}: {done:,} in {time.monotonic() - began:.1f} s")
+
+
+class Filling:
+    """Progress of classes that fill up, some of what is offered being left out; see `filling`."""
+
+    def __init__(self, room: Mapping[str, int], what: str) -> None:
+        self._room, self._what = room, what
+        self._done: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._megabytes = 0.0
+        self._began = self._said = time.monotonic()
+
+    def done(self, label: str, megabytes: float) -> None:
+        """One more of a class is in its place; `megabytes` came over the network so far."""
+        self._done[label] += 1
+        self._megabytes = megabytes
+        self._show(label)
+
+    def left_out(self, reason: str) -> None:
+        self._left_out[reason] += 1
+        self._show()
+
+    def line(self) -> str:
+        """Counts, rate, what was left out and how long the rest will take if all goes on like this."""
+        seconds, done = time.monotonic() - self._began, self._done.total()
+        counts = ", ".join(f"{label} {self._done[label]:,} of {room:,}" for label, room in self._room.items())
+        rate = f"{done / seconds:.0f} photos/s, {self._megabytes / seconds:.1f} MB/s" if seconds > 0 else ""
+        left = f"{(sum(self._room.values()) - done) * seconds / done:.0f} s left" if done else ""
+        out = ", ".join(f"{reason} {count:,}" for reason, count in self._left_out.most_common())
+        return "; ".join(part for part in (f"{self._what}: {counts}", rate, out, left) if part)
+
+    def _show(self, _: str = "") -> None:
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            say(self.line())
+
+
+class _FillingBars(Filling):
+    """The same on a terminal: a bar a class, and the line of numbers under them."""
+
+    def __init__(self, room: Mapping[str, int], what: str, stack: ExitStack) -> None:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.text import Text
+
+        super().__init__(room, what)
+        self._bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        self._tasks = {label: self._bars.add_task(label, total=count) for label, count in room.items()}
+        self._numbers = Text(what)
+        stack.enter_context(Live(Group(self._bars, self._numbers), console=Console(stderr=True), transient=True))
+
+    def _show(self, label: str = "") -> None:
+        if label:
+            self._bars.advance(self._tasks[label])
+        self._numbers.plain = self.line()
+
+
+@contextmanager
+def filling(room: Mapping[str, int], what: str) -> Iterator[Filling]:
+    """Show how classes fill up; the object yielded is told of each photo.
+
+    Args:
+        room: how many each class is to have.
+        what: what is being done, for example `fetching photos`.
+    """
+    with ExitStack() as stack:
+        shown = _FillingBars(room, what, stack) if sys.stderr.isatty() else Filling(room, what)
+        yield shown
+    if any(room.values()):
+        say(shown.line().rsplit("; 0 s left", 1)[0])
 
 
 def say(line: str) -> None:
@@ -37,7 +112,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _bar(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def _bar(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,0 +1,470 @@
+"""Photos of Open Images V7, chosen by labels that people verified.
+
+Three kinds of CSV files are read for each subset: labels (which photo shows what), image info (author, licence,
+rotation) and boxes (which photos are drawings). They are streamed and filtered on the way, so memory does not grow with
+them; what is found is kept in a cache folder, and a run with the same settings asks the network for nothing.
+
+Formats and places of the files: https://storage.googleapis.com/openimages/web/download_v7.html
+"""
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from touchline import download
+from touchline.download import HttpError
+from touchline.errors import ParamsError, TouchlineError
+from touchline.files import write_json
+from touchline.params import DownloadParams, OpenImagesParams
+from touchline.progress import say
+from touchline.sources import Candidate, Planned
+
+LICENCE = "labels CC BY 4.0 (Google LLC); photos listed as CC BY 2.0, each with its author"
+BLOCK = 2**20  # bytes of a CSV file parsed at a time; no row may be longer
+
+_CLASSES = "v7/oidv7-class-descriptions.csv"
+# `val` in one name and `validation` in the others is how they are published.
+_LABELS = {
+    "validation": "v7/oidv7-val-annotations-human-imagelabels.csv",
+    "test": "v7/oidv7-test-annotations-human-imagelabels.csv",
+    "train": "v7/oidv7-train-annotations-human-imagelabels.csv",
+}
+# Of train, the photos that have boxes: no others lie on the server.
+_INFO = {
+    "validation": "2018_04/validation/validation-images-with-rotation.csv",
+    "test": "2018_04/test/test-images-with-rotation.csv",
+    "train": "2018_04/train/train-images-boxable-with-rotation.csv",
+}
+_BOXES = {
+    "validation": "v5/validation-annotations-bbox.csv",
+    "test": "v5/test-annotations-bbox.csv",
+    "train": "v6/oidv6-train-annotations-bbox.csv",
+}
+_INFO_COLUMNS = ("ImageID", "License", "Author", "AuthorProfileURL", "Title", "OriginalLandingURL", "Rotation")
+# Empty and `nan` stand for "not known", which is as good as upright for all but a few.
+_ROTATIONS = {"90": 90, "180": 180, "270": 270}
+# Part of what a cached subset depends on: to be raised where the meaning of what is kept changes.
+_FORMAT = 1
+
+_Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Photo:
+    label: str
+    image: str
+    licence: str
+    author: str
+    author_page: str
+    title: str
+    landing_page: str
+    rotation: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The photos of one subset that fit, in the order of their ids, and how many there were and were left out."""
+
+    photos: tuple[_Photo, ...]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Params with names resolved: class of each wanted MID (Open Images' key of a class), and the excluded MIDs."""
+
+    labels: dict[str, str]
+    excluded: frozenset[str]
+
+
+def candidates(
+    params: OpenImagesParams, settings: DownloadParams, classes: Sequence[str], cache: Path
+) -> Iterator[Candidate]:
+    """Photos positive for exactly one of `classes`, subset by subset: the files of one are read when it is reached.
+
+    Within a subset the classes take turns, each in the order of its photos' ids. Left out are photos that are positive
+    for an excluded class, that are not on the server, that state no licence, that hold a drawing (if so set), and
+    those of an author beyond `params.max_per_author` a class.
+
+    Args:
+        cache: folder for what was found, and for whole files if so set; made if missing.
+
+    Raises:
+        ParamsError: a class without entries, an entry that is no class of Open Images, or one that stands for two.
+        TouchlineError: a file cannot be fetched or is not what it should be.
+    """
+    wanted = _resolved(params, classes, _class_names(params, settings, cache))
+    taken: Counter[tuple[str, str]] = Counter()
+    for subset in params.subsets:
+        found = _kept_subset(_subset_path(params, wanted, subset, cache))
+        if found is None:
+            found = _fetched(params, settings, wanted, subset, cache)
+        for photo in _in_turn(_within_limit(found.photos, params.max_per_author, taken), classes):
+            yield Candidate(
+                label=photo.label,
+                source="openimages",
+                origin=f"{subset}/{photo.image}",
+                url=f"{params.photos_url.rstrip('/')}/{subset}/{photo.image}.jpg",
+                licence=photo.licence,
+                author=photo.author,
+                author_page=photo.author_page,
+                title=photo.title,
+                landing_page=photo.landing_page,
+                # Two people may have one name, but not one page.
+                group=photo.author_page or photo.author,
+                rotation=photo.rotation,
+            )
+
+
+def facts(params: OpenImagesParams, classes: Sequence[str], cache: Path) -> dict[str, dict[str, int]]:
+    """What is known of each subset that was read: photos offered by class, positives, and why photos were left out.
+
+    Asks the network for nothing; empty where nothing was read with these params.
+    """
+    names = _kept(_classes_path(params, cache))
+    if names is None:
+        return {}
+    wanted = _resolved(params, classes, names)
+    taken: Counter[tuple[str, str]] = Counter()
+    known = {}
+    for subset in params.subsets:
+        found = _kept_subset(_subset_path(params, wanted, subset, cache))
+        if found is not None:
+            offered = _within_limit(found.photos, params.max_per_author, taken)
+            by_class = Counter(photo.label for photo in offered)
+            beyond = len(found.photos) - len(offered)
+            known[subset] = {label: by_class[label] for label in classes} | found.counts
+            known[subset][f"left out: beyond {params.max_per_author} of an author"] = beyond
+    return known
+
+
+def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[str], cache: Path) -> list[Planned]:
+    """What `candidates` would read if every subset were needed, without reading it; the photos themselves come on top.
+
+    Only the list of classes (0.5 MB) is fetched, which tells whether the params name classes that exist.
+
+    Raises:
+        ParamsError: as `candidates` does.
+        TouchlineError: the list of classes cannot be fetched.
+    """
+    wanted = _resolved(params, classes, _class_names(params, settings, cache))
+    files = []
+    for subset in params.subsets:
+        path = _subset_path(params, wanted, subset, cache)
+        if _kept_subset(path) is not None:
+            what = f"Open Images {subset}: photos found before"
+            files.append(Planned(what, str(path), path.stat().st_size / 1e6, "there already", LICENCE))
+            continue
+        for kind, names in (("labels", _LABELS), ("image info", _INFO), ("boxes", _BOXES)):
+            if kind == "boxes" and not params.leave_out_drawings:
+                continue
+            url, local = _url(params, names[subset]), _local(params, names[subset], cache)
+            what = f"Open Images {subset}: {kind}"
+            if params.keep_label_files and local.exists():
+                files.append(Planned(what, str(local), local.stat().st_size / 1e6, "there already", LICENCE))
+            else:
+                size = download.head(url, settings)
+                files.append(Planned(what, url, None if size is None else size / 1e6, "to fetch", LICENCE))
+    return files
+
+
+def rows_where(
+    file: BinaryIO, column: str, wanted: Collection[str], columns: Sequence[str], where: str
+) -> Iterator[_Row]:
+    """The cells `columns` of those rows of a CSV file with a header whose `column` holds one of `wanted`.
+
+    A few blocks of the file are in memory at a time.
+
+    Args:
+        where: the file's URL or path, for the message.
+
+    Raises:
+        TouchlineError: the file is no CSV with these columns.
+    """
+    import pyarrow
+    from pyarrow import compute
+    from pyarrow import csv as arrow_csv
+
+    values = pyarrow.array([value.encode() for value in wanted], pyarrow.binary())
+    read = arrow_csv.ReadOptions(block_size=BLOCK)
+    parse = arrow_csv.ParseOptions(newlines_in_values=True)
+    # As bytes, for speed, and because one title in a broken encoding is no reason to stop.
+    types = dict.fromkeys(columns, pyarrow.binary())
+    convert = arrow_csv.ConvertOptions(include_columns=list(columns), column_types=types)
+    try:
+        with arrow_csv.open_csv(file, read, parse, convert) as batches:
+            for batch in batches:
+                found = batch.filter(compute.is_in(batch.column(column), value_set=values))
+                cells = ([cell.decode(errors="replace") for cell in part.to_pylist()] for part in found.columns)
+                yield from zip(*cells, strict=True)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as error:
+        raise TouchlineError(
+            f"{where} is not the table expected ({shorten(str(error), 200)}): take it away if it is a copy, "
+            "or see `ingest.openimages.url`"
+        ) from None
+
+
+def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted, subset: str, cache: Path) -> _Found:
+    """Read the files of `subset`, keep what was found, and say how much that is."""
+
+    def rows(kind: str, name: str, column: str, values: Collection[str], columns: Sequence[str]) -> Iterator[_Row]:
+        what = f"Open Images {subset} {kind}"
+        with _opened(params, settings, name, what, cache) as (file, where):
+            yield from rows_where(file, column, values, columns, where)
+
+    mids = [*wanted.labels, *wanted.excluded]
+    positives, excluded = _positives(
+        rows("labels", _LABELS[subset], "LabelName", mids, ("ImageID", "LabelName", "Confidence")), wanted
+    )
+    label_of, counts = _of_one_class(positives, excluded, wanted)
+    info = {}
+    if label_of:
+        info = {row[0]: row for row in rows("image info", _INFO[subset], "ImageID", label_of, _INFO_COLUMNS)}
+    drawings = set()
+    if info and params.leave_out_drawings:
+        flags = rows("boxes", _BOXES[subset], "ImageID", info, ("ImageID", "IsDepiction"))
+        drawings = {image for image, flag in flags if flag.removesuffix(".0") == "1"}
+
+    found = _Found(tuple(_fitting(label_of, info, drawings, counts)), dict(counts))
+    content = {"photos": [list(astuple(photo)) for photo in found.photos], "counts": found.counts}
+    _keep(_subset_path(params, wanted, subset, cache), content)
+    say(f"Open Images {subset}: {_summary(found, wanted)}")
+    return found
+
+
+def _positives(rows: Iterator[_Row], wanted: _Wanted) -> tuple[dict[str, set[str]], set[str]]:
+    """Our classes of each image positive for one of them, and the images positive for an excluded class.
+
+    Args:
+        rows: ImageID, LabelName and Confidence.
+
+    Raises:
+        TouchlineError: a confidence is no number.
+    """
+    positives: defaultdict[str, set[str]] = defaultdict(set)
+    excluded = set()
+    for image, mid, confidence in rows:
+        try:
+            positive = float(confidence) > 0.5
+        except ValueError:
+            raise TouchlineError(
+                f"the Open Images label of photo {image} has Confidence {confidence!r}, which is no number: "
+                "see `ingest.openimages.url`"
+            ) from None
+        if positive and mid in wanted.labels:
+            positives[image].add(wanted.labels[mid])
+        elif positive:
+            excluded.add(image)
+    return positives, excluded
+
+
+def _of_one_class(
+    positives: Mapping[str, Collection[str]], excluded: Collection[str], wanted: _Wanted
+) -> tuple[dict[str, str], Counter[str]]:
+    """Class of each image that shows one class and nothing excluded, and the counts so far."""
+    counts = Counter(dict.fromkeys((f"positive: {label}" for label in wanted.labels.values()), 0))
+    counts.update(f"positive: {label}" for labels in positives.values() for label in labels)
+    label_of = {}
+    for image, labels in positives.items():
+        if len(labels) > 1:
+            counts["left out: two classes"] += 1
+        elif image in excluded:
+            counts["left out: an excluded class"] += 1
+        else:
+            label_of[image] = next(iter(labels))
+    return label_of, counts
+
+
+def _fitting(
+    label_of: Mapping[str, str], info: Mapping[str, _Row], drawings: Collection[str], counts: Counter[str]
+) -> Iterator[_Photo]:
+    """The images that are on the server, under a licence and no drawings; the others are added to `counts`."""
+    for image, label in sorted(label_of.items()):
+        if image not in info:
+            counts["left out: not on the server"] += 1
+            continue
+        # Free text may hold line breaks; it goes into tables and onto pages.
+        texts = [" ".join(cell.split()) for cell in info[image]]
+        _, licence, author, author_page, title, landing_page, rotation = texts
+        if not licence:
+            counts["left out: no licence"] += 1
+        elif image in drawings:
+            counts["left out: a drawing"] += 1
+        else:
+            turn = _ROTATIONS.get(rotation.removesuffix(".0"), 0)
+            yield _Photo(label, image, licence, author, author_page, title, landing_page, turn)
+
+
+def _summary(found: _Found, wanted: _Wanted) -> str:
+    fitting = Counter(photo.label for photo in found.photos)
+    labels = dict.fromkeys(wanted.labels.values())
+    fit = ", ".join(f"{label} {fitting[label]:,} of {found.counts[f'positive: {label}']:,}" for label in labels)
+    reasons = [
+        f"{key.removeprefix('left out: ')} {count:,}"
+        for key, count in sorted(found.counts.items())
+        if key.startswith("left out: ")
+    ]
+    return f"{fit} photos fit; left out: {', '.join(reasons) or 'none'}"
+
+
+def _within_limit(photos: Sequence[_Photo], limit: int, taken: Counter[tuple[str, str]]) -> list[_Photo]:
+    """The photos without those beyond `limit` of one author and class; `taken` counts on from subset to subset."""
+    kept = []
+    for photo in photos:
+        author = photo.author_page or photo.author
+        if not author or taken[photo.label, author] < limit:
+            taken[photo.label, author] += 1
+            kept.append(photo)
+    return kept
+
+
+def _in_turn(photos: Sequence[_Photo], classes: Sequence[str]) -> Iterator[_Photo]:
+    """One photo of each class after another, so that whoever stops early has not stopped within one class."""
+    by_class = [[photo for photo in photos if photo.label == label] for label in classes]
+    for row in zip_longest(*by_class):
+        yield from (photo for photo in row if photo is not None)
+
+
+def _resolved(params: OpenImagesParams, classes: Sequence[str], names: Mapping[str, str]) -> _Wanted:
+    """Params with MIDs and display names looked up in `names` (name by MID).
+
+    Raises:
+        ParamsError: see `candidates`.
+    """
+    labels: dict[str, str] = {}
+    for label in classes:
+        where = f"ingest.openimages.classes.{label}"
+        if label not in params.classes:
+            raise ParamsError(f"{where} is missing: list the Open Images classes that show '{label}'")
+        for entry in params.classes[label]:
+            mid = _mid(entry, names, where)
+            if labels.setdefault(mid, label) != label:
+                raise ParamsError(f"{where}: '{entry}' also stands for '{labels[mid]}': keep it for one of them")
+    excluded = frozenset(_mid(entry, names, "ingest.openimages.exclude") for entry in params.exclude)
+    for mid in sorted(excluded & labels.keys()):
+        raise ParamsError(f"ingest.openimages.exclude: {mid} ({names[mid]}) is also listed for '{labels[mid]}'")
+    return _Wanted(labels, excluded)
+
+
+def _mid(entry: str, names: Mapping[str, str], where: str) -> str:
+    if entry in names:
+        return entry
+    if entry.startswith(("/m/", "/g/")):
+        raise ParamsError(f"{where}: {entry} is no class of Open Images: see {_CLASSES} there")
+    mids = [mid for mid, name in names.items() if name == entry]
+    if len(mids) == 1:
+        return mids[0]
+    if mids:
+        raise ParamsError(f"{where}: '{entry}' is the name of {' and '.join(mids)}: write one of these")
+    folded = {name.casefold(): (name, mid) for mid, name in names.items()}
+    near = [folded[text] for text in difflib.get_close_matches(entry.casefold(), folded, n=4)]
+    hint = "near it: " + ", ".join(f"{name} ({mid})" for name, mid in near) if near else f"see {_CLASSES} there"
+    raise ParamsError(f"{where}: '{entry}' is no class of Open Images; {hint}")
+
+
+def _class_names(params: OpenImagesParams, settings: DownloadParams, cache: Path) -> dict[str, str]:
+    """Display name of each MID."""
+    path = _classes_path(params, cache)
+    names = _kept(path)
+    if names is None:
+        url = _url(params, _CLASSES)
+        with _answers(), download.stream(url, settings) as file:
+            content = file.read()
+        try:
+            rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+            # Older lists have no header.
+            names = {mid: name for mid, name in rows if mid != "LabelName"}
+        except (UnicodeDecodeError, ValueError, csv.Error):
+            names = {}
+        if not names:
+            raise TouchlineError(f"{url} is no list of MIDs and names: see `ingest.openimages.url`")
+        _keep(path, names)
+    return names
+
+
+@contextmanager
+def _opened(
+    params: OpenImagesParams, settings: DownloadParams, name: str, what: str, cache: Path
+) -> Iterator[tuple[BinaryIO, str]]:
+    """A remote CSV file, or our copy of it, for reading, and where it is."""
+    url, local = _url(params, name), _local(params, name, cache)
+    with _answers():
+        if not params.keep_label_files:
+            with download.stream(url, settings, what=what) as file:
+                yield file, url
+            return
+        if not local.exists():
+            download.to_file(url, local, settings, is_right=_has_header, what=what)
+    with local.open("rb") as file:
+        yield file, str(local)
+
+
+def _has_header(start: bytes) -> bool:
+    return b"ImageID" in start.split(b"\n", 1)[0]
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """Name the key to look at where the server has no such file."""
+    try:
+        yield
+    except HttpError as error:
+        raise TouchlineError(f"{error}: see `ingest.openimages.url` in params.yaml") from None
+
+
+def _url(params: OpenImagesParams, name: str) -> str:
+    return f"{params.url.rstrip('/')}/{name}"
+
+
+def _local(params: OpenImagesParams, name: str, cache: Path) -> Path:
+    """Where a whole file is kept: under its server's name, so that no other server's file is taken for it."""
+    parts = urlsplit(_url(params, name))
+    return cache / "files" / parts.netloc.replace(":", "_") / parts.path.lstrip("/")
+
+
+def _classes_path(params: OpenImagesParams, cache: Path) -> Path:
+    return cache / f"classes-{_digest([_FORMAT, _url(params, _CLASSES)])[:16]}.json"
+
+
+def _subset_path(params: OpenImagesParams, wanted: _Wanted, subset: str, cache: Path) -> Path:
+    """Named by all that the content depends on, which leaves out the limit of an author and the order of classes."""
+    chosen = [sorted(wanted.labels.items()), sorted(wanted.excluded), params.leave_out_drawings]
+    return cache / f"{subset}-{_digest([_FORMAT, _url(params, _LABELS[subset]), chosen])[:16]}.json"
+
+
+def _kept_subset(path: Path) -> _Found | None:
+    kept = _kept(path)
+    return kept and _Found(tuple(_Photo(*photo) for photo in kept["photos"]), kept["counts"])
+
+
+def _keep(path: Path, value: Any) -> None:
+    write_json(path, {"sha256": _digest(value), "value": value})
+
+
+def _kept(path: Path) -> Any:
+    """What `_keep` wrote; None where there is nothing, or something that is not what was written."""
+    try:
+        content = json.loads(path.read_bytes())
+        if _digest(content["value"]) == content["sha256"]:
+            return content["value"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    say(f"{path} is damaged: it will be fetched again")
+    return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
