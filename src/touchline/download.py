@@ -20,12 +20,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from touchline.errors import TouchlineError
@@ -161,21 +160,28 @@ def to_file(
     remote = _Remote(url, settings, offset=offset, size=size, what=what)
     place = {"url": url, "offset": offset, "size": size}
     if part.exists() and facts.exists():
-        with suppress(TouchlineError):
+        with suppress(TouchlineError, KeyError, TypeError):
             known = read_json(facts)
-            if known.get("place") == place and isinstance(known.get("etag"), str):
-                remote.resume(part, known["etag"])
+            # Without an ETag nobody can say whether the rest is the rest of the same file.
+            if known["place"] == place and known["etag"]:
+                remote.resume(part, known["etag"], known["total"], known["md5"])
     if not remote.position:
         part.unlink(missing_ok=True)
 
     def described(answer: "_Remote") -> None:
-        write_json(facts, {"place": place, "etag": answer.etag})
+        write_json(facts, {"place": place, "etag": answer.etag, "total": answer.total, "md5": answer.promised_md5})
 
     async def write() -> None:
         checked = remote.position > 0
         start = b""
+
+        def restart() -> None:
+            nonlocal checked, start
+            file.truncate(0)
+            checked, start = False, b""
+
         with part.open("ab") as file:
-            async for block in remote.blocks(described, restart=lambda: file.truncate(0)):
+            async for block in remote.blocks(described, restart):
                 if not checked:
                     start += block
                     if len(start) >= 512:
@@ -206,6 +212,7 @@ class _Remote:
         position: bytes read so far.
         total: bytes there are to read; known once the server has answered.
         etag: of the answer; empty where the server gives none.
+        promised_md5: of the whole file, in base64; empty where the server gives none.
     """
 
     url: str
@@ -216,16 +223,19 @@ class _Remote:
     position: int = 0
     total: int | None = None
     etag: str = ""
-    _promised_md5: str = ""
+    promised_md5: str = ""
     _md5: Any = field(default_factory=lambda: hashlib.md5(usedforsecurity=False))
 
-    def resume(self, part: Path, etag: str) -> None:
-        """Go on after the bytes of `part`."""
+    def resume(self, part: Path, etag: str, total: int | None, promised_md5: str) -> None:
+        """Go on after the bytes of `part`, which may be all there are; one that is longer than the file is no use."""
+        if total is not None and part.stat().st_size > total:
+            return
         with part.open("rb") as file:
             while block := file.read(_BLOCK):
                 self._md5.update(block)
                 self.position += len(block)
-        self.etag = etag
+        if self.position:
+            self.etag, self.total, self.promised_md5 = etag, total, promised_md5
 
     async def blocks(
         self, described: Callable[["_Remote"], object], restart: Callable[[], object] | None = None
@@ -241,7 +251,14 @@ class _Remote:
         while self.total is None or self.position < self.total:
             before = self.position
             try:
-                async for block in self._answer(described, restart):
+                async for block in self._answer():
+                    if not block:
+                        if before and not self.position:
+                            if restart is None:
+                                raise WrongContent(self.url, "the file has changed while it was read: run again")
+                            restart()
+                        described(self)
+                        continue
                     yield block
                     now = time.monotonic()
                     if self.what and now - said >= _SECONDS_BETWEEN_LINES:
@@ -252,20 +269,23 @@ class _Remote:
                 tries = 0 if self.position > before else tries + 1
                 if tries:
                     await _pause(error, tries, self.url, self.settings)
-        if self._promised_md5 and self._promised_md5 != base64.b64encode(self._md5.digest()).decode():
+        if self.promised_md5 and self.promised_md5 != base64.b64encode(self._md5.digest()).decode():
             raise WrongContent(self.url, "what came does not have the MD5 its server promised: run again")
 
-    async def _answer(
-        self, described: Callable[["_Remote"], object], restart: Callable[[], object] | None
-    ) -> AsyncIterator[bytes]:
+    async def _answer(self) -> AsyncIterator[bytes]:
+        """An empty block once the answer is understood, then its bytes; `position` is 0 again where the file is new."""
         headers = {}
         start, end = self.offset + self.position, "" if self.size is None else self.offset + self.size - 1
         if start or end != "":
-            headers = {"Range": f"bytes={start}-{end}"} | ({"If-Range": self.etag} if self.position else {})
+            headers["Range"] = f"bytes={start}-{end}"
+        # RFC 9110, 13.1.5: to a weak ETag the answer would always be the whole file.
+        if self.position and self.etag.startswith('"'):
+            headers["If-Range"] = self.etag
         with as_broken():
             async with get(_shared_session(), self.url, self.settings, headers) as response:
-                self._understand(response, asked_for=start if headers else None, restart=restart)
-                described(self)
+                self._understand(response, asked_for=start if headers else None)
+                # What is done with it is out of reach of `as_broken`: a full disk is no broken answer.
+                yield b""
                 async for block in response.content.iter_chunked(_BLOCK):
                     self._md5.update(block)
                     self.position += len(block)
@@ -275,26 +295,27 @@ class _Remote:
                 if self.position < self.total:
                     raise Broken("cut off", f"{self.position:,} of {self.total:,} bytes")
 
-    def _understand(
-        self, response: "aiohttp.ClientResponse", asked_for: int | None, restart: Callable[[], object] | None
-    ) -> None:
+    def _understand(self, response: "aiohttp.ClientResponse", asked_for: int | None) -> None:
+        etag = response.headers.get("ETag", "")
         if asked_for is not None and response.status == 200:
             if self.offset or self.size is not None:
                 raise WrongContent(self.url, "the server answers a range of bytes with the whole file")
-            if restart is None:
-                raise WrongContent(self.url, "the file has changed while it was read: run again")
-            restart()
             self.position, self._md5 = 0, hashlib.md5(usedforsecurity=False)
         elif asked_for is not None:
             start, whole = _range_of(response)
             if start != asked_for:
                 raise WrongContent(self.url, "the server does not keep to the range of bytes asked for")
-            self.total = (whole - self.offset) if self.size is None else min(self.size, whole - self.offset)
+            total = (whole - self.offset) if self.size is None else min(self.size, whole - self.offset)
+            # Not every server looks at If-Range.
+            etag = etag or self.etag
+            if self.position and (etag != (self.etag or etag) or self.total not in {None, total}):
+                raise WrongContent(self.url, "the file has changed while it was read: run again")
+            self.total = total
         if response.status == 200:
             self.total = response.content_length
-        self.etag = response.headers.get("ETag", "")
+        self.etag = etag
         if not self.offset and self.size is None:
-            self._promised_md5 = _goog_md5(response)
+            self.promised_md5 = _goog_md5(response)
 
     def _line(self, rate: float) -> str:
         done = f"{self.what}: {self.position / 1e6:,.0f} MB"
@@ -309,33 +330,31 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, remote: _Remote) -> None:
         super().__init__()
-        self._queue: Queue[bytes | Exception | None] = Queue(_BLOCKS_AHEAD)
+        self._queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(_BLOCKS_AHEAD)
         self._rest = memoryview(b"")
         self._ended = False
+        self._reading = threading.Lock()
         self._future = asyncio.run_coroutine_threadsafe(self._pump(remote), _loop())
 
     async def _pump(self, remote: _Remote) -> None:
-        loop = asyncio.get_running_loop()
-
-        async def put(item: bytes | Exception | None) -> None:
-            if self._queue.full():
-                await loop.run_in_executor(None, self._queue.put, item)
-            else:
-                self._queue.put_nowait(item)
-
         try:
-            async for block in remote.blocks(lambda _: None):
-                await put(block)
-            await put(None)
+            async with aclosing(remote.blocks(lambda _: None)) as blocks:
+                async for block in blocks:
+                    await self._queue.put(block)
+            await self._queue.put(None)
+        except asyncio.CancelledError:
+            self._wake()
+            raise
         except Exception as error:  # it is the reader's: raised where the reading is
-            await put(error)
+            await self._queue.put(error)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         if not self._rest and not self._ended:
-            item = self._queue.get()
+            with self._reading:
+                item = network(self._queue.get())
             if isinstance(item, Exception):
                 self._ended = True
                 raise item
@@ -348,10 +367,17 @@ class _Stream(io.RawIOBase):
 
     def stop(self) -> None:
         self._future.cancel()
-        self._ended = True
-        # A put that waits for room would hold its thread for ever.
+        # A reader on another thread (pyarrow reads ahead) may be waiting for what will never come; should this process
+        # end while it is in here, it would end in an abort.
+        _loop().call_soon_threadsafe(self._wake)
+        with self._reading:
+            self._ended = True
+
+    def _wake(self) -> None:
         while not self._queue.empty():
             self._queue.get_nowait()
+        # It must not take this for the end of the file.
+        self._queue.put_nowait(Unavailable("a stream was closed before its end", "closed"))
 
 
 def _check_start(url: str, start: bytes, is_right: Callable[[bytes], bool] | None) -> None:
@@ -404,7 +430,9 @@ def as_broken() -> Iterator[None]:
     except aiohttp.InvalidURL as error:
         raise TouchlineError(f"{error} is no URL: see `ingest` in params.yaml") from None
     except aiohttp.ClientConnectorError as error:
-        raise Broken("no connection", error.os_error.strerror or str(error.os_error)) from error
+        number, words = error.os_error.errno, error.os_error.strerror or str(error.os_error)
+        # What asyncio writes there is its own and not the system's; a failed look-up of a name has a negative number.
+        raise Broken("no connection", os.strerror(number) if number and number > 0 else words) from error
     except aiohttp.ClientPayloadError as error:
         raise Broken("cut off") from error
     except (aiohttp.ClientError, OSError) as error:
@@ -448,7 +476,7 @@ async def _pause(error: Broken, tries: int, url: str, settings: DownloadParams) 
 def _retry_after(value: str) -> float | None:
     """Seconds of a Retry-After header, which holds a number or a date; None where it is neither."""
     with suppress(ValueError):
-        return max(float(value), 0.0)
+        return max(0.0, float(value))  # in this order, for `nan` is no more than 0
     with suppress(ValueError, TypeError):
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     return None

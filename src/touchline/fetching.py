@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from touchline import photos
 from touchline.download import Broken, HttpError, Unavailable, WrongContent, get, network, repeated, session
-from touchline.files import write_bytes
+from touchline.files import Unsafe
 from touchline.params import DownloadParams
 from touchline.progress import filling
 from touchline.sources import Candidate
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Not there, and not coming back.
 _ABSENT = {404, 410}
+# Photos written and not yet safe on disk, each with an open file.
+_UNSAFE_AT_MOST = 64
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ class Journal:
     def get(self, url: str) -> Entry | None:
         return self._entries.get(url)
 
-    def add(self, entry: Entry) -> None:
-        line = json.dumps({key: value for key, value in asdict(entry).items() if value}) + "\n"
+    def add(self, entries: Sequence[Entry]) -> None:
+        lines = [json.dumps({key: value for key, value in asdict(entry).items() if value}) + "\n" for entry in entries]
         with self._lock:
-            self._file.write(line.encode())
+            self._file.write("".join(lines).encode())
             self._file.flush()
-            self._entries[entry.url] = entry
+            self._entries.update((entry.url, entry) for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def fill(
 
 
 class _Filling:
-    """One `fill` at work. Everything but `_store` runs on the network's thread."""
+    """One `fill` at work. Everything but `_settled` runs on the network's thread."""
 
     def __init__(
         self,
@@ -175,102 +177,150 @@ class _Filling:
         self._offers, self._room, self._folder_of = enumerate(offers), room, folder_of
         self._whole, self._journal, self._settings = whole, journal, settings
         self._waiting: dict[str, deque[tuple[int, Candidate]]] = defaultdict(deque)
+        # Photos that are there, and offers of which nobody knows yet: they fill the room together.
         self._taken: Counter[str] = Counter()
+        self._undecided = 0
+        self._exhausted = False
+        self._changed = asyncio.Event()
+        self._drawing: asyncio.Future[Any] | None = None
+        self._failure: BaseException | None = None
+        self._written: list[_Written] = []
+        self._settling: asyncio.Task[None] | None = None
         self._failed_in_a_row = 0
         self.kept: list[tuple[int, Kept]] = []
         self.outcome = Outcome()
 
     async def run(self, shown: "Filling") -> None:
-        loop = asyncio.get_running_loop()
-        tasks: set[asyncio.Future[Any]] = set()
-        drawing: asyncio.Future[Any] | None = None
-        exhausted = False
-        with ThreadPoolExecutor(1) as drawer, ThreadPoolExecutor(8) as writers:
-            async with session(self._settings.connections) as client:
-                try:
-                    while True:
-                        while len(tasks) < self._settings.connections and (offer := self._next()):
-                            tasks.add(asyncio.ensure_future(self._offer(*offer, client, writers, shown)))
-                        if not exhausted and drawing is None and (count := self._wanted()):
-                            drawing = loop.run_in_executor(drawer, list, itertools.islice(self._offers, count))
-                        if not tasks and drawing is None:
-                            return
-                        done, _ = await asyncio.wait(
-                            tasks | ({drawing} if drawing else set()), return_when=asyncio.FIRST_COMPLETED
-                        )
-                        if drawing in done:
-                            drawn, drawing = drawing.result(), None
-                            exhausted = not drawn
-                            for offer in drawn:
-                                self._waiting[offer[1].label].append(offer)
-                        for task in done & tasks:
-                            task.result()
-                        tasks -= done
-                finally:
-                    for task in tasks:
+        drawer = ThreadPoolExecutor(1)
+        async with session(self._settings.connections) as client:
+            fetchers = [
+                asyncio.create_task(self._offers_in_turn(drawer, client, shown))
+                for _ in range(self._settings.connections)
+            ]
+            try:
+                await asyncio.gather(*fetchers)
+            finally:
+                for fetcher in fetchers:
+                    fetcher.cancel()
+                await asyncio.gather(*fetchers, return_exceptions=True)
+                # Who draws may be waiting for this very thread, and for gigabytes more, so nobody waits for that.
+                drawer.shutdown(wait=False, cancel_futures=True)
+                if self._drawing is not None:
+                    for task in asyncio.all_tasks() - {asyncio.current_task(), self._settling}:
                         task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+                if self._settling:
+                    await self._settling
 
-    def _wanted(self) -> int:
-        """How many offers to draw at once: never more than the class that lacks most needs at least."""
-        lacking = (room - self._taken[label] - len(self._waiting[label]) for label, room in self._room.items())
-        return min(max(lacking), self._settings.connections) if not any(map(self._ready, self._room)) else 0
-
-    def _ready(self, label: str) -> bool:
-        return bool(self._waiting[label]) and self._taken[label] < self._room[label]
-
-    def _next(self) -> tuple[int, Candidate] | None:
-        ready = [label for label in self._room if self._ready(label)]
-        if not ready:
-            return None
-        label = min(ready, key=lambda name: self._taken[name] / self._room[name])
-        self._taken[label] += 1
-        return self._waiting[label].popleft()
-
-    async def _offer(
-        self,
-        number: int,
-        candidate: Candidate,
-        client: "aiohttp.ClientSession",
-        writers: ThreadPoolExecutor,
-        shown: "Filling",
+    async def _offers_in_turn(
+        self, drawer: ThreadPoolExecutor, client: "aiohttp.ClientSession", shown: "Filling"
     ) -> None:
-        """Keep one offer's photo, or give its room back."""
-        try:
-            kept = await self._keep(candidate, client, writers)
-        except (HttpError, Unavailable, WrongContent) as error:
-            self._taken[candidate.label] -= 1
-            reason = _reason(error)
-            self.outcome.left_out[reason] += 1
-            shown.left_out(reason)
-            absent = isinstance(error, HttpError) and error.status in _ABSENT
-            self._failed_in_a_row = 0 if absent else self._failed_in_a_row + 1
-            # Photos fail one by one; if all do, it is the network or the address.
-            if self._failed_in_a_row >= max(8, self._settings.connections):
-                raise Unavailable(
-                    f"{self._failed_in_a_row} photos in a row failed, the last one: {error}; what was fetched is kept"
-                ) from None
-        else:
-            self._failed_in_a_row = 0
-            self.kept.append((number, kept))
-            shown.done(candidate.label, self.outcome.megabytes)
+        """Take offer after offer until there is no more room, or nothing more to fill it with."""
+        while offer := await self._next(drawer):
+            number, candidate = offer
+            try:
+                await self._keep(number, candidate, client, shown)
+            except (HttpError, Unavailable, WrongContent) as error:
+                self._taken[candidate.label] -= 1
+                self._left_out(error, shown)
+            finally:
+                self._undecided -= 1
+                self._changed.set()
 
-    async def _keep(self, candidate: Candidate, client: "aiohttp.ClientSession", writers: ThreadPoolExecutor) -> Kept:
+    async def _next(self, drawer: ThreadPoolExecutor) -> tuple[int, Candidate] | None:
+        while True:
+            if self._failure:
+                raise self._failure
+            if ready := [label for label, room in self._room.items() if self._waiting[label] and self._lacks(label)]:
+                label = min(ready, key=lambda name: self._taken[name] / self._room[name])
+                self._taken[label] += 1
+                self._undecided += 1
+                return self._waiting[label].popleft()
+            lacking = max((self._lacks(label) for label in self._room), default=0)
+            if lacking and not self._exhausted:
+                if self._drawing is None:
+                    self._draw(drawer, min(lacking, self._settings.connections))
+            elif not self._undecided:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _lacks(self, label: str) -> int:
+        return self._room[label] - self._taken[label]
+
+    def _draw(self, drawer: ThreadPoolExecutor, count: int) -> None:
+        """Draw offers, never more than the class that lacks most needs at least."""
+
+        def drawn(drawing: asyncio.Future[list[tuple[int, Candidate]]]) -> None:
+            self._drawing = None
+            self._changed.set()
+            if drawing.cancelled():
+                return
+            self._failure = drawing.exception()
+            if not self._failure:
+                self._exhausted = not drawing.result()
+                for number, candidate in drawing.result():
+                    self._waiting[candidate.label].append((number, candidate))
+
+        loop = asyncio.get_running_loop()
+        self._drawing = loop.run_in_executor(drawer, list, itertools.islice(self._offers, count))
+        self._drawing.add_done_callback(drawn)
+
+    def _left_out(self, error: HttpError | Unavailable | WrongContent, shown: "Filling") -> None:
+        reason = _reason(error)
+        self.outcome.left_out[reason] += 1
+        shown.left_out(reason)
+        absent = isinstance(error, HttpError) and error.status in _ABSENT
+        self._failed_in_a_row = 0 if absent else self._failed_in_a_row + 1
+        # Photos fail one by one; if all do, it is the network or the address.
+        if self._failed_in_a_row >= max(8, self._settings.connections):
+            raise Unavailable(
+                f"{self._failed_in_a_row} photos in a row failed, the last one: {error}; what was fetched is kept"
+            ) from None
+
+    async def _keep(self, number: int, candidate: Candidate, client: "aiohttp.ClientSession", shown: "Filling") -> None:
         known = self._journal.get(candidate.url)
         if known and known.absent:
             raise HttpError(candidate.url, known.absent)
         if known and (path := self._folder_of(candidate) / known.name) in self._whole:
-            return Kept(candidate, path, known)
+            self._done(number, Kept(candidate, path, known), shown)
+            return
         try:
             content = await self._fetch(candidate, client)
         except HttpError as error:
             if error.status in _ABSENT:
-                self._journal.add(Entry(candidate.url, _now(), absent=error.status))
+                self._journal.add([Entry(candidate.url, _now(), absent=error.status)])
             raise
-        kept = await asyncio.get_running_loop().run_in_executor(writers, self._store, candidate, content)
+        content = photos.turned(content, candidate.rotation)
+        entry = described(candidate, content)
+        kept = Kept(candidate, self._folder_of(candidate) / entry.name, entry)
+        # Written here and now, into memory; made safe on disk in batches, on a thread of its own: a hand-over for each
+        # step of each photo cost more than the photo.
+        self._written.append(_Written(number, kept, Unsafe(kept.path, content)))
         self.outcome.fetched += 1
         self.outcome.megabytes += len(content) / 1e6
-        return kept
+        self._failed_in_a_row = 0
+        if self._settling is None or self._settling.done():
+            if self._settling:
+                self._settling.result()
+            self._settling = asyncio.create_task(self._settle(shown))
+        if len(self._written) >= _UNSAFE_AT_MOST:
+            await asyncio.shield(self._settling)
+
+    async def _settle(self, shown: "Filling") -> None:
+        while self._written:
+            batch, self._written = self._written, []
+            await asyncio.to_thread(self._settled, batch)
+            for written in batch:
+                self._done(written.number, written.kept, shown)
+
+    def _settled(self, batch: Sequence["_Written"]) -> None:
+        for written in batch:
+            written.file.settle()
+        self._journal.add([written.kept.entry for written in batch])
+
+    def _done(self, number: int, kept: Kept, shown: "Filling") -> None:
+        self.kept.append((number, kept))
+        shown.done(kept.candidate.label, self.outcome.megabytes)
 
     async def _fetch(self, candidate: Candidate, client: "aiohttp.ClientSession") -> bytes:
         url, settings = candidate.url, self._settings
@@ -290,13 +340,14 @@ class _Filling:
 
         return await repeated(ask, url, settings, count)
 
-    def _store(self, candidate: Candidate, content: bytes) -> Kept:
-        content = photos.turned(content, candidate.rotation)
-        entry = described(candidate, content)
-        path = self._folder_of(candidate) / entry.name
-        write_bytes(path, content)
-        self._journal.add(entry)
-        return Kept(candidate, path, entry)
+
+@dataclass(frozen=True)
+class _Written:
+    """A photo that waits to be made safe; `number` is its offer's."""
+
+    number: int
+    kept: Kept
+    file: Unsafe
 
 
 def described(candidate: Candidate, content: bytes) -> Entry:

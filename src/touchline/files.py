@@ -39,38 +39,66 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         suffix: ending of the temporary name, for writers that look at it (Keras wants `.keras`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path, suffix) as (temporary, handle):
+    temporary, handle = _new_temporary(path, suffix)
+    try:
         os.close(handle)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    finally:
+        _forget(temporary)
+
+
+class Unsafe:
+    """A file written under a temporary name, to be made safe by `settle`: many together cost less than one by one."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._temporary, self._handle = _new_temporary(path)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+        except BaseException:
+            self.give_up()
+            raise
+
+    def settle(self) -> None:
+        """Flush it to disk and give it its name."""
+        try:
+            os.fsync(self._handle)
+            self._temporary.replace(self._path)
+        except BaseException:
+            self.give_up()
+            raise
+        os.close(self._handle)
+        _unfinished.discard(self._temporary)
+
+    def give_up(self) -> None:
+        os.close(self._handle)
+        _forget(self._temporary)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Like a file written in `replacing`; few system calls, for there are many photos."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path) as (temporary, handle):
-        with os.fdopen(handle, "wb", buffering=0) as file:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(handle)
-        temporary.replace(path)
+    """Write a whole file as `replacing` does."""
+    Unsafe(path, content).settle()
 
 
-@contextmanager
-def _temporary(path: Path, suffix: str = "") -> Iterator[tuple[Path, int]]:
-    """A new file beside `path`, open for writing; deleted when the block ends, if it is still there."""
+def _new_temporary(path: Path, suffix: str = "") -> tuple[Path, int]:
+    """A new file beside `path`, and its descriptor, open for writing."""
     with _guard:
         temporary = path.parent / f".partial-{os.getpid()}-{secrets.token_hex(6)}{suffix}"
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         _unfinished.add(temporary)
-    try:
-        yield temporary, handle
-    finally:
-        temporary.unlink(missing_ok=True)
-        _unfinished.discard(temporary)
+    return temporary, handle
+
+
+def _forget(temporary: Path) -> None:
+    temporary.unlink(missing_ok=True)
+    _unfinished.discard(temporary)
 
 
 def write_text(path: Path, content: str) -> None:

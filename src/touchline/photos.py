@@ -111,16 +111,16 @@ def flaw(content: bytes) -> str:
 
     Decoding in full costs more than fetching, and is done later, once, by `measure`.
     """
-    start, end = content[:16], content[-min(len(content) // 2, 2**16) :]
+    start, middle = content[:16], max(len(content) // 2, len(content) - 2**16)
     # Bytes may follow the end marker, but not many; a marker in the first half is that of a thumbnail.
     if start.startswith(b"\xff\xd8\xff"):
-        whole = b"\xff\xd9" in end
+        whole = content.rfind(b"\xff\xd9", middle) >= 0
     elif start.startswith(b"\x89PNG\r\n\x1a\n"):
-        whole = b"IEND" in end
+        whole = content.rfind(b"IEND", middle) >= 0
     elif start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         whole = len(content) >= int.from_bytes(start[4:8], "little") + 8
     elif start.startswith((b"GIF87a", b"GIF89a")):
-        whole = b"\x3b" in end[-16:]
+        whole = b"\x3b" in content[-16:]
     elif start.startswith((b"BM", b"II*\x00", b"MM\x00*")):
         whole = True
     else:
