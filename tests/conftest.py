@@ -10,6 +10,10 @@ import pytest
 from touchline.params import Params, check, load
 from touchline.paths import Paths
 
+# The tests may themselves run inside a DVC stage, a flow or beside a tracking server; their projects are their own.
+for variable in list(os.environ):
+    if variable.startswith(("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_")):
+        del os.environ[variable]
 # As the command line and the Makefile set it: nothing calls home, and TensorFlow's start-up notes are no news.
 os.environ |= {
     "DVC_NO_ANALYTICS": "1",
@@ -18,9 +22,6 @@ os.environ |= {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# The tests may themselves run inside a DVC stage or beside a tracking server; their projects are their own.
-for variable in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-    os.environ.pop(variable, None)
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 

@@ -295,3 +295,113 @@ def test_who_stops_early_leaves_no_thread_at_work() -> None:
     next(results)
     results.close()
     assert threading.active_count() == before
+
+
+def kinds() -> dict[str, bytes]:
+    """A photo of each format as it comes over a network."""
+    formats = {"JPEG": {"quality": 85}, "PNG": {}, "WEBP": {}, "GIF": {}, "BMP": {}, "TIFF": {}}
+    return {name: encoded(scene(3, 120, 90), name, **options) for name, options in formats.items()}
+
+
+@pytest.mark.parametrize("file_format", kinds())
+def test_a_whole_photo_of_any_format_has_no_flaw(file_format: str) -> None:
+    assert photos.flaw(kinds()[file_format]) == ""
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.999])
+def test_a_photo_that_was_cut_off_is_told_by_its_end(file_format: str, share: float) -> None:
+    content = kinds()[file_format]
+    assert photos.flaw(content[: int(share * len(content))]) == "cut off"
+
+
+def test_the_end_of_a_thumbnail_is_not_the_end_of_its_photo() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a camera's description"
+    thumbnail = encoded(scene(4, 40, 30))
+    # As cameras do it: a small JPEG, with an end marker of its own, among the EXIF data at the front of the file.
+    payload = b"Exif\0\0" + exif.tobytes()[6:] + thumbnail
+    segment = b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
+    content = encoded(scene(5))
+    content = content[:2] + segment + content[2:]
+    assert b"\xff\xd9" in content[: len(content) // 2] and photos.flaw(content) == ""
+    assert photos.flaw(content[: int(0.9 * len(content))]) == "cut off"
+
+
+def test_bytes_after_the_end_are_no_flaw() -> None:
+    for file_format in ("JPEG", "PNG", "WEBP"):
+        assert photos.flaw(kinds()[file_format] + bytes(500)) == ""
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"", "no photo"),
+        (b"\n", "no photo"),
+        (b"\xff\xd8", "no photo"),
+        (b"%PDF-1.4", "no photo"),
+        (b"<!DOCTYPE HTML><title>Sign in</title>", "a web page"),
+        (b"\n\n<html>", "a web page"),
+        (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "a web page"),
+        (b"\xff\xd8\xff", "cut off"),
+    ],
+)
+def test_what_came_in_place_of_a_photo_is_named(content: bytes, found: str) -> None:
+    assert photos.flaw(content) == found
+
+
+def with_exif(orientation: int | None = None) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x010F] = "a maker of cameras"
+    if orientation:
+        exif[ORIENTATION] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"exif": with_exif()},
+        {"exif": with_exif(1)},
+        {"icc_profile": bytes(200)},
+        {"comment": b"a long way to go", "progressive": True},
+    ],
+    ids=["JFIF", "EXIF without orientation", "EXIF that says upright", "a colour profile", "progressive"],
+)
+def test_a_photo_on_its_side_is_shown_upright_by_every_reader(
+    tmp_path: Path, rotation: int, options: dict[str, object]
+) -> None:
+    # Open Images' Rotation is how far a photo has to be turned counter-clockwise; so it lies turned the other way.
+    lying = four_corners().rotate(-rotation, expand=True)
+    content = photos.turned(encoded(lying, quality=95, **options), rotation)
+    expected = [RED, GREEN, BLUE, GREY]
+    assert photos.header(content) == photos.Header("jpg", 240, 120)
+    assert photos.flaw(content) == "" and measured(tmp_path, content).error == ""
+    assert_colours(corners_of(photos.decode(content, 64)), expected)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB").resize((64, 64))
+    assert_colours(corners_of(np.asarray(upright)), expected)
+
+
+def test_turning_changes_no_pixel() -> None:
+    content = encoded(scene(6))
+    pixels = [np.asarray(Image.open(io.BytesIO(each))) for each in (content, photos.turned(content, 90))]
+    np.testing.assert_array_equal(*pixels)
+    assert photos.turned(content, 90)[-200:] == content[-200:]
+
+
+def test_what_is_upright_already_stays_as_it_is() -> None:
+    content = encoded(four_corners())
+    assert photos.turned(content, 0) is content
+    # Its reader turns it by its own EXIF; turned once more it would lie on its side.
+    by_itself = encoded(four_corners(), exif=with_exif(6))
+    assert photos.turned(by_itself, 270) is by_itself
+    png = encoded(four_corners(), "PNG")
+    assert photos.turned(png, 90) is png
+
+
+def test_a_torn_photo_is_turned_without_an_error() -> None:
+    for length in (2, 3, 5, 20, 200):
+        torn = encoded(four_corners())[:length]
+        assert photos.turned(torn, 90).startswith(b"\xff\xd8")

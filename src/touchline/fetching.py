@@ -93,7 +93,7 @@ class Journal:
     def get(self, url: str) -> Entry | None:
         return self._entries.get(url)
 
-    def add(self, entries: Sequence[Entry]) -> None:
+    def add(self, *entries: Entry) -> None:
         lines = [json.dumps({key: value for key, value in asdict(entry).items() if value}) + "\n" for entry in entries]
         with self._lock:
             self._file.write("".join(lines).encode())
@@ -132,7 +132,7 @@ class Outcome:
 
 def fill(
     offers: Iterator[Candidate],
-    room: Mapping[str, int],
+    room: Mapping[str, float],
     folder_of: Callable[[Candidate], Path],
     whole: Set[Path],
     journal: Journal,
@@ -145,7 +145,7 @@ def fill(
     for more only then.
 
     Args:
-        room: photos wanted, by class.
+        room: photos wanted, by class; infinite where all that there are.
         folder_of: where a candidate's file goes.
         whole: files that are there and hold what their names say.
 
@@ -168,7 +168,7 @@ class _Filling:
     def __init__(
         self,
         offers: Iterator[Candidate],
-        room: Mapping[str, int],
+        room: Mapping[str, float],
         folder_of: Callable[[Candidate], Path],
         whole: Set[Path],
         journal: Journal,
@@ -208,8 +208,12 @@ class _Filling:
                 if self._drawing is not None:
                     for task in asyncio.all_tasks() - {asyncio.current_task(), self._settling}:
                         task.cancel()
-                if self._settling:
-                    await self._settling
+                try:
+                    if self._settling:
+                        await self._settling
+                finally:
+                    for written in self._written:
+                        written.file.give_up()
 
     async def _offers_in_turn(
         self, drawer: ThreadPoolExecutor, client: "aiohttp.ClientSession", shown: "Filling"
@@ -231,20 +235,20 @@ class _Filling:
             if self._failure:
                 raise self._failure
             if ready := [label for label, room in self._room.items() if self._waiting[label] and self._lacks(label)]:
-                label = min(ready, key=lambda name: self._taken[name] / self._room[name])
+                label = min(ready, key=lambda name: (self._taken[name] / self._room[name], self._taken[name]))
                 self._taken[label] += 1
                 self._undecided += 1
                 return self._waiting[label].popleft()
             lacking = max((self._lacks(label) for label in self._room), default=0)
             if lacking and not self._exhausted:
                 if self._drawing is None:
-                    self._draw(drawer, min(lacking, self._settings.connections))
+                    self._draw(drawer, int(min(lacking, self._settings.connections)))
             elif not self._undecided:
                 return None
             self._changed.clear()
             await self._changed.wait()
 
-    def _lacks(self, label: str) -> int:
+    def _lacks(self, label: str) -> float:
         return self._room[label] - self._taken[label]
 
     def _draw(self, drawer: ThreadPoolExecutor, count: int) -> None:
@@ -288,7 +292,7 @@ class _Filling:
             content = await self._fetch(candidate, client)
         except HttpError as error:
             if error.status in _ABSENT:
-                self._journal.add([Entry(candidate.url, _now(), absent=error.status)])
+                self._journal.add(Entry(candidate.url, _now(), absent=error.status))
             raise
         content = photos.turned(content, candidate.rotation)
         entry = described(candidate, content)
@@ -314,9 +318,16 @@ class _Filling:
                 self._done(written.number, written.kept, shown)
 
     def _settled(self, batch: Sequence["_Written"]) -> None:
-        for written in batch:
-            written.file.settle()
-        self._journal.add([written.kept.entry for written in batch])
+        safe: list[Entry] = []
+        try:
+            for written in batch:
+                written.file.settle()
+                safe.append(written.kept.entry)
+        finally:
+            # On a full disk the first of them have found room all the same.
+            for written in batch[len(safe) + 1 :]:
+                written.file.give_up()
+            self._journal.add(*safe)
 
     def _done(self, number: int, kept: Kept, shown: "Filling") -> None:
         self.kept.append((number, kept))

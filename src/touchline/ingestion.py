@@ -46,6 +46,8 @@ def run(paths: Paths, params: Params) -> None:
     import pandas as pd
 
     remove_partials(paths.photos)
+    remove_partials(paths.openimages)
+    remove_partials(paths.project / params.ingest.imagenet.folder, below=False)
     rejected = _rejected_before(paths.ledger)
     taken: Counter[_Place] = Counter()
     rows: list[Sequence[object]] = []
@@ -171,7 +173,7 @@ def _from_network(
 ) -> tuple[list[Sequence[object]], dict[str, Any]]:
     """The same for a source whose photos are fetched by URL."""
     limit = params.ingest.per_class
-    room = {label: 10**9 if limit is None else limit - taken[label, ""] for label in params.classes}
+    room = {label: inf if limit is None else limit - taken[label, ""] for label in params.classes}
     with fetching.Journal(paths.journal) as journal:
         outcome = fetching.fill(
             (candidate for candidate in offers if _identity(candidate) not in rejected),

@@ -1,8 +1,9 @@
 """Where everything is. Two roots: the workspace a command works in, and the project it belongs to.
 
 They are the same folder except in `dvc exp run --temp`, which works in a copy under `.dvc/tmp/exps` and names the
-project in DVC_ROOT. What every run shares (the MLflow store, the ledger of rejected photos, the journal of fetched
-ones, the folder that photos are taken from) hangs on the project; what a stage reads and writes hangs on the workspace.
+project in DVC_ROOT, and in the clone that a scheduled flow may work in, which names it in TOUCHLINE_PROJECT. What every
+run shares (the MLflow store, the ledger of rejected photos, the journal of fetched ones, the folder that photos are
+taken from) hangs on the project; what a stage reads and writes hangs on the workspace.
 """
 
 import os
@@ -34,7 +35,8 @@ class Paths:
         current = Path.cwd()
         for folder in (current, *current.parents):
             if (folder / "params.yaml").is_file():
-                return cls(folder, Path(os.environ.get("DVC_ROOT") or folder).resolve())
+                project = os.environ.get("TOUCHLINE_PROJECT") or os.environ.get("DVC_ROOT") or folder
+                return cls(folder, Path(project).resolve())
         raise ParamsError(f"no params.yaml in {current} or above it: run this inside a Touchline project")
 
     @property

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
 class Filling:
     """Progress of classes that fill up, some of what is offered being left out; see `filling`."""
 
-    def __init__(self, room: Mapping[str, int], what: str) -> None:
+    def __init__(self, room: Mapping[str, float], what: str) -> None:
         self._room, self._what = room, what
         self._done: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
@@ -55,12 +56,16 @@ class Filling:
         self._left_out[reason] += 1
         self._show()
 
-    def line(self) -> str:
-        """Counts, rate, what was left out and how long the rest will take if all goes on like this."""
+    def line(self, *, over: bool = False) -> str:
+        """Counts, rate, what was left out and, unless it is over, how long the rest will take if all goes on so."""
         seconds, done = time.monotonic() - self._began, self._done.total()
-        counts = ", ".join(f"{label} {self._done[label]:,} of {room:,}" for label, room in self._room.items())
+        counts = ", ".join(
+            f"{label} {self._done[label]:,}" + (f" of {room:,}" if isfinite(room) else "")
+            for label, room in self._room.items()
+        )
         rate = f"{done / seconds:.0f} photos/s, {self._megabytes / seconds:.1f} MB/s" if seconds > 0 else ""
-        left = f"{(sum(self._room.values()) - done) * seconds / done:.0f} s left" if done else ""
+        rest = sum(self._room.values()) - done
+        left = f"{rest * seconds / done:.0f} s left" if done and isfinite(rest) and not over else ""
         out = ", ".join(f"{reason} {count:,}" for reason, count in self._left_out.most_common())
         return "; ".join(part for part in (f"{self._what}: {counts}", rate, out, left) if part)
 
@@ -74,7 +79,7 @@ class Filling:
 class _FillingBars(Filling):
     """The same on a terminal: a bar a class, and the line of numbers under them."""
 
-    def __init__(self, room: Mapping[str, int], what: str, stack: ExitStack) -> None:
+    def __init__(self, room: Mapping[str, float], what: str, stack: ExitStack) -> None:
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -82,7 +87,8 @@ class _FillingBars(Filling):
 
         super().__init__(room, what)
         self._bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        self._tasks = {label: self._bars.add_task(label, total=count) for label, count in room.items()}
+        totals = {label: count if isfinite(count) else None for label, count in room.items()}
+        self._tasks = {label: self._bars.add_task(label, total=total) for label, total in totals.items()}
         self._numbers = Text(what)
         stack.enter_context(Live(Group(self._bars, self._numbers), console=Console(stderr=True), transient=True))
 
@@ -93,18 +99,18 @@ class _FillingBars(Filling):
 
 
 @contextmanager
-def filling(room: Mapping[str, int], what: str) -> Iterator[Filling]:
+def filling(room: Mapping[str, float], what: str) -> Iterator[Filling]:
     """Show how classes fill up; the object yielded is told of each photo.
 
     Args:
-        room: how many each class is to have.
+        room: how many each class is to have; infinite where all that there are.
         what: what is being done, for example `fetching photos`.
     """
     with ExitStack() as stack:
         shown = _FillingBars(room, what, stack) if sys.stderr.isatty() else Filling(room, what)
         yield shown
     if any(room.values()):
-        say(shown.line().rsplit("; 0 s left", 1)[0])
+        say(shown.line(over=True))
 
 
 def say(line: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from touchline.errors import TouchlineError
 from touchline.files import abandon, read_json, remove_partials, write_json
@@ -72,6 +72,9 @@ def _end_with_parent() -> None:
     watched = [psutil.Process(os.getppid())]
     if watched[0].name() in _SHELLS and (grandparent := watched[0].parent()):
         watched.append(grandparent)
+    # A flow that was killed leaves its DVC alive, and with it the stage.
+    with suppress(ValueError, psutil.NoSuchProcess):
+        watched.append(psutil.Process(int(os.environ.get("TOUCHLINE_PARENT", ""))))
 
     def watch() -> None:
         pause = threading.Event()

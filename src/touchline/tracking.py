@@ -122,7 +122,7 @@ class Store:
 
     def __init__(self, client: "_Client", experiment_id: str, where: str, lock: FileLock) -> None:
         self._client = client
-        self._experiment_id = experiment_id
+        self.experiment_id = experiment_id
         self._where = where
         self._lock = lock
 
@@ -146,7 +146,7 @@ class Store:
         from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
         run = self._client.create_run(
-            self._experiment_id, _milliseconds(started), {**_texts(tags), **_this_process()}, name
+            self.experiment_id, _milliseconds(started), {**_texts(tags), **_this_process()}, name
         )
         run_id = run.info.run_id
         self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
@@ -393,7 +393,7 @@ class Store:
         from mlflow.types import Schema, TensorSpec
 
         params = self._client.get_run(run_id).data.params
-        logged = self._client.create_logged_model(self._experiment_id, "model", run_id, params=params)
+        logged = self._client.create_logged_model(self.experiment_id, "model", run_id, params=params)
         try:
             with tempfile.TemporaryDirectory() as parent, _one_line_errors(self._where):
                 folder = Path(parent, "model")
@@ -440,7 +440,7 @@ class Store:
         return [output.model_id for output in outputs.model_outputs] if outputs else []
 
     def _search(self, filter_string: str) -> "list[Run]":
-        return list(self._client.search_runs([self._experiment_id], filter_string))
+        return list(self._client.search_runs([self.experiment_id], filter_string))
 
     def _registered(self, name: str) -> Any:
         try:

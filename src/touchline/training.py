@@ -148,7 +148,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
         store.fail(run_id, str(error) or type(error).__name__)
         raise
     write_table(paths.reports / "history" / f"{name}.csv", pd.DataFrame(trained.history))
-    write_json(paths.models / f"{name}.json", {"run_id": run_id, **record})
+    write_json(paths.models / f"{name}.json", {"run_id": run_id, "experiment_id": store.experiment_id, **record})
     say(
         f"{name}: {len(trained.history)} epochs, {record['metrics']['seconds/train']:.0f} s, "
         f"validation accuracy {best['validation/accuracy']:.3f}"
@@ -388,6 +388,8 @@ def _tags(paths: Paths) -> dict[str, str]:
     }
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["touchline.dvc_experiment"] = experiment
+    if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
+        tags["touchline.prefect_flow_run"] = flow_run
     git = partial(subprocess.run, cwd=paths.workspace, capture_output=True, text=True, check=False)
     commit = git(["git", "rev-parse", "HEAD"])
     if commit.returncode == 0:

@@ -1,0 +1,34 @@
+"""Prefect flows: when the stages of dvc.yaml run, tried again where that can help, and shown.
+
+What runs and in which order is DVC's; the work is `touchline`'s.
+"""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+# Set before prefect is imported anywhere. Whoever set one of them before, keeps it.
+_DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    # A temporary server, where none runs, takes 15 to 75 s on a small machine; prefect gives it 20.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+}
+# What `make board` writes while it runs, and the variables it gives to what it starts.
+BOARD = Path(".prefect/board.json")
+_OF_THE_BOARD = {
+    "api_url": "PREFECT_API_URL",
+    "mlflow_url": "TOUCHLINE_MLFLOW_URL",
+    "reports_url": "TOUCHLINE_REPORTS_URL",
+}
+
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)
+if "PREFECT_API_URL" not in os.environ:
+    # A flow started by hand is shown on the board, if there is one.
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        _board = json.loads(BOARD.read_text())
+        os.kill(_board["pid"], 0)
+        os.environ |= {variable: _board[key] for key, variable in _OF_THE_BOARD.items()}

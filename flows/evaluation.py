@@ -1,0 +1,79 @@
+"""Judges the models side by side."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.states import State
+
+from flows import project
+from flows.project import escaped, mlflow_link, report_link
+from touchline import params
+from touchline.files import read_json
+
+
+@flow(name="evaluation")
+def evaluation(clone: bool = False) -> State | list[State]:
+    """Judge the models on the test photos; register the better one.
+
+    Args:
+        clone: work in a clone of the project's own, fed by `dvc pull`, and leave the checkout alone.
+    """
+    return project.run(lambda graph: graph.up_to("register"), SHOWN, clone=clone)
+
+
+def show_curves(workspace: Path, _: str) -> None:
+    """Accuracy and loss by epoch of every model."""
+    figure = base64.b64encode((workspace / "reports/figures/learning_curves.png").read_bytes()).decode()
+    create_image_artifact(
+        f"data:image/png;base64,{figure}", key="learning-curves", description="Accuracy and loss by epoch"
+    )
+
+
+def show_decision(workspace: Path, _: str) -> None:
+    """The models side by side, what sets them apart, what was decided, and links to their runs."""
+    metrics = read_json(workspace / "reports/metrics.json")
+    decision = read_json(workspace / "reports/registration.json")
+    lines = [
+        "# The models side by side",
+        "",
+        "| model | test accuracy | 95 % interval | balanced | log loss | MLflow |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in metrics["models"].items():
+        record = read_json(workspace / f"models/{name}.json")
+        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
+        run = mlflow_link(f"experiments/{record['experiment_id']}/runs/{record['run_id']}", record["run_id"][:8])
+        lines.append(
+            f"| {escaped(record['run_name'])} | {found['accuracy']:.3f} | {interval} | "
+            f"{found['balanced_accuracy']:.3f} | {found['log_loss']:.3f} | {run} |"
+        )
+    for name, found in metrics["baselines"].items():
+        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
+        label = name.replace("_", " ")
+        lines.append(f"| {label} | {found['accuracy']:.3f} | {interval} | {found['balanced_accuracy']:.3f} | | |")
+    lines += ["", *(_mcnemar(pair) for pair in metrics["mcnemar"])]
+    outcome = "Champion" if decision["promoted"] else "Not promoted"
+    lines += ["", f"**Better:** {escaped(decision['better_model'])} ({escaped(decision['why_better'])})."]
+    lines += ["", f"**{outcome}:** {escaped(decision['reason'])}."]
+    if registered := decision["registered"]:
+        name, number = params.load(workspace / "params.yaml").register_.name, registered["version"]
+        lines += ["", f"Registered: {mlflow_link(f'models/{name}/versions/{number}', f'version {number} of {name}')}"]
+    lines += ["", report_link("report.html", "The whole report")]
+    create_markdown_artifact("\n".join(lines), key="decision", description="Which model is better, and what followed")
+
+
+def _mcnemar(pair: dict[str, Any]) -> str:
+    first, second = map(escaped, pair["models"])
+    return (
+        f"McNemar, {first} against {second}: only the first right "
+        f"{pair['only_first_right']}, only the second {pair['only_second_right']}, p = {pair['p_value']:.3g}"
+    )
+
+
+SHOWN = {"evaluate": show_curves, "register": show_decision}
+
+if __name__ == "__main__":
+    evaluation()

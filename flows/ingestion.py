@@ -1,0 +1,44 @@
+"""Looks for new photos, checks them and divides them anew if any came."""
+
+from collections import Counter
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.states import State
+
+from flows import project, validation
+from touchline.files import read_json, read_table
+
+
+@flow(name="ingestion", retries=0)
+def ingestion(clone: bool = False) -> State | list[State]:
+    """Look for new photos; validate and split again if any came.
+
+    Args:
+        clone: work in a clone of the project's own, fed by `dvc pull`, and leave the checkout alone.
+    """
+    return project.run(lambda graph: graph.up_to("split"), SHOWN, forced=["ingest"], clone=clone)
+
+
+def show_photos(workspace: Path, _: str) -> None:
+    """How many photos of each class came from each source, and into which subset they are divided so far."""
+    photos = read_table(workspace / "data/photos.csv")
+    split = workspace / "data/split.csv"
+    subset_of = dict(read_table(split)[["path", "subset"]].itertuples(index=False)) if split.exists() else {}
+    counts = Counter(
+        (row["class"], row["source"], subset_of.get(row["path"], "not divided yet"))
+        for row in photos.to_dict("records")
+    )
+    rows = [
+        {"class": label, "source": source, "subset": subset, "photos": count}
+        for (label, source, subset), count in sorted(counts.items())
+    ]
+    notes = read_json(workspace / "reports/ingest.json")["notes"]
+    create_table_artifact(rows, key="photos", description="  \n".join(["Photos by class, source and subset", *notes]))
+
+
+SHOWN = {"ingest": show_photos} | validation.SHOWN
+
+if __name__ == "__main__":
+    ingestion()

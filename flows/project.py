@@ -1,0 +1,250 @@
+"""What every flow does round the stages: where it works, when it gives way, what it tells and leaves behind."""
+
+import html
+import os
+import subprocess
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.events import emit_event
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled, State
+
+from flows import stages
+from touchline import params
+from touchline.errors import TouchlineError
+from touchline.files import read_json
+
+# A scheduled run that could not begin in time came upon another one, or the board was off: it is not made up for.
+_LATE_AFTER_SECONDS = float(os.environ.get("TOUCHLINE_LATE_AFTER", "120"))
+
+
+def run(
+    choose: Callable[[stages.Graph], Collection[str]],
+    shown: Mapping[str, stages.Show],
+    *,
+    forced: Collection[str] = (),
+    clone: bool = False,
+    changes: Callable[[Path], list[str]] = lambda _: [],
+    push: bool = False,
+    commit_to: str | None = None,
+) -> State | list[State]:
+    """Run stages of this project; the states a flow is to return.
+
+    Args:
+        choose: which stages, given DVC's graph.
+        shown: see `stages.run`.
+        forced: stages that run even where nothing has changed.
+        clone: work in a clone of the project's own.
+        changes: given the workspace, params to change for this run alone, as `dvc exp run -S` takes them.
+        push: `dvc push` afterwards, where a remote is configured.
+        commit_to: commit dvc.lock on this branch afterwards.
+    """
+    if late := _late():
+        return late
+    with _workspace(clone) as (workspace, environment):
+        if overrides := changes(workspace):
+            return [_experiment(workspace, overrides, environment)]
+        before = _champion(workspace)
+        graph = stages.read_graph(workspace)
+        found = stages.run(workspace, choose(graph), graph, shown, forced, environment)
+        _tell(
+            workspace,
+            {name for name, state in found.items() if state.is_completed() and state.name != "Cached"},
+            before,
+        )
+        states = list(found.values())
+        if all(state.is_completed() for state in states):
+            if (push or clone) and _has_remote(workspace):
+                states.append(_dvc_task("push", workspace, ["push"], environment))
+            if commit_to:
+                _commit(workspace, commit_to, clone=clone)
+        return states
+
+
+def _late() -> State | None:
+    """A state to end in where a scheduled run comes too late. Runs that a person asked for wait their turn."""
+    context = FlowRunContext.get()
+    flow_run = context.flow_run if context else None
+    if not (flow_run and flow_run.auto_scheduled and flow_run.expected_start_time):
+        return None
+    late = (datetime.now(UTC) - flow_run.expected_start_time).total_seconds()
+    if late <= _LATE_AFTER_SECONDS:
+        return None
+    return Cancelled(
+        message=f"scheduled for {flow_run.expected_start_time:%Y-%m-%d %H:%M} UTC and {late:.0f} s late: another run "
+        "was at work or the board was off. The next one comes by its schedule."
+    )
+
+
+def _experiment(workspace: Path, overrides: list[str], environment: Mapping[str, str]) -> State:
+    options = [option for override in overrides for option in ("--set-param", override)]
+    return _dvc_task("experiment", workspace, ["exp", "run", "--temp", *options], environment)
+
+
+def _dvc_task(name: str, workspace: Path, arguments: list[str], environment: Mapping[str, str]) -> State:
+    future = _run_dvc.with_options(name=name).submit(str(workspace), arguments, dict(environment))
+    with stages.ending_with_this():
+        future.wait()
+    return future.state
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def _run_dvc(workspace: str, arguments: list[str], environment: Mapping[str, str]) -> None:
+    stages.dvc(Path(workspace), *arguments, environment=environment)
+
+
+def _tell(workspace: Path, ran: Collection[str], champion_before: int | None) -> None:
+    """Make the flow run findable from MLflow and the other way round, and tell of a new champion."""
+    trained = [name.partition("@")[2] for name in ran if name.startswith("train@")]
+    tags = {f"mlflow:{name}:{read_json(workspace / f'models/{name}.json')['run_id']}" for name in trained}
+    context = FlowRunContext.get()
+    if tags and context and context.flow_run:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(context.flow_run.id, tags={*context.flow_run.tags, *tags})
+    decision = _decision(workspace)
+    if "register" in ran and decision and decision["promoted"] and _champion(workspace) != champion_before:
+        _tell_of_champion(workspace, decision)
+
+
+def _tell_of_champion(workspace: Path, decision: Mapping[str, Any]) -> None:
+    name, version = params.load(workspace / "params.yaml").register_.name, decision["registered"]["version"]
+    emit_event(
+        event="touchline.champion.changed",
+        resource={"prefect.resource.id": f"touchline.registered-model.{name}", "prefect.resource.name": name},
+        payload={"version": version, "model": decision["better_model"], "reason": decision["reason"],
+                 "before": decision["champion_before"]},
+    )  # fmt: skip
+    notify(f"{name}: version {version} is champion", f"{decision['reason']}. {report_link('report.html', 'Report')}")
+
+
+def notify(subject: str, body: str) -> None:
+    """Send a message with the Prefect block that TOUCHLINE_NOTIFY names, `slack-webhook/<name>` for example.
+
+    A message that cannot be sent is a warning in the log: the run itself went well.
+    """
+    block = os.environ.get("TOUCHLINE_NOTIFY")
+    if not block:
+        return
+    from prefect.blocks.abstract import NotificationBlock
+    from prefect.blocks.core import Block
+
+    try:
+        loaded = Block.load(block)
+        if not isinstance(loaded, NotificationBlock):
+            raise TypeError(f"{block} is no block that sends messages")
+        loaded.notify(body, subject)
+    except Exception as error:  # each kind of block has errors of its own
+        get_run_logger().warning("no message was sent with %s: %s", block, error)
+
+
+def report_link(name: str, text: str) -> str:
+    """Markdown: a link to a file of reports/ where the board serves it, else where it lies."""
+    base = os.environ.get("TOUCHLINE_REPORTS_URL")
+    return f"[{text}]({base}/{name})" if base else f"{text}: `reports/{name}`"
+
+
+def mlflow_link(place: str, text: str) -> str:
+    """Markdown: a link into the MLflow UI of the board, else the text alone."""
+    base = os.environ.get("TOUCHLINE_MLFLOW_URL")
+    return f"[{text}]({base}/#/{place})" if base else f"`{text}`"
+
+
+def escaped(text: str) -> str:
+    """Text of anybody's as text in Markdown, also in a table."""
+    return html.escape(str(text)).replace("|", "&#124;").replace("`", "&#96;").replace("[", "&#91;").replace("\n", " ")
+
+
+def _decision(workspace: Path) -> dict[str, Any] | None:
+    path = workspace / "reports/registration.json"
+    return read_json(path) if path.exists() else None
+
+
+def _champion(workspace: Path) -> int | None:
+    """The version that the last decision made or left champion."""
+    decision = _decision(workspace)
+    if not decision:
+        return None
+    return decision["registered"]["version"] if decision["promoted"] else decision["champion_before"]
+
+
+def _has_remote(workspace: Path) -> bool:
+    asked = subprocess.run(["dvc", "config", "core.remote"], cwd=workspace, capture_output=True, text=True)
+    return bool(asked.stdout.strip())
+
+
+@contextmanager
+def _workspace(clone: bool) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder to work in, and what the stages there need in their environment."""
+    here = Path.cwd()
+    if not (here / "dvc.yaml").exists():
+        raise TouchlineError(f"{here} has no dvc.yaml: run flows in the project's folder")
+    if not clone:
+        yield here, {}
+        return
+    folder = here / ".prefect/clone"
+    _fetch_clone(here, folder)
+    environment = {
+        "TOUCHLINE_PROJECT": str(here),  # its MLflow store, ledger and journal are the project's
+        "PYTHONPATH": str(folder / "src"),
+    }
+    stages.dvc(folder, "pull", "--allow-missing", environment=environment)
+    yield folder, environment
+
+
+def _fetch_clone(project: Path, folder: Path) -> None:
+    """Bring the clone to what is committed in the project; its own dvc.lock stays until the project has another."""
+    if not _has_remote(project):
+        raise TouchlineError("`clone: true` needs a DVC remote to feed it: `dvc remote add --default storage <place>`")
+    if not (folder / ".git").exists():
+        git(project, "clone", "--quiet", str(project), str(folder))
+    lock = folder / "dvc.lock"
+    own = lock.read_bytes() if lock.exists() else None
+    before = git(folder, "rev-parse", "HEAD")
+    git(folder, "fetch", "--quiet", str(project), "HEAD")
+    git(folder, "checkout", "--quiet", "--force", "--detach", "FETCH_HEAD")
+    same = subprocess.run(["git", "diff", "--quiet", before, "HEAD", "--", "dvc.lock"], cwd=folder).returncode == 0
+    if own is not None and same:
+        lock.write_bytes(own)
+    local = project / ".dvc/config.local"
+    if local.exists():
+        (folder / ".dvc/config.local").write_bytes(local.read_bytes())
+
+
+def _commit(workspace: Path, branch: str, *, clone: bool) -> None:
+    """Commit dvc.lock on a branch, without touching what is checked out or staged."""
+    tip = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}"],
+        cwd=workspace,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    parent = tip or git(workspace, "rev-parse", "HEAD")
+    index = {"GIT_INDEX_FILE": str(workspace / ".git/touchline-index")}
+    git(workspace, "read-tree", parent, environment=index)
+    git(workspace, "update-index", "--add", "dvc.lock", environment=index)
+    tree = git(workspace, "write-tree", environment=index)
+    (workspace / ".git/touchline-index").unlink()
+    if tree == git(workspace, "rev-parse", f"{parent}^{{tree}}"):
+        return
+    commit = git(workspace, "commit-tree", tree, "-p", parent, "-m", "dvc.lock of a scheduled run")
+    git(workspace, "update-ref", f"refs/heads/{branch}", commit)
+    if clone:
+        git(workspace, "push", "--quiet", "origin", f"{commit}:refs/heads/{branch}")
+
+
+def git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run git; its output. Raises TouchlineError with git's own words where it fails."""
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, env=os.environ | dict(environment or {}), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise TouchlineError(f"`git {' '.join(arguments)}` in {folder} failed: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()

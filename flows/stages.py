@@ -1,0 +1,258 @@
+"""DVC's graph as Prefect tasks: a node a stage, DVC's dependencies between them, and no order of our own.
+
+A stage is run as a person would run it, `dvc repro --single-item`, in a process of its own: what it prints is in the
+run's log, and ending the flow ends it.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+
+from touchline.errors import TouchlineError
+
+if TYPE_CHECKING:
+    from prefect.futures import PrefectFuture
+
+# Where a second try can help: the network. A wrong param or a failed validation fails again.
+RETRIED = {"ingest": [60, 300, 900]}
+_TIMEOUT_HOURS = 12
+_LINES_SHOWN = 15
+_SECONDS_TO_END = 20
+_BAD_PARAMS = 2
+# What DVC says to a person at a terminal.
+_HINTS = (
+    "To track the changes with git", "git add", "To enable auto staging", "dvc config core.autostage",
+    "Use `dvc push` to send",
+)  # fmt: skip
+# Makes an artifact of a stage's results: called with the workspace and the stage's name.
+Show = Callable[[Path, str], None]
+
+
+class StageError(Exception):
+    """A stage, or DVC itself, failed; the message ends in the last lines it printed.
+
+    Attributes:
+        exit_code: of the stage's command where DVC names it, else of DVC.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What DVC says of a project.
+
+    Attributes:
+        needs: the stages each stage needs, in an order in which they can run.
+        changed: what `dvc status` says has to run. It names only stages that are changed as they stand: what hangs on
+            them is known once they have run.
+    """
+
+    needs: Mapping[str, Sequence[str]]
+    changed: Collection[str]
+
+    def up_to(self, *names: str) -> set[str]:
+        """Stages called so (or `<name>@...`), with all they need."""
+        wanted = [stage for stage in self.needs if {stage, stage.partition("@")[0]} & set(names)]
+        found: set[str] = set()
+        while wanted:
+            stage = wanted.pop()
+            found.add(stage)
+            wanted += [needed for needed in self.needs[stage] if needed not in found]
+        return found
+
+
+def read_graph(workspace: Path) -> Graph:
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(workspace), _wait_for_lock=True) as repo:
+        graph = repo.index.graph
+        order = [stage.addressing for stage in networkx.dfs_postorder_nodes(graph)]
+        needs = {stage.addressing: sorted(needed.addressing for needed in graph.successors(stage)) for stage in graph}
+        return Graph({name: needs[name] for name in order}, set(repo.status()))
+
+
+def run(
+    workspace: Path,
+    names: Collection[str],
+    graph: Graph,
+    shown: Mapping[str, Show],
+    forced: Collection[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, State]:
+    """Run stages, each as soon as what it needs has run; the final state of each.
+
+    A stage is `Cached` without a process where it has not changed and nothing it needs has run, and where DVC finds,
+    looking closer, that what it needs came out the same.
+
+    Args:
+        names: of the stages; what they need and is not among them is taken as it is.
+        shown: what to show of a stage's result once it is there, by the stage's name (or what stands before its @).
+        forced: run even where nothing has changed.
+        environment: variables the stages get besides those of this process.
+    """
+    futures: dict[str, PrefectFuture[bool]] = {}
+    with ending_with_this():
+        for name in (name for name in graph.needs if name in names):
+            delays = RETRIED.get(name, [])
+            stage = run_stage.with_options(
+                name=name,
+                retries=len(delays),
+                retry_delay_seconds=delays,
+                retry_condition_fn=_may_help,
+            )
+            needed = [futures[other] for other in graph.needs[name] if other in futures]
+            futures[name] = stage.submit(
+                str(workspace), name, needed, name in graph.changed, name in forced, shown, dict(environment or {})
+            )
+        for future in futures.values():
+            future.wait()
+    return {name: future.state for name, future in futures.items()}
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def run_stage(
+    workspace: str,
+    name: str,
+    needed: list[bool],
+    changed: bool,
+    forced: bool,
+    shown: Mapping[str, Show],
+    environment: Mapping[str, str],
+) -> State:
+    """Run one stage; the result is whether it, or something it needs, ran in this flow."""
+    folder = Path(workspace)
+    show = shown.get(name.partition("@")[0], lambda *_: None)
+    if not (changed or forced or any(needed)):
+        show(folder, name)
+        return Completed(name="Cached", message="nothing it depends on has changed", data=False)
+    try:
+        lines = dvc(folder, "repro", "--single-item", *(["--force"] if forced else []), name, environment=environment)
+    except StageError:
+        # A validation that failed has written its report.
+        with suppress(TouchlineError):
+            show(folder, name)
+        raise
+    show(folder, name)
+    if any(line.startswith(f"Stage '{name}' didn't change, skipping") for line in lines):
+        return Completed(name="Cached", message="what it depends on came out the same", data=any(needed))
+    return Completed(message=f"{name} ran", data=True)
+
+
+def dvc(workspace: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:
+    """Run `dvc` until it ends, its output in the run's log as it comes; the last lines of it.
+
+    Raises:
+        StageError: it failed, or took longer than `_TIMEOUT_HOURS`.
+    """
+    logger = get_run_logger()
+    # In a group of its own, so that all it starts can be ended with it.
+    process = subprocess.Popen(
+        ["dvc", "--wait-for-lock", *arguments],
+        cwd=workspace,
+        env=os.environ | _environment() | dict(environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    _processes.add(process)
+    timer = threading.Timer(_TIMEOUT_HOURS * 3600, _end, [process])
+    timer.start()
+    last: deque[str] = deque(maxlen=200)
+    try:
+        assert process.stdout
+        for line in map(str.rstrip, process.stdout):
+            if line and not line.lstrip().startswith(_HINTS):
+                last.append(line)
+                logger.info("%s", line)
+        exit_code = process.wait()
+    finally:
+        timed_out = timer.finished.is_set()
+        timer.cancel()
+        _processes.discard(process)
+    if exit_code:
+        shown = "\n".join(list(last)[-_LINES_SHOWN:])
+        why = f"took more than {_TIMEOUT_HOURS} hours" if timed_out else f"exit code {exit_code}"
+        raise StageError(f"`dvc {' '.join(arguments)}` failed ({why}):\n{shown}", _exit_code_of_stage(last, exit_code))
+    return list(last)
+
+
+# The dvc processes of this flow run.
+_processes: set["subprocess.Popen[str]"] = set()
+
+
+@contextmanager
+def ending_with_this() -> Iterator[None]:
+    """Whatever ends the block early (cancellation comes as an exception) ends what `dvc` has running."""
+    try:
+        yield
+    except BaseException:
+        for process in list(_processes):
+            _end(process)
+        raise
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Ask dvc and all it started to end, as Ctrl-C does: so DVC gives its lock back; then insist."""
+    family = [process, *_children(process.pid)]
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(_SECONDS_TO_END)
+    except ProcessLookupError:
+        return
+    except subprocess.TimeoutExpired:
+        pass
+    for member in [*family, *_children(process.pid)]:
+        if isinstance(member, psutil.Process) and member.is_running():
+            member.kill()
+    if process.poll() is None:
+        process.kill()
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _environment() -> dict[str, str]:
+    # A stage ends by itself when the process of this number is gone, even where that was killed with -9.
+    return {
+        "TOUCHLINE_PARENT": str(os.getpid()),
+        "TOUCHLINE_FLOW_RUN": str(flow_run.id or ""),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _exit_code_of_stage(lines: Collection[str], otherwise: int) -> int:
+    for line in reversed(list(lines)):
+        if "exited with " in line:
+            number = line.rpartition("exited with ")[2].strip(" '.")
+            return int(number) if number.lstrip("-").isdigit() else otherwise
+    return otherwise
+
+
+def _may_help(_: Any, __: Any, state: State) -> bool:
+    """A wrong param is wrong again."""
+    error = state.result(raise_on_failure=False)
+    return not (isinstance(error, StageError) and error.exit_code == _BAD_PARAMS)

@@ -1,0 +1,49 @@
+"""Checks every photo, and the set of them, with Great Expectations."""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import State
+
+from flows import project
+from flows.project import escaped, report_link
+from touchline.files import read_json
+
+
+@flow(name="validation")
+def validation(clone: bool = False) -> State | list[State]:
+    """Validate the photos there are.
+
+    Args:
+        clone: work in a clone of the project's own, fed by `dvc pull`, and leave the checkout alone.
+    """
+    return project.run(lambda graph: graph.up_to("validate"), SHOWN, clone=clone)
+
+
+def show_validation(workspace: Path, _: str) -> None:
+    """What was expected and seen, what failed, and where the Data Docs are."""
+    report = read_json(workspace / "reports/validation.json")
+    # A photo that fails is rejected and that is all; a class or the set that fails stops the pipeline.
+    failed = [found for found in report["expectations"] if not found["passed"] and found["level"] != "photo"]
+    lines = [
+        f"# Validation {'passed' if report['success'] else 'FAILED'}",
+        "",
+        "| expectation | of each | allowed | seen | |",
+        "|---|---|---|---|---|",
+    ]
+    for found in report["expectations"]:
+        mark = "ok" if found["passed"] else "rejected" if found["level"] == "photo" else "**FAILED**"
+        words = (found["name"], found["level"], found["allowed"], found["observed"], mark)
+        lines.append("| " + " | ".join(map(escaped, words)) + " |")
+    if failed:
+        lines += ["", "**Failed:** " + escaped("; ".join(f"{found['name']}: {found['observed']}" for found in failed))]
+    lines += ["", f"{report_link('validation.html', 'What was rejected, and why')} · "
+              f"{report_link('data_docs/index.html', 'Data Docs')}"]  # fmt: skip
+    create_markdown_artifact("\n".join(lines), key="validation", description="Great Expectations' word on the photos")
+
+
+SHOWN = {"validate": show_validation}
+
+if __name__ == "__main__":
+    validation()
