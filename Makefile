@@ -1,4 +1,4 @@
-# make run | test | mlflow | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
+# make run | test | mlflow | board | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ export PYTHONUTF8 := 1
 # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test mlflow refresh lint lock clean setup
+.PHONY: run test mlflow board refresh lint lock clean setup
 .DEFAULT_GOAL := run
 
 run: setup  ## photos to a registered classifier, then a short table
@@ -31,6 +31,10 @@ test: setup  ## every test
 mlflow: setup  ## the MLflow UI on the project's store
 	@touchline registry sync
 	@touchline mlflow --port $(PORT)
+
+board: setup  ## the Prefect UI with its schedules and worker, the MLflow UI and the reports, until Ctrl-C
+	@touchline registry sync
+	@python -m flows.board $(BOARD)
 
 refresh: setup  ## look for new photos where DVC cannot see them, then bring all up to date
 	@dvc --wait-for-lock repro --force --single-item ingest

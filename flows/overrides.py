@@ -19,13 +19,15 @@ def overridden(
     """
     content = _content(workspace)
     given = list(overrides)
-    if backbone is not None or epochs is not None:
-        if model not in content["models"]:
-            raise ParamsError(f"{_WHERE}: there is no model '{model}'; allowed: {', '.join(content['models'])}")
-        if epochs is not None:
-            given.append(f"models.{model}.epochs={epochs}")
-        if backbone is not None:
-            given.append(f"features.{content['models'][model]['input']}.backbone={backbone}")
+    if model not in content["models"]:
+        raise ParamsError(f"{_WHERE}: there is no model '{model}'; allowed: {', '.join(content['models'])}")
+    if epochs is not None:
+        given.append(f"models.{model}.epochs={epochs}")
+    if backbone is not None:
+        features = content["models"][model]["input"]
+        if "backbone" not in content["features"][features]:
+            raise ParamsError(f"{_WHERE}: models.{model} works on {features}, which has no backbone to change")
+        given.append(f"features.{features}.backbone={backbone}")
     for override in given:
         _apply(content, override)
     params.check(content, _WHERE)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from prefect import task
@@ -19,7 +20,7 @@ from prefect.states import Cancelled, State
 
 from flows import stages
 from touchline import params
-from touchline.errors import TouchlineError
+from touchline.errors import ParamsError, TouchlineError
 from touchline.files import read_json
 
 # A scheduled run that could not begin in time came upon another one, or the board was off: it is not made up for.
@@ -49,7 +50,9 @@ def run(
     """
     if late := _late():
         return late
-    with _workspace(clone) as (workspace, environment):
+    if commit_to:
+        _check_branch(Path.cwd(), commit_to)
+    with stages.ending_with_this(), _workspace(clone) as (workspace, environment):
         if overrides := changes(workspace):
             return [_experiment(workspace, overrides, environment)]
         before = _champion(workspace)
@@ -65,7 +68,7 @@ def run(
             if (push or clone) and _has_remote(workspace):
                 states.append(_dvc_task("push", workspace, ["push"], environment))
             if commit_to:
-                _commit(workspace, commit_to, clone=clone)
+                _commit(Path.cwd(), workspace, commit_to)
         return states
 
 
@@ -74,6 +77,9 @@ def _late() -> State | None:
     context = FlowRunContext.get()
     flow_run = context.flow_run if context else None
     if not (flow_run and flow_run.auto_scheduled and flow_run.expected_start_time):
+        return None
+    # What has begun before was told to begin again by a person, and keeps the time of its first beginning.
+    if flow_run.run_count > 1:
         return None
     late = (datetime.now(UTC) - flow_run.expected_start_time).total_seconds()
     if late <= _LATE_AFTER_SECONDS:
@@ -91,8 +97,7 @@ def _experiment(workspace: Path, overrides: list[str], environment: Mapping[str,
 
 def _dvc_task(name: str, workspace: Path, arguments: list[str], environment: Mapping[str, str]) -> State:
     future = _run_dvc.with_options(name=name).submit(str(workspace), arguments, dict(environment))
-    with stages.ending_with_this():
-        future.wait()
+    future.wait()
     return future.state
 
 
@@ -159,7 +164,7 @@ def mlflow_link(place: str, text: str) -> str:
 
 def escaped(text: str) -> str:
     """Text of anybody's as text in Markdown, also in a table."""
-    return html.escape(str(text)).replace("|", "&#124;").replace("`", "&#96;").replace("[", "&#91;").replace("\n", " ")
+    return html.escape(" ".join(str(text).split())).replace("|", "&#124;").replace("`", "&#96;").replace("[", "&#91;")
 
 
 def _decision(workspace: Path) -> dict[str, Any] | None:
@@ -213,31 +218,43 @@ def _fetch_clone(project: Path, folder: Path) -> None:
     same = subprocess.run(["git", "diff", "--quiet", before, "HEAD", "--", "dvc.lock"], cwd=folder).returncode == 0
     if own is not None and same:
         lock.write_bytes(own)
-    local = project / ".dvc/config.local"
-    if local.exists():
-        (folder / ".dvc/config.local").write_bytes(local.read_bytes())
+    _share_config(project, folder)
 
 
-def _commit(workspace: Path, branch: str, *, clone: bool) -> None:
-    """Commit dvc.lock on a branch, without touching what is checked out or staged."""
-    tip = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}"],
-        cwd=workspace,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+def _share_config(project: Path, folder: Path) -> None:
+    """Give the clone the project's remotes, also those that only this machine knows; a relative path stays right."""
+    from dvc.config import Config, merge
+
+    shared = Config(str(project / ".dvc"))
+    (folder / ".dvc/config.local").unlink(missing_ok=True)
+    with Config(str(folder / ".dvc")).edit("local") as local:
+        for level in ("repo", "local"):
+            merge(local, shared.load_one(level))
+
+
+def _check_branch(project: Path, branch: str) -> None:
+    """Raise what would make `_commit` fail, before hours of work."""
+    git(project, "check-ref-format", "--branch", branch)
+    git(project, "var", "GIT_COMMITTER_IDENT")
+    if git(project, "rev-parse", "--symbolic-full-name", "HEAD") == f"refs/heads/{branch}":
+        raise ParamsError(f"commit_to: {branch} is checked out in {project}: name another branch")
+
+
+def _commit(project: Path, workspace: Path, branch: str) -> None:
+    """Commit the workspace's dvc.lock on a branch of the project, without touching what is checked out or staged."""
+    reference = f"refs/heads/{branch}"
+    tip = git(project, "for-each-ref", "--format=%(objectname)", reference)
     parent = tip or git(workspace, "rev-parse", "HEAD")
-    index = {"GIT_INDEX_FILE": str(workspace / ".git/touchline-index")}
-    git(workspace, "read-tree", parent, environment=index)
-    git(workspace, "update-index", "--add", "dvc.lock", environment=index)
-    tree = git(workspace, "write-tree", environment=index)
-    (workspace / ".git/touchline-index").unlink()
-    if tree == git(workspace, "rev-parse", f"{parent}^{{tree}}"):
-        return
-    commit = git(workspace, "commit-tree", tree, "-p", parent, "-m", "dvc.lock of a scheduled run")
-    git(workspace, "update-ref", f"refs/heads/{branch}", commit)
-    if clone:
-        git(workspace, "push", "--quiet", "origin", f"{commit}:refs/heads/{branch}")
+    blob = git(project, "hash-object", "-w", "--", str(workspace / "dvc.lock"))
+    with TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": f"{folder}/index"}
+        git(project, "read-tree", parent, environment=index)
+        git(project, "update-index", "--add", "--cacheinfo", f"100644,{blob},dvc.lock", environment=index)
+        tree = git(project, "write-tree", environment=index)
+    if tree != git(project, "rev-parse", f"{parent}^{{tree}}"):
+        commit = git(project, "commit-tree", tree, "-p", parent, "-m", "dvc.lock of a flow run")
+        # Refused where somebody else has moved the branch meanwhile.
+        git(project, "update-ref", reference, commit, tip)
 
 
 def git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:

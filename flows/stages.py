@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -84,9 +85,13 @@ def read_graph(workspace: Path) -> Graph:
 
     with Repo(str(workspace), _wait_for_lock=True) as repo:
         graph = repo.index.graph
-        order = [stage.addressing for stage in networkx.dfs_postorder_nodes(graph)]
-        needs = {stage.addressing: sorted(needed.addressing for needed in graph.successors(stage)) for stage in graph}
-        return Graph({name: needs[name] for name in order}, set(repo.status()))
+        # DVC's own names begin with a path where the workspace is not the current folder, as in a clone.
+        names = {stage.addressing: getattr(stage, "name", None) or stage.path_in_repo for stage in graph}
+        needs = {
+            names[stage.addressing]: sorted(names[needed.addressing] for needed in graph.successors(stage))
+            for stage in networkx.dfs_postorder_nodes(graph)
+        }
+        return Graph(needs, {names[address] for address in repo.status()})
 
 
 def run(
@@ -109,21 +114,20 @@ def run(
         environment: variables the stages get besides those of this process.
     """
     futures: dict[str, PrefectFuture[bool]] = {}
-    with ending_with_this():
-        for name in (name for name in graph.needs if name in names):
-            delays = RETRIED.get(name, [])
-            stage = run_stage.with_options(
-                name=name,
-                retries=len(delays),
-                retry_delay_seconds=delays,
-                retry_condition_fn=_may_help,
-            )
-            needed = [futures[other] for other in graph.needs[name] if other in futures]
-            futures[name] = stage.submit(
-                str(workspace), name, needed, name in graph.changed, name in forced, shown, dict(environment or {})
-            )
-        for future in futures.values():
-            future.wait()
+    for name in (name for name in graph.needs if name in names):
+        delays = RETRIED.get(name, [])
+        stage = run_stage.with_options(
+            name=name,
+            retries=len(delays),
+            retry_delay_seconds=delays,
+            retry_condition_fn=_may_help,
+        )
+        needed = [futures[other] for other in graph.needs[name] if other in futures]
+        futures[name] = stage.submit(
+            str(workspace), name, needed, name in graph.changed, name in forced, shown, dict(environment or {})
+        )
+    for future in futures.values():
+        future.wait()
     return {name: future.state for name, future in futures.items()}
 
 
@@ -146,8 +150,8 @@ def run_stage(
     try:
         lines = dvc(folder, "repro", "--single-item", *(["--force"] if forced else []), name, environment=environment)
     except StageError:
-        # A validation that failed has written its report.
-        with suppress(TouchlineError):
+        # A validation that failed has written its report; what other stages show, DVC has taken away before they ran.
+        with suppress(TouchlineError, OSError):
             show(folder, name)
         raise
     show(folder, name)
@@ -175,56 +179,65 @@ def dvc(workspace: Path, *arguments: str, environment: Mapping[str, str] | None 
         start_new_session=True,
     )
     _processes.add(process)
-    timer = threading.Timer(_TIMEOUT_HOURS * 3600, _end, [process])
+    too_long = threading.Event()
+    timer = threading.Timer(_TIMEOUT_HOURS * 3600, lambda: (too_long.set(), _end([process])))
     timer.start()
     last: deque[str] = deque(maxlen=200)
     try:
+        if _ending.is_set():
+            raise StageError(f"`dvc {' '.join(arguments)}` was not begun: the run is ending", -signal.SIGTERM)
         assert process.stdout
         for line in map(str.rstrip, process.stdout):
             if line and not line.lstrip().startswith(_HINTS):
                 last.append(line)
                 logger.info("%s", line)
         exit_code = process.wait()
+    except BaseException:
+        _end([process])
+        raise
     finally:
-        timed_out = timer.finished.is_set()
         timer.cancel()
         _processes.discard(process)
     if exit_code:
         shown = "\n".join(list(last)[-_LINES_SHOWN:])
-        why = f"took more than {_TIMEOUT_HOURS} hours" if timed_out else f"exit code {exit_code}"
+        why = f"took more than {_TIMEOUT_HOURS} hours" if too_long.is_set() else f"exit code {exit_code}"
         raise StageError(f"`dvc {' '.join(arguments)}` failed ({why}):\n{shown}", _exit_code_of_stage(last, exit_code))
     return list(last)
 
 
-# The dvc processes of this flow run.
+# The dvc processes of this flow run, and whether it is ending: then none is begun, and none tried again.
 _processes: set["subprocess.Popen[str]"] = set()
+_ending = threading.Event()
 
 
 @contextmanager
 def ending_with_this() -> Iterator[None]:
     """Whatever ends the block early (cancellation comes as an exception) ends what `dvc` has running."""
+    _ending.clear()
     try:
         yield
     except BaseException:
-        for process in list(_processes):
-            _end(process)
+        _ending.set()
+        _end(list(_processes))
         raise
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Ask dvc and all it started to end, as Ctrl-C does: so DVC gives its lock back; then insist."""
-    family = [process, *_children(process.pid)]
-    try:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(_SECONDS_TO_END)
-    except ProcessLookupError:
-        return
-    except subprocess.TimeoutExpired:
-        pass
-    for member in [*family, *_children(process.pid)]:
-        if isinstance(member, psutil.Process) and member.is_running():
-            member.kill()
-    if process.poll() is None:
+def _end(processes: Collection["subprocess.Popen[str]"]) -> None:
+    """Ask each dvc and all it started to end, as Ctrl-C does: so DVC gives its lock back; then insist."""
+    started = {child for process in processes for child in _children(process.pid)}
+    for process in processes:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+    # All at once: Prefect kills a run that takes more than 30 s to end.
+    until = time.monotonic() + _SECONDS_TO_END
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+    for child in started.union(*(_children(process.pid) for process in processes)):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    for process in processes:
         process.kill()
 
 
@@ -253,6 +266,8 @@ def _exit_code_of_stage(lines: Collection[str], otherwise: int) -> int:
 
 
 def _may_help(_: Any, __: Any, state: State) -> bool:
-    """A wrong param is wrong again."""
+    """A wrong param is wrong again, and a run that is ending is not to begin anew."""
+    if _ending.is_set():
+        return False
     error = state.result(raise_on_failure=False)
     return not (isinstance(error, StageError) and error.exit_code == _BAD_PARAMS)

@@ -41,6 +41,7 @@ _BLOCKS_AHEAD = 16
 _LONGEST_PAUSE = 60.0
 _TRIED_AGAIN = {408, 429, 500, 502, 503, 504}
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_TO_PUT_AWAY = 30.0
 
 
 class HttpError(TouchlineError):
@@ -519,10 +520,22 @@ def session(connections: int) -> "aiohttp.ClientSession":
 
 
 def network(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on the network's thread and wait for its result."""
-    future = asyncio.run_coroutine_threadsafe(work, _loop())
+    """Run a coroutine on the network's thread and wait for its result.
+
+    Who interrupts it (Ctrl-C) goes on once it has put its things away: it may still be writing.
+    """
+    over = threading.Event()
+
+    async def run() -> T:
+        try:
+            return await work
+        finally:
+            over.set()
+
+    future = asyncio.run_coroutine_threadsafe(run(), _loop())
     try:
         return future.result()
     except BaseException:
         future.cancel()
+        over.wait(_SECONDS_TO_PUT_AWAY)
         raise

@@ -1,0 +1,353 @@
+"""What the flows do that needs no board: params given to a run, the branch and the clone, and a flow started by hand."""
+
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import boards
+import projects
+import psutil
+import pytest
+
+from flows import project as flow_project
+from flows import stages
+from flows.overrides import overridden
+from touchline.errors import ParamsError, TouchlineError
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project in which nothing has run."""
+    return projects.make(tmp_path / "a project; $(id)")
+
+
+@pytest.fixture
+def built_copy(tmp_path_factory, tmp_path):
+    """A project of one's own that has run once, with an empty MLflow store."""
+    return projects.copy(projects.built(tmp_path_factory).untouched, tmp_path / "a project; $(id)")
+
+
+@pytest.fixture
+def with_identity(project, monkeypatch):
+    """This process has the environment that the project's programs get."""
+    for name in ("PATH", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
+        monkeypatch.setenv(name, project.environment()[name])
+    for name, value in project.environment().items():
+        if name.startswith("GIT_"):
+            monkeypatch.setenv(name, value)
+
+
+def given(project: projects.Project, *overrides: str, model="transfer", backbone=None, epochs=None) -> list[str]:
+    return overridden(project.root, model, backbone, epochs, list(overrides))
+
+
+def test_nothing_given_is_no_experiment(project):
+    assert given(project) == []
+
+
+def test_backbone_and_epochs_are_written_to_where_the_model_has_them(project):
+    assert given(project, "split.seed=43", backbone="mobilenet_v2", epochs=3) == [
+        "split.seed=43", "models.transfer.epochs=3", "features.lite0.backbone=mobilenet_v2",
+    ]  # fmt: skip
+    assert given(project, model="cnn", epochs=1) == ["models.cnn.epochs=1"]
+
+
+def test_params_are_read_and_never_written(project):
+    before = (project.root / "params.yaml").read_bytes()
+    given(project, "models.cnn.dropout=0.1", "models.cnn.augmentation.flip=false", epochs=7)
+    assert (project.root / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "overrides, others, message",
+    [
+        (["models.cnn.dropout=2"], {}, "models.cnn.dropout is 2; allowed: a number at least 0 and less than 1"),
+        (["models.cnn.dropuot=0.2"], {}, "'models.cnn.dropuot=0.2' is not <known key>=<value>"),
+        (["models.cnn.dropout"], {}, "'models.cnn.dropout' is not <known key>=<value>"),
+        (["models.cnn.dropout.of=1"], {}, "'models.cnn.dropout.of=1' is not <known key>=<value>"),
+        (["+models.cnn.dropout=0.2"], {}, "'+models.cnn.dropout=0.2' is not <known key>=<value>"),
+        (["models.cnn.dropout=[0.1"], {}, "'models.cnn.dropout=[0.1' has no readable value"),
+        (["models.cnn.dropout=0.1,0.2"], {}, "models.cnn.dropout is '0.1,0.2'; allowed: a valid number"),
+        ([], {"model": "cnnn", "epochs": 1}, "there is no model 'cnnn'; allowed: cnn, transfer"),
+        ([], {"model": "cnnn", "backbone": "mobilenet_v2"}, "there is no model 'cnnn'; allowed: cnn, transfer"),
+        ([], {"model": "cnnn"}, "there is no model 'cnnn'; allowed: cnn, transfer"),
+        ([], {"model": "cnn", "backbone": "mobilenet_v2"}, "models.cnn works on pixels"),
+        ([], {"epochs": 0}, "models.transfer.epochs is 0; allowed: "),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_it(project, overrides, others, message):
+    with pytest.raises(ParamsError) as raised:
+        given(project, *overrides, **others)
+    line = str(raised.value)
+    assert line.startswith("the run's parameters: ") and message in line and "\n" not in line, line
+
+
+def test_a_wrong_value_is_told_in_the_words_of_the_command_line(project):
+    with pytest.raises(ParamsError) as raised:
+        given(project, "models.cnn.dropout=2")
+    project.change({"models.cnn.dropout": 2})
+    told = project.touchline("train", "cnn", exit_code=2).removeprefix("touchline: params.yaml: ").strip()
+    assert str(raised.value) == f"the run's parameters: {told}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a | b", "`code`", "[link](http://example.com)", "<img src=x onerror=alert(1)>", "two\nlines", "two\rlines"],
+)
+def test_anybodys_text_stays_one_cell_of_a_table_without_links_or_tags(text):
+    found = flow_project.escaped(text)
+    assert not set("|`[<\n\r") & set(found), found
+
+
+def test_plain_words_and_numbers_are_left_as_they_are():
+    assert flow_project.escaped("class_a of 3 photos") == "class_a of 3 photos"
+    assert flow_project.escaped(0.25) == "0.25"
+
+
+def test_links_lead_to_the_board_where_there_is_one_and_else_name_the_file(monkeypatch):
+    monkeypatch.delenv("TOUCHLINE_REPORTS_URL", raising=False)
+    monkeypatch.delenv("TOUCHLINE_MLFLOW_URL", raising=False)
+    assert flow_project.report_link("report.html", "The report") == "The report: `reports/report.html`"
+    assert flow_project.mlflow_link("models/m", "m") == "`m`"
+    monkeypatch.setenv("TOUCHLINE_REPORTS_URL", "http://127.0.0.1:4280")
+    monkeypatch.setenv("TOUCHLINE_MLFLOW_URL", "http://127.0.0.1:5000")
+    assert flow_project.report_link("report.html", "The report") == "[The report](http://127.0.0.1:4280/report.html)"
+    assert flow_project.mlflow_link("models/m", "m") == "[m](http://127.0.0.1:5000/#/models/m)"
+
+
+def late(seconds: float, **others):
+    """What a flow run ends in that begins so many seconds after its time; None where it goes on."""
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.context import FlowRunContext
+
+    expected = datetime.now(UTC) - timedelta(seconds=seconds)
+    values = {"auto_scheduled": True, "run_count": 1, "expected_start_time": expected} | others
+    with FlowRunContext.model_construct(flow_run=FlowRun(flow_id=uuid4(), **values)):
+        return flow_project._late()
+
+
+def test_a_scheduled_run_that_comes_too_late_is_cancelled_and_says_why():
+    state = late(3600)
+    assert state.is_cancelled()
+    assert "UTC and 36" in state.message and "The next one comes by its schedule" in state.message
+
+
+def test_a_scheduled_run_in_time_goes_on():
+    assert late(30) is None
+
+
+def test_what_a_person_asks_for_waits_its_turn_however_long():
+    assert late(3600, auto_scheduled=False) is None
+
+
+def test_a_scheduled_run_that_a_person_starts_again_is_not_late():
+    assert late(3600, run_count=2) is None
+
+
+def test_without_a_flow_run_nothing_is_late():
+    assert flow_project._late() is None
+
+
+def heads(project: projects.Project) -> tuple[str, ...]:
+    """What a person has checked out, staged and not staged."""
+    return (
+        project.git("rev-parse", "HEAD"),
+        project.git("symbolic-ref", "HEAD"),
+        project.git("ls-files", "--stage"),
+        project.git("status", "--porcelain"),
+    )
+
+
+@pytest.fixture
+def locked(project, with_identity):
+    """A project with a dvc.lock that is new, a staged change and one that is not staged."""
+    (project.root / "dvc.lock").write_text("schema: '2.0'\n")
+    (project.root / "README.md").write_text("mine\n")
+    project.git("add", "README.md")
+    project.change({"split.seed": 43})
+    return project
+
+
+def test_dvc_lock_goes_to_the_branch_and_nothing_else_moves(locked):
+    before = heads(locked)
+    flow_project._commit(locked.root, locked.root, "results/nightly")
+    assert heads(locked) == before
+    assert locked.git("show", "results/nightly:dvc.lock") == "schema: '2.0'\n"
+    assert locked.git("diff", "--name-only", "main", "results/nightly").split() == ["dvc.lock"]
+    assert locked.git("rev-parse", "results/nightly~1") == locked.git("rev-parse", "main")
+
+
+def test_the_branch_grows_by_a_commit_only_where_dvc_lock_has_changed(locked):
+    for _ in range(2):
+        flow_project._commit(locked.root, locked.root, "results")
+    (locked.root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    flow_project._commit(locked.root, locked.root, "results")
+    assert locked.git("rev-list", "--count", "main..results").strip() == "2"
+    assert locked.git("show", "results:dvc.lock").endswith("stages: {}\n")
+
+
+def test_a_clones_dvc_lock_goes_to_the_projects_branch(locked, tmp_path):
+    clone = tmp_path / "clone"
+    locked.git("clone", "--quiet", str(locked.root), str(clone))
+    for number in range(2):
+        (clone / "dvc.lock").write_text(f"number: {number}\n")
+        before = heads(locked)
+        flow_project._commit(locked.root, clone, "results")
+        assert heads(locked) == before
+        assert locked.git("show", "results:dvc.lock") == f"number: {number}\n"
+        # Somebody else goes on with the branch.
+        locked.git("branch", "--force", "results", locked.git("commit-tree", "results^{tree}", "-p", "results",
+                                                              "-m", "theirs").strip())  # fmt: skip
+    assert locked.git("log", "--format=%s", "main..results").split("\n")[::2] == ["theirs", "theirs", ""]
+
+
+@pytest.mark.parametrize("branch", ["main", "a..b", "-delete", "no spaces", ""])
+def test_a_branch_that_cannot_be_committed_to_is_one_line_before_anything_runs(locked, branch):
+    with pytest.raises(TouchlineError) as raised:
+        flow_project._check_branch(locked.root, branch)
+    assert "\n" not in str(raised.value) and (branch in str(raised.value))
+
+
+def test_a_project_without_git_cannot_commit_and_says_so(tmp_path, with_identity):
+    archive = projects.make(tmp_path / "archive", git=False)
+    with pytest.raises(TouchlineError, match="not a git repository"):
+        flow_project._check_branch(archive.root, "results")
+
+
+@pytest.fixture
+def remote(project):
+    """A remote beside the project, named in dvc's config by a relative path."""
+    folder = project.root.parent / "remote"
+    folder.mkdir()
+    project.dvc("remote", "add", "--default", "storage", "../remote")
+    project.commit("a remote")
+    return folder
+
+
+def fetched(project: projects.Project) -> projects.Project:
+    folder = project.root / ".prefect/clone"
+    flow_project._fetch_clone(project.root, folder)
+    return projects.Project(folder)
+
+
+def test_without_a_remote_a_clone_is_one_line_that_says_what_to_do(project, with_identity):
+    with pytest.raises(TouchlineError, match="needs a DVC remote.*dvc remote add --default"):
+        fetched(project)
+    assert not (project.root / ".prefect/clone").exists()
+
+
+@pytest.mark.parametrize("where", ["committed", "known to this machine alone"])
+def test_a_clone_reaches_the_remote_that_the_project_names_by_a_relative_path(project, remote, with_identity, where):
+    if where != "committed":
+        project.dvc("remote", "remove", "storage")
+        project.dvc("remote", "add", "--local", "--default", "storage", "../remote")
+        project.commit("no remote for others")
+    for _ in range(2):
+        clone = fetched(project)
+        assert f"storage\t{remote}" in clone.dvc("remote", "list").replace(" ", "").replace(
+            f"storage{remote}".replace(" ", ""), f"storage\t{remote}"
+        )
+    assert clone.git("status", "--porcelain") == ""
+
+
+def test_a_clone_is_what_is_committed_and_the_checkout_keeps_its_edits(project, remote, with_identity):
+    project.change({"split.seed": 43})
+    (project.root / "dvc.yaml").open("a").write("# half an edit\n")
+    before = heads(project)
+    clone = fetched(project)
+    assert heads(project) == before
+    assert "half an edit" not in (clone.root / "dvc.yaml").read_text()
+    assert "seed: 42" in (clone.root / "params.yaml").read_text()
+    project.commit("the edit is done")
+    assert "half an edit" in (fetched(project).root / "dvc.yaml").read_text()
+
+
+def test_a_clone_keeps_its_own_dvc_lock_until_the_project_commits_another(project, remote, with_identity):
+    (project.root / "dvc.lock").write_text("schema: '2.0'\n")
+    project.commit("a lock")
+    clone = fetched(project)
+    (clone.root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    project.change({"split.seed": 43})
+    project.commit("a param")
+    assert (fetched(project).root / "dvc.lock").read_text().endswith("stages: {}\n")
+    (project.root / "dvc.lock").write_text("schema: '2.0'\n# newer\n")
+    project.commit("another lock")
+    assert (fetched(project).root / "dvc.lock").read_text().endswith("# newer\n")
+
+
+def test_the_graph_is_dvcs_and_up_to_takes_all_that_a_stage_needs(project):
+    graph = stages.read_graph(project.root)
+    assert set(graph.needs) == set(projects.STAGES) == set(graph.changed)
+    order = list(graph.needs)
+    assert all(order.index(needed) < order.index(stage) for stage in order for needed in graph.needs[stage])
+    assert graph.up_to("split") == {"ingest", "validate", "split"}
+    assert graph.up_to("features") == {"ingest", "validate", "features@pixels", "features@lite0"}
+    assert graph.up_to("register") == set(projects.STAGES)
+
+
+@pytest.mark.parametrize(
+    "line, code",
+    [
+        ("ERROR: failed to reproduce 'ingest': failed to run: touchline ingest, exited with 2", 2),
+        ("ERROR: failed to reproduce 'train@cnn': failed to run: touchline train cnn, exited with -9", -9),
+        ("ERROR: unexpected error - 'Repo' object has no attribute 'x'", 255),
+    ],
+)
+def test_the_exit_code_of_a_stage_is_read_from_dvcs_words(line, code):
+    assert stages._exit_code_of_stage(["before", line, "after"], 255) == code
+
+
+def by_hand(project: projects.Project, flow: str) -> subprocess.Popen[str]:
+    """`python -m flows.<flow>` with a server of its own, its output in a file."""
+    beside = project.root.parent
+    environment = project.environment() | {"PREFECT_HOME": str(beside / "prefect")}
+    with (beside / "output.txt").open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"flows.{flow}"],
+            cwd=project.root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def working_in(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder, or below it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def test_a_flow_runs_by_hand_where_there_is_no_board(built_copy):
+    process = by_hand(built_copy, "pipeline")
+    assert process.wait(300) == 0, (built_copy.root.parent / "output.txt").read_text()
+    output = (built_copy.root.parent / "output.txt").read_text()
+    assert output.count("Finished in state Cached(") == len(projects.STAGES), output
+    assert "Finished in state Completed(" in output and "Traceback" not in output
+    assert not (built_copy.root / ".prefect/prefect.db").exists()
+    boards.wait_for(lambda: working_in(built_copy.root) == [], 60)
+
+
+def test_ctrl_c_ends_a_flow_started_by_hand_and_the_stage_it_was_at(built_copy):
+    # Long enough to be caught at it; ingest is what would be tried again.
+    built_copy.change({"ingest.sample.per_class": 100_000})
+    process = by_hand(built_copy, "pipeline")
+    boards.wait_for(lambda: any("touchline ingest" in line for line in working_in(built_copy.root)), 300)
+    process.send_signal(signal.SIGINT)
+    # Ten tries of a minute and more would take longer.
+    assert process.wait(55) not in (0, None)
+    output = (built_copy.root.parent / "output.txt").read_text()
+    assert "AwaitingRetry" not in output, output
+    boards.wait_for(lambda: working_in(built_copy.root) == [], 60)
+    built_copy.dvc("status", "split")
