@@ -16,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
-from prefect.states import Cancelled, State
+from prefect.states import Cancelled, Failed, State
 
 from flows import stages
 from touchline import params
@@ -54,7 +54,7 @@ def run(
         _check_branch(Path.cwd(), commit_to)
     with stages.ending_with_this(), _workspace(clone) as (workspace, environment):
         if overrides := changes(workspace):
-            return [_experiment(workspace, overrides, environment)]
+            return _ended({"experiment": _experiment(workspace, overrides, environment)})
         before = _champion(workspace)
         graph = stages.read_graph(workspace)
         found = stages.run(workspace, choose(graph), graph, shown, forced, environment)
@@ -63,13 +63,18 @@ def run(
             {name for name, state in found.items() if state.is_completed() and state.name != "Cached"},
             before,
         )
-        states = list(found.values())
-        if all(state.is_completed() for state in states):
+        if all(state.is_completed() for state in found.values()):
             if (push or clone) and _has_remote(workspace):
-                states.append(_dvc_task("push", workspace, ["push"], environment))
+                found["push"] = _dvc_task("push", workspace, ["push"], environment)
             if commit_to:
                 _commit(Path.cwd(), workspace, commit_to)
-        return states
+        return _ended(found)
+
+
+def _ended(states: Mapping[str, State]) -> State | list[State]:
+    """What the flow is to return: of states alone Prefect would only say how many have failed."""
+    why = stages.why_failed(states)
+    return Failed(message=why) if why else list(states.values())
 
 
 def _late() -> State | None:

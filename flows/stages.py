@@ -39,6 +39,8 @@ _HINTS = (
     "To track the changes with git", "git add", "To enable auto staging", "dvc config core.autostage",
     "Use `dvc push` to send",
 )  # fmt: skip
+# What `touchline` prints before the line that says why it failed.
+_OURS = "touchline: "
 # Makes an artifact of a stage's results: called with the workspace and the stage's name.
 Show = Callable[[Path, str], None]
 
@@ -48,11 +50,13 @@ class StageError(Exception):
 
     Attributes:
         exit_code: of the stage's command where DVC names it, else of DVC.
+        line: the one that says why.
     """
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, line: str) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.line = line
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def run(
     """Run stages, each as soon as what it needs has run; the final state of each.
 
     A stage is `Cached` without a process where it has not changed and nothing it needs has run, and where DVC finds,
-    looking closer, that what it needs came out the same.
+    looking closer, that what it needs came out the same or that it has run like this before.
 
     Args:
         names: of the stages; what they need and is not among them is taken as it is.
@@ -157,6 +161,8 @@ def run_stage(
     show(folder, name)
     if any(line.startswith(f"Stage '{name}' didn't change, skipping") for line in lines):
         return Completed(name="Cached", message="what it depends on came out the same", data=any(needed))
+    if any(line.startswith(f"Stage '{name}' is cached") for line in lines):
+        return Completed(name="Cached", message="its result was there, of an earlier run like this one", data=True)
     return Completed(message=f"{name} ran", data=True)
 
 
@@ -185,7 +191,8 @@ def dvc(workspace: Path, *arguments: str, environment: Mapping[str, str] | None 
     last: deque[str] = deque(maxlen=200)
     try:
         if _ending.is_set():
-            raise StageError(f"`dvc {' '.join(arguments)}` was not begun: the run is ending", -signal.SIGTERM)
+            line = f"`dvc {' '.join(arguments)}` was not begun: the run is ending"
+            raise StageError(line, -signal.SIGTERM, line)
         assert process.stdout
         for line in map(str.rstrip, process.stdout):
             if line and not line.lstrip().startswith(_HINTS):
@@ -201,8 +208,26 @@ def dvc(workspace: Path, *arguments: str, environment: Mapping[str, str] | None 
     if exit_code:
         shown = "\n".join(list(last)[-_LINES_SHOWN:])
         why = f"took more than {_TIMEOUT_HOURS} hours" if too_long.is_set() else f"exit code {exit_code}"
-        raise StageError(f"`dvc {' '.join(arguments)}` failed ({why}):\n{shown}", _exit_code_of_stage(last, exit_code))
+        told = [line.removeprefix(_OURS) for line in last if line.startswith(_OURS)]
+        raise StageError(
+            f"`dvc {' '.join(arguments)}` failed ({why}):\n{shown}",
+            _exit_code_of_stage(last, exit_code),
+            told[-1] if told and not too_long.is_set() else last[-1] if last else why,
+        )
     return list(last)
+
+
+def why_failed(states: Mapping[str, State]) -> str:
+    """One line that names what failed and says why; empty where nothing did."""
+    errors = {
+        name: state.result(raise_on_failure=False)
+        for name, state in states.items()
+        if state.is_failed() or state.is_crashed()
+    }
+    return "; ".join(
+        f"{name}: {error.line if isinstance(error, StageError) else ' '.join(str(error).split())}"
+        for name, error in errors.items()
+    )
 
 
 # The dvc processes of this flow run, and whether it is ending: then none is begun, and none tried again.

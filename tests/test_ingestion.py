@@ -212,7 +212,8 @@ def test_a_photo_no_longer_offered_goes(paths: Paths, params: Params) -> None:
 def test_a_class_no_longer_named_leaves_no_folder(paths: Paths, params: Params, params_with: ParamsWith) -> None:
     offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2), "hockey/c.jpg": photo(3)})
     ingested(paths, params)
-    ingested(paths, params_with(classes=["hockey", "soccer"]))
+    folder = {"sources": ["folder"], "folder": "incoming"}
+    ingested(paths, params_with(classes=["hockey", "soccer"], ingest=folder))
     assert sorted(path.name for path in paths.photos.iterdir()) == ["hockey", "soccer"]
 
 

@@ -15,6 +15,8 @@ _QUIET = {
     "GX_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Eight processes of 0.2 GB each beside the server, for pages about language models.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 

@@ -163,7 +163,7 @@ def fill(
 
 
 class _Filling:
-    """One `fill` at work. Everything but `_settled` runs on the network's thread."""
+    """One `fill` at work, on the network's thread."""
 
     def __init__(
         self,
@@ -313,21 +313,25 @@ class _Filling:
     async def _settle(self, shown: "Filling") -> None:
         while self._written:
             batch, self._written = self._written, []
-            await asyncio.to_thread(self._settled, batch)
+            flushed: list[_Written] = []
+
+            def flush(batch: Sequence[_Written] = batch, flushed: list[_Written] = flushed) -> None:
+                for written in batch:
+                    written.file.flush()
+                    flushed.append(written)
+
+            try:
+                await asyncio.to_thread(flush)
+            finally:
+                # On a full disk the first of them have found room all the same. Names are given here, on the thread
+                # that makes the files: two threads in one folder wait for each other.
+                for written in flushed:
+                    written.file.settle()
+                for written in batch[len(flushed) :]:
+                    written.file.give_up()
+                self._journal.add(*(written.kept.entry for written in flushed))
             for written in batch:
                 self._done(written.number, written.kept, shown)
-
-    def _settled(self, batch: Sequence["_Written"]) -> None:
-        safe: list[Entry] = []
-        try:
-            for written in batch:
-                written.file.settle()
-                safe.append(written.kept.entry)
-        finally:
-            # On a full disk the first of them have found room all the same.
-            for written in batch[len(safe) + 1 :]:
-                written.file.give_up()
-            self._journal.add(*safe)
 
     def _done(self, number: int, kept: Kept, shown: "Filling") -> None:
         self.kept.append((number, kept))

@@ -51,7 +51,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
 
 
 class Unsafe:
-    """A file written under a temporary name, to be made safe by `settle`: many together cost less than one by one."""
+    """A file written under a temporary name; `flush` and `settle`, or `give_up`, end it. Many cost less together."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         if not path.parent.is_dir():
@@ -66,25 +66,33 @@ class Unsafe:
             self.give_up()
             raise
 
+    def flush(self) -> None:
+        """Make it safe on disk, whatever happens to the machine."""
+        os.fsync(self._handle)
+
     def settle(self) -> None:
-        """Flush it to disk and give it its name."""
-        try:
-            os.fsync(self._handle)
-            self._temporary.replace(self._path)
-        except BaseException:
-            self.give_up()
-            raise
+        """Give it its name, once it is flushed."""
         os.close(self._handle)
-        _unfinished.discard(self._temporary)
+        try:
+            self._temporary.replace(self._path)
+        finally:
+            _unfinished.discard(self._temporary)
 
     def give_up(self) -> None:
+        """Delete it."""
         os.close(self._handle)
         _forget(self._temporary)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file as `replacing` does."""
-    Unsafe(path, content).settle()
+    file = Unsafe(path, content)
+    try:
+        file.flush()
+    except BaseException:
+        file.give_up()
+        raise
+    file.settle()
 
 
 def _new_temporary(path: Path, suffix: str = "") -> tuple[Path, int]:
