@@ -33,6 +33,8 @@ _ATTRIBUTION = {
 }  # fmt: skip
 # Sources that offer more than a person put there: with them, fewer photos than asked for are worth a word.
 _REMOTE = ("openimages", "imagenet")
+# How far the share of a source may lie apart from class to class before a person is told.
+_TELLING = 0.2
 # The class and subset of photos that fill one place each.
 _Place = tuple[str, str]
 
@@ -269,11 +271,11 @@ def _notes(table: "pd.DataFrame", params: Params, counts: dict[str, int]) -> lis
         found = ", ".join(f"{label} {count:,}" for label, count in short.items())
         notes.append(f"fewer photos than ingest.per_class ({limit:,}): {found}")
     shares = table.groupby("class")["source"].value_counts(normalize=True).unstack(fill_value=0.0)
-    for source in shares.columns:
-        low, high = shares[source].idxmin(), shares[source].idxmax()
-        if _remote(params) and shares[source][high] - shares[source][low] > 0.2:
-            notes.append(
-                f"the source tells something of the class: {source} gives {shares[source][high]:.0%} of {high} "
-                f"and {shares[source][low]:.0%} of {low}"
-            )
+    spread = shares.max() - shares.min()
+    if _remote(params) and spread.max() > _TELLING:
+        share = shares[spread.idxmax()]
+        notes.append(
+            f"the source tells something of the class: {spread.idxmax()} gives {share.max():.0%} of {share.idxmax()} "
+            f"and {share.min():.0%} of {share.idxmin()}"
+        )
     return notes

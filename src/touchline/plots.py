@@ -45,7 +45,7 @@ def draw(paths: Paths, params: Params, split: "pd.DataFrame", tables: Mapping[st
     folder = paths.reports / "figures"
     figures = {
         "class_counts": lambda figure: _class_counts(figure, split, params.classes),
-        "random_photos": lambda figure: _random_photos(figure, _shown(split, params), params, paths.workspace),
+        "random_photos": lambda figure: _random_photos(figure, shown(split, params), params, paths.workspace),
         "learning_curves": lambda figure: _learning_curves(figure, tables["curves"]),
         "confusion": lambda figure: _confusion(figure, tables["predictions"], params.classes),
         "roc": lambda figure: _roc(figure, tables["roc"]),
@@ -76,7 +76,7 @@ def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Iterable[str
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def _shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
+def shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
     """The rows whose photos may be seen by others: figures are passed on, and ImageNet's photos may not be."""
     return rows if params.ingest.imagenet.share else rows[rows["source"] != "imagenet"]
 
@@ -187,7 +187,7 @@ def _mistakes(figure: "Figure", predictions: "pd.DataFrame", params: Params, wor
             f"{model}: {len(of_model)} mistakes, the most confident first", x=0.01, ha="left", fontweight="bold"
         )
         cells = part.subplots(lines[model], columns, squeeze=False).ravel()
-        rows = {row["path"]: row for row in _shown(of_model, params).head(most).to_dict("records")}
+        rows = {row["path"]: row for row in shown(of_model, params).head(most).to_dict("records")}
         for axes, path in _padded(cells, rows):
             _show(axes, workspace, path)
             row = rows[path]
