@@ -212,12 +212,17 @@ def _plan() -> None:
     from touchline.paths import Paths
 
     paths = Paths.here()
-    table = Table("what", "where", "MB", "state", "licence", title="would be fetched", title_justify="left")
     planned = ingestion.plan(paths, params.load(paths.workspace / "params.yaml"))
+    licences = list(dict.fromkeys(row.licence for row in planned))
+    table = Table("what", "MB", "state", "licence", title="would be fetched", title_justify="left")
+    table.add_column("where", overflow="fold")
     for row in planned:
         size = "?" if row.megabytes is None else f"{row.megabytes:,.1f}"
-        table.add_row(*map(escape, (row.what, row.where, size, row.state, row.licence)))
+        number = f"[{licences.index(row.licence) + 1}]"
+        table.add_row(*map(escape, (row.what, size, row.state, number, row.where)))
     Console().print(table)
+    for number, licence in enumerate(licences, 1):
+        print(f"[{number}] {licence}")
     to_fetch = [row for row in planned if row.state == "to fetch"]
     known = sum(row.megabytes or 0 for row in to_fetch)
     unknown = sum(row.megabytes is None for row in to_fetch)
