@@ -101,7 +101,7 @@ def _experiment(workspace: Path, overrides: list[str], environment: Mapping[str,
 
 
 def _dvc_task(name: str, workspace: Path, arguments: list[str], environment: Mapping[str, str]) -> State:
-    future = _run_dvc.with_options(name=name).submit(str(workspace), arguments, dict(environment))
+    future = _run_dvc.with_options(name=name, task_run_name=name).submit(str(workspace), arguments, dict(environment))
     future.wait()
     return future.state
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
@@ -122,48 +123,47 @@ def run(
         delays = RETRIED.get(name, [])
         stage = run_stage.with_options(
             name=name,
+            task_run_name=name,
             retries=len(delays),
             retry_delay_seconds=delays,
             retry_condition_fn=_may_help,
         )
         needed = [futures[other] for other in graph.needs[name] if other in futures]
         futures[name] = stage.submit(
-            str(workspace), name, needed, name in graph.changed, name in forced, shown, dict(environment or {})
+            str(workspace), name, needed, name in graph.changed, name in forced, dict(environment or {})
         )
-    for future in futures.values():
-        future.wait()
+    # Here and not in the tasks: whoever waits for a stage does not wait for its picture.
+    name_of = {future.task_run_id: name for name, future in futures.items()}
+    for future in as_completed(list(futures.values())):
+        future.wait()  # done is not yet known to be final
+        _show(workspace, name_of[future.task_run_id], future.state, shown)
     return {name: future.state for name, future in futures.items()}
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def run_stage(
-    workspace: str,
-    name: str,
-    needed: list[bool],
-    changed: bool,
-    forced: bool,
-    shown: Mapping[str, Show],
-    environment: Mapping[str, str],
+    workspace: str, name: str, needed: list[bool], changed: bool, forced: bool, environment: Mapping[str, str]
 ) -> State:
     """Run one stage; the result is whether it, or something it needs, ran in this flow."""
-    folder = Path(workspace)
-    show = shown.get(name.partition("@")[0], lambda *_: None)
     if not (changed or forced or any(needed)):
-        show(folder, name)
         return Completed(name="Cached", message="nothing it depends on has changed", data=False)
-    try:
-        lines = dvc(folder, "repro", "--single-item", *(["--force"] if forced else []), name, environment=environment)
-    except StageError:
-        # A validation that failed has written its report; what other stages show, DVC has taken away before they ran.
-        with suppress(TouchlineError, OSError):
-            show(folder, name)
-        raise
-    show(folder, name)
+    options = ["--single-item", *(["--force"] if forced else [])]
+    began = time.monotonic()
+    lines = dvc(Path(workspace), "repro", *options, name, environment=environment)
     if any(line.startswith(f"Stage '{name}' didn't change, skipping") for line in lines):
         return Completed(name="Cached", message="what it depends on came out the same", data=any(needed))
     if any(line.startswith(f"Stage '{name}' is cached") for line in lines):
         return Completed(name="Cached", message="its result was there, of an earlier run like this one", data=True)
-    return Completed(message=f"{name} ran", data=True)
+    return Completed(message=f"{name} ran in {time.monotonic() - began:.2f} s", data=True)
+
+
+def _show(workspace: Path, name: str, state: State, shown: Mapping[str, Show]) -> None:
+    show = shown.get(name.partition("@")[0])
+    if not show or state.is_pending():  # something it needs has failed
+        return
+    # Where a stage failed, what it shows may be there (a validation has written its report) or not.
+    with nullcontext() if state.is_completed() else suppress(TouchlineError, OSError):
+        show(workspace, name)
 
 
 def dvc(workspace: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:

