@@ -306,11 +306,16 @@ class _Reports(SimpleHTTPRequestHandler):
         """A board's terminal is for what matters."""
 
 
+class _ReportsServer(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """A browser that hangs up is no news either."""
+
+
 @contextmanager
 def _reports(board: Board) -> Iterator[None]:
     """Serve the reports while the block runs. The folder need not be there yet."""
     handler = partial(_Reports, directory=str(board.project / "reports"))
-    with ThreadingHTTPServer((board.host, board.reports_port), handler) as server:
+    with _ReportsServer((board.host, board.reports_port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True, name="reports").start()
         try:
             yield

@@ -22,13 +22,12 @@ def ingestion(clone: bool = False) -> State | list[State]:
 
 
 def show_photos(workspace: Path, _: str) -> None:
-    """How many photos of each class came from each source, and into which subset they are divided so far."""
+    """How many photos of each class came from each source, and into which subset; the others were rejected."""
     photos = read_table(workspace / "data/photos.csv")
-    split = workspace / "data/split.csv"
-    subset_of = dict(read_table(split)[["path", "subset"]].itertuples(index=False)) if split.exists() else {}
+    split = read_table(workspace / "data/split.csv")
+    subset_of = dict(split[["path", "subset"]].itertuples(index=False))
     counts = Counter(
-        (row["class"], row["source"], subset_of.get(row["path"], "not divided yet"))
-        for row in photos.to_dict("records")
+        (row["class"], row["source"], subset_of.get(row["path"], "rejected")) for row in photos.to_dict("records")
     )
     rows = [
         {"class": label, "source": source, "subset": subset, "photos": count}
@@ -38,7 +37,7 @@ def show_photos(workspace: Path, _: str) -> None:
     create_table_artifact(rows, key="photos", description="  \n".join(["Photos by class, source and subset", *notes]))
 
 
-SHOWN = {"ingest": show_photos} | validation.SHOWN
+SHOWN = validation.SHOWN | {"split": show_photos}
 
 if __name__ == "__main__":
     ingestion()

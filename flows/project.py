@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -52,7 +53,8 @@ def run(
         return late
     if commit_to:
         _check_branch(Path.cwd(), commit_to)
-    with stages.ending_with_this(), _workspace(clone) as (workspace, environment):
+    # Prefect's limit lets the next run begin while one that is cancelled ends, and knows nothing of runs by hand.
+    with _alone(), stages.ending_with_this(), _workspace(clone) as (workspace, environment):
         if overrides := changes(workspace):
             return _ended({"experiment": _experiment(workspace, overrides, environment)})
         before = _champion(workspace)
@@ -69,6 +71,22 @@ def run(
             if commit_to:
                 _commit(Path.cwd(), workspace, commit_to)
         return _ended(found)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other flow is at work in this project."""
+    (Path.cwd() / ".prefect").mkdir(exist_ok=True)
+    lock = FileLock(Path.cwd() / ".prefect/flow.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        get_run_logger().info("waiting for another flow of this project to end")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _ended(states: Mapping[str, State]) -> State | list[State]:

@@ -29,12 +29,12 @@ def show_validation(workspace: Path, _: str) -> None:
     lines = [
         f"# Validation {'passed' if report['success'] else 'FAILED'}",
         "",
-        "| expectation | of each | allowed | seen | |",
+        "| | expectation | of each | allowed | seen |",
         "|---|---|---|---|---|",
     ]
     for found in report["expectations"]:
         mark = "ok" if found["passed"] else "rejected" if found["level"] == "photo" else "**FAILED**"
-        words = (found["name"], found["level"], found["allowed"], found["observed"], mark)
+        words = (mark, found["name"], found["level"], found["allowed"], found["observed"])
         lines.append("| " + " | ".join(map(escaped, words)) + " |")
     if failed:
         lines += ["", "**Failed:** " + escaped("; ".join(f"{found['name']}: {found['observed']}" for found in failed))]
