@@ -1,5 +1,6 @@
 """What the flows do that needs no board: params given to a run, the branch, the clone, and a flow started by hand."""
 
+import logging
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import boards
 import projects
 import psutil
 import pytest
+from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.core import Block
 
 from flows import project as flow_project
 from flows import stages
@@ -351,3 +354,29 @@ def test_ctrl_c_ends_a_flow_started_by_hand_and_the_stage_it_was_at(built_copy):
     assert "AwaitingRetry" not in output, output
     boards.wait_for(lambda: working_in(built_copy.root) == [], 60)
     built_copy.dvc("status", "split")
+
+
+def test_a_new_champion_is_told_with_the_block_that_the_person_names(monkeypatch):
+    sent = []
+
+    class Pager(NotificationBlock):
+        def notify(self, body, subject=None):
+            sent.append((subject, body))
+
+    monkeypatch.setattr(Block, "load", {"pager/club": Pager()}.__getitem__)
+    flow_project.notify("nobody is named", "so nothing is sent")
+    monkeypatch.setenv("TOUCHLINE_NOTIFY", "pager/club")
+    flow_project.notify("version 2 is champion", "it beats version 1")
+    assert sent == [("version 2 is champion", "it beats version 1")]
+
+
+def test_a_message_that_cannot_be_sent_spoils_no_run(monkeypatch, caplog):
+    monkeypatch.setenv("TOUCHLINE_NOTIFY", "pager/gone")
+    monkeypatch.setattr(flow_project, "get_run_logger", lambda: logging.getLogger("a run"))
+
+    def gone(name):
+        raise ValueError(f"Unable to find block document named {name}")
+
+    monkeypatch.setattr(Block, "load", gone)
+    flow_project.notify("version 2 is champion", "it beats version 1")
+    assert "no message was sent with pager/gone" in caplog.text
