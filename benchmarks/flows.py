@@ -72,7 +72,7 @@ def noop(project: Project, environment: dict[str, str], repeats: int) -> tuple[l
 
 
 def stages(project: Project, environment: dict[str, str], repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds that DVC took for the stages of CHAIN, and from the start of their first task to the end of their last."""
+    """Seconds that DVC took for the stages of CHAIN, and from their first task's start to their last one's end."""
     alone, tasks = [], []
     for turn in range(repeats):
         # So that all three have something to do.
