@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,9 +161,13 @@ def _show(workspace: Path, name: str, state: State, shown: Mapping[str, Show]) -
     show = shown.get(name.partition("@")[0])
     if not show or state.is_pending():  # something it needs has failed
         return
-    # Where a stage failed, what it shows may be there (a validation has written its report) or not.
-    with nullcontext() if state.is_completed() else suppress(TouchlineError, OSError):
+    try:
         show(workspace, name)
+    except (TouchlineError, OSError, KeyError) as error:
+        # Where a stage failed, what it shows may be there (a validation has written its report) or not. Otherwise it is
+        # worth a word, and no reason to end the stages that are running.
+        if state.is_completed():
+            get_run_logger().warning("nothing to show of %s: %s", name, error)
 
 
 def dvc(workspace: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:
