@@ -1,6 +1,7 @@
 """What the tests share: the shipped params, changed where a test wants it, and an empty project to work in."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from touchline.paths import Paths
 for variable in list(os.environ):
     if variable.startswith(("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_")):
         del os.environ[variable]
+# Who starts the tests in the background of a shell has them, and all they start, deaf to Ctrl-C, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # As the command line and the Makefile set it: nothing calls home, and TensorFlow's start-up notes are no news.
 os.environ |= {
     "DVC_NO_ANALYTICS": "1",

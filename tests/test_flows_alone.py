@@ -250,9 +250,8 @@ def test_a_clone_reaches_the_remote_that_the_project_names_by_a_relative_path(pr
         project.commit("no remote for others")
     for _ in range(2):
         clone = fetched(project)
-        assert f"storage\t{remote}" in clone.dvc("remote", "list").replace(" ", "").replace(
-            f"storage{remote}".replace(" ", ""), f"storage\t{remote}"
-        )
+        # DVC breaks long lines by the width of a terminal.
+        assert "".join(f"storage{remote}".split()) in "".join(clone.dvc("remote", "list").split())
     assert clone.git("status", "--porcelain") == ""
 
 
