@@ -256,7 +256,7 @@ def test_a_training_with_other_params_is_an_experiment_that_changes_nothing(boar
     before = projects.aliases(project), (project.root / "params.yaml").read_bytes()
     flow_run = run_to_the_end(board, "training", {"model": "cnn", "epochs": 1})
     assert flow_run["state"]["type"] == "COMPLETED", flow_run["state"]
-    assert state_names(board, flow_run) == {"experiment": "Completed"}
+    assert state_names(board, flow_run, ["experiment"]) == {"experiment": "Completed"}
     [run] = projects.runs(project, f"tags.`touchline.prefect_flow_run` = '{flow_run['id']}'")
     assert run.data.params["epochs"] == "1" and run.data.tags["touchline.dvc_experiment"]
     assert (projects.aliases(project), (project.root / "params.yaml").read_bytes()) == before
