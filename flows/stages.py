@@ -23,6 +23,7 @@ from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
+from prefect.utilities.annotations import quote
 
 from touchline.errors import TouchlineError
 
@@ -130,7 +131,14 @@ def run(
         )
         needed = [futures[other] for other in graph.needs[name] if other in futures]
         futures[name] = stage.submit(
-            str(workspace), name, needed, name in graph.changed, name in forced, dict(environment or {})
+            str(workspace),
+            name,
+            # Results of what failed are looked for before a task has its name, what is waited for after.
+            quote(needed),
+            name in graph.changed,
+            name in forced,
+            dict(environment or {}),
+            wait_for=needed,
         )
     # Here and not in the tasks: whoever waits for a stage does not wait for its picture.
     name_of = {future.task_run_id: name for name, future in futures.items()}
@@ -142,16 +150,22 @@ def run(
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def run_stage(
-    workspace: str, name: str, needed: list[bool], changed: bool, forced: bool, environment: Mapping[str, str]
+    workspace: str,
+    name: str,
+    needed: "list[PrefectFuture[bool]]",
+    changed: bool,
+    forced: bool,
+    environment: Mapping[str, str],
 ) -> State:
     """Run one stage; the result is whether it, or something it needs, ran in this flow."""
-    if not (changed or forced or any(needed)):
+    before = any(future.result() for future in needed)
+    if not (changed or forced or before):
         return Completed(name="Cached", message="nothing it depends on has changed", data=False)
     options = ["--single-item", *(["--force"] if forced else [])]
     began = time.monotonic()
     lines = dvc(Path(workspace), "repro", *options, name, environment=environment)
     if any(line.startswith(f"Stage '{name}' didn't change, skipping") for line in lines):
-        return Completed(name="Cached", message="what it depends on came out the same", data=any(needed))
+        return Completed(name="Cached", message="what it depends on came out the same", data=before)
     if any(line.startswith(f"Stage '{name}' is cached") for line in lines):
         return Completed(name="Cached", message="its result was there, of an earlier run like this one", data=True)
     return Completed(message=f"{name} ran in {time.monotonic() - began:.2f} s", data=True)
