@@ -11,7 +11,7 @@ from flows import project, validation
 from touchline.files import read_json, read_table
 
 
-@flow(name="ingestion", retries=0)
+@flow(name="ingestion")
 def ingestion(clone: bool = False) -> State | list[State]:
     """Look for new photos; validate and split again if any came.
 

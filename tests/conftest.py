@@ -1,12 +1,13 @@
-"""What the tests share: the shipped params, changed where a test wants it, and an empty project to work in."""
+"""What the tests share: the shipped params, changed where a test wants it, an empty project to work in, a server."""
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Host
 
 from touchline.params import Params, check, load
 from touchline.paths import Paths
@@ -63,3 +64,10 @@ def paths(tmp_path: Path) -> Paths:
     root = tmp_path / "a project; $(id)"
     root.mkdir()
     return Paths(root, root)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """A server on loopback, empty."""
+    with Host() as host:
+        yield host

@@ -24,6 +24,8 @@ from typing import Any, BinaryIO, Literal, Self
 
 from aiohttp import web
 
+from touchline.params import DownloadParams
+
 CHUNK = 64 * 1024
 LOGIN_PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body><h1>Sign in</h1></body></html>\n"
 XML_HEAD = '<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -36,6 +38,19 @@ XML_CODES = {
     500: "InternalError",
     503: "SlowDown",
 }
+
+
+def settings(**changes: Any) -> DownloadParams:
+    """Settings of a download that soon gives up."""
+    values = {
+        "connections": 8,
+        "tries": 2,
+        "connect_timeout": 5.0,
+        "read_timeout": 5.0,
+        "total_timeout": 10.0,
+        "max_megabytes": 1.0,
+    }
+    return DownloadParams(**(values | changes))
 
 
 @dataclass(frozen=True)

@@ -24,32 +24,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
-from servers import Fault, Host
+from servers import Fault, Host, settings
 
 from touchline import download, fetching
 from touchline.download import Unavailable
 from touchline.errors import TouchlineError
 from touchline.fetching import Entry, Journal, Outcome
-from touchline.params import DownloadParams
 from touchline.sources import Candidate
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with Host() as host:
-        yield host
-
-
-def settings(**changes: Any) -> DownloadParams:
-    values = {
-        "connections": 8,
-        "tries": 2,
-        "connect_timeout": 5.0,
-        "read_timeout": 5.0,
-        "total_timeout": 10.0,
-        "max_megabytes": 1.0,
-    }
-    return DownloadParams(**(values | changes))
 
 
 def jpeg(number: int, width: int = 24, height: int = 16) -> bytes:

@@ -42,6 +42,15 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: 
     assert names_in(tmp_path) == ["split.csv"]
 
 
+def test_a_file_that_cannot_get_its_name_leaves_nothing_behind(tmp_path: Path) -> None:
+    file = files.Unsafe(tmp_path / "photo.jpg", b"photo")
+    file.flush()
+    (tmp_path / "photo.jpg").mkdir()
+    with pytest.raises(IsADirectoryError):
+        file.settle()
+    assert names_in(tmp_path) == ["photo.jpg"] and (tmp_path / "photo.jpg").is_dir()
+
+
 def test_a_temporary_file_lies_beside_its_target_with_the_ending_a_writer_wants(tmp_path: Path) -> None:
     with files.replacing(tmp_path / "cnn.keras", ".keras") as temporary:
         assert (temporary.parent, temporary.suffix) == (tmp_path, ".keras")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import servers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from imagenet_files import (
@@ -36,19 +37,11 @@ from servers import Fault, Host
 
 from touchline.errors import ParamsError, TouchlineError
 from touchline.files import read_json, write_json
-from touchline.params import DownloadParams, ImageNetParams
+from touchline.params import ImageNetParams
 from touchline.sources import Candidate, Planned, imagenet
 
 CLASSES = ["rugby", "soccer"]
-DOWNLOAD = DownloadParams(
-    connections=4, tries=3, connect_timeout=5.0, read_timeout=5.0, total_timeout=30.0, max_megabytes=20.0
-)
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with Host() as host:
-        yield host
+DOWNLOAD = servers.settings(tries=3, max_megabytes=20.0)
 
 
 def params_for(**changed: Any) -> ImageNetParams:

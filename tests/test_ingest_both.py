@@ -55,6 +55,17 @@ def test_a_class_is_filled_from_the_sources_in_their_order(paths: Paths, params:
     assert report["notes"] == ["the source tells something of the class: imagenet gives 80% of soccer and 40% of rugby"]
 
 
+def test_a_source_is_asked_for_nothing_where_those_before_it_filled_all_classes(paths: Paths, params: Params) -> None:
+    values = params.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    ingest = values["ingest"]
+    ingest |= {"per_class": 1, "min_per_class": 1}
+    # The server has no tars there.
+    ingest["imagenet"] |= {"origin": "winter21", "url": f"{ingest['openimages']['url']}/whole", "folder": "kept"}
+    ingestion.run(paths, check(values))
+    assert read_json(paths.reports / "ingest.json")["sources"]["imagenet"] == {"photos": 0}
+    assert list(read_table(paths.photos_table)["source"]) == ["openimages", "openimages"]
+
+
 def test_nothing_is_taken_before_the_terms_are_accepted(paths: Paths, params: Params) -> None:
     values = params.model_dump(mode="json", by_alias=True, exclude_unset=True)
     values["ingest"]["imagenet"]["accept_terms"] = False

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from touchline import files, ingestion
 from touchline.errors import ParamsError, TouchlineError
 from touchline.params import Params
 from touchline.paths import Paths
+from touchline.sources import Candidate, sample
 
 ParamsWith = Callable[..., Params]
 
@@ -242,6 +243,33 @@ def test_two_sources_add_up(paths: Paths, params_with: ParamsWith) -> None:
         ("soccer", "folder"): 1,
         ("soccer", "sample"): 4,
     }
+
+
+def test_no_offer_is_drawn_once_there_is_no_room_for_it(
+    paths: Paths, params_with: ParamsWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offers(*_: object) -> Iterator[Candidate]:
+        for number, label in enumerate(["rugby", "rugby", "rugby", "soccer", "soccer"]):
+            yield Candidate(label, "sample", f"{label}/{number}", lambda number=number: photo(number))
+        pytest.fail("was asked for more than there is room for")
+
+    monkeypatch.setattr(sample, "candidates", offers)
+    table = ingested(paths, params_with(ingest={"sources": ["sample"], "per_class": 2}))
+    assert list(table["origin"]) == ["rugby/0", "rugby/1", "soccer/3", "soccer/4"]
+
+
+def test_a_folder_that_brings_its_split_is_not_left_out_because_another_source_filled_the_classes(
+    paths: Paths, params_with: ParamsWith
+) -> None:
+    names = [
+        f"{subset}/{label}/{n}.jpg" for subset in ("train", "test") for label in ("rugby", "soccer") for n in range(3)
+    ]
+    offer(paths, {name: photo(number) for number, name in enumerate(names)})
+    sources = {"sources": ["sample", "folder"], "folder": "incoming", "sample": {"per_class": 10, "seed": 1}}
+    table = ingested(paths, params_with(ingest={**sources, "per_class": 2}))
+    counts = table.groupby(["source", "subset", "class"]).size().to_dict()
+    places = [("sample", ""), ("folder", "train"), ("folder", "test")]
+    assert counts == {(*place, label): 2 for place in places for label in ("rugby", "soccer")}
 
 
 def test_a_limit_holds_for_each_subset_of_a_folder_that_brings_its_split(paths: Paths, params_with: ParamsWith) -> None:

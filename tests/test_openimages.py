@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openimages_files import (
@@ -33,19 +34,11 @@ from servers import Fault, Host
 
 from touchline.download import WrongContent
 from touchline.errors import ParamsError, TouchlineError
-from touchline.params import DownloadParams, OpenImagesParams
+from touchline.params import OpenImagesParams
 from touchline.sources import Candidate, openimages
 
 PHOTOS = "https://photos.example"
-DOWNLOAD = DownloadParams(
-    connections=4, tries=2, connect_timeout=5.0, read_timeout=5.0, total_timeout=10.0, max_megabytes=1.0
-)
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with Host() as host:
-        yield host
+DOWNLOAD = servers.settings()
 
 
 def params_for(host: Host, **changes: Any) -> OpenImagesParams:

@@ -1,4 +1,4 @@
-"""Fetching over HTTP: big files that resume, and many photos at once.
+"""Fetching over HTTP: big files that resume, streams and ranges, and the client that `fetching` takes photos with.
 
 One client (aiohttp: asynchronous, and in the tree through DVC already) and one rule of what is tried again: no
 connection, a time-out, a broken body, 408, 429 and 5xx are, with growing pauses or those the server asks for; every
@@ -483,10 +483,10 @@ def _retry_after(value: str) -> float | None:
     return None
 
 
-def _timeout(settings: DownloadParams, total: float | None = None) -> "aiohttp.ClientTimeout":
+def _timeout(settings: DownloadParams) -> "aiohttp.ClientTimeout":
     import aiohttp
 
-    return aiohttp.ClientTimeout(total=total, sock_connect=settings.connect_timeout, sock_read=settings.read_timeout)
+    return aiohttp.ClientTimeout(sock_connect=settings.connect_timeout, sock_read=settings.read_timeout)
 
 
 @cache
@@ -513,7 +513,6 @@ def session(connections: int) -> "aiohttp.ClientSession":
     return aiohttp.ClientSession(
         connector=connector,
         trust_env=bool(urllib.request.getproxies()),  # not always: it reads ~/.netrc for each request
-        read_bufsize=2**19,  # a photo whole: fewer stops and starts of the transport
         auto_decompress=False,
         headers={"User-Agent": "touchline", "Accept-Encoding": "identity"},
     )

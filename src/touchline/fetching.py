@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -67,8 +66,6 @@ class Journal:
     """A file of JSON lines, only ever added to: one `Entry` a line, the last of a URL counts."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
@@ -95,10 +92,9 @@ class Journal:
 
     def add(self, *entries: Entry) -> None:
         lines = [json.dumps({key: value for key, value in asdict(entry).items() if value}) + "\n" for entry in entries]
-        with self._lock:
-            self._file.write("".join(lines).encode())
-            self._file.flush()
-            self._entries.update((entry.url, entry) for entry in entries)
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        self._entries.update((entry.url, entry) for entry in entries)
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,11 @@ class Unsafe:
 
     def settle(self) -> None:
         """Give it its name, once it is flushed."""
-        os.close(self._handle)
         try:
+            os.close(self._handle)
             self._temporary.replace(self._path)
         finally:
-            _unfinished.discard(self._temporary)
+            _forget(self._temporary)
 
     def give_up(self) -> None:
         """Delete it."""

@@ -55,9 +55,8 @@ def run(paths: Paths, params: Params) -> None:
     rows: list[Sequence[object]] = []
     report: dict[str, Any] = {}
     for name in params.ingest.sources:
-        offers = _offers(paths, params, name)
         fill = _from_network if name == "openimages" else _from_disk
-        found, report[name] = fill(paths, params, offers, taken, {known for known in rejected if known[1] == name})
+        found, report[name] = fill(paths, params, name, taken, {known for known in rejected if known[1] == name})
         rows += found
     if not rows:
         raise TouchlineError(
@@ -129,12 +128,12 @@ def _offers(paths: Paths, params: Params, name: str) -> Iterator[Candidate]:
 def _from_disk(
     paths: Paths,
     params: Params,
-    offers: Iterator[Candidate],
+    name: str,
     taken: Counter[_Place],
     rejected: Set[tuple[str, str, str]],
 ) -> tuple[list[Sequence[object]], dict[str, Any]]:
     """Rows of the offers there is room for, and what to report of the source."""
-    chosen = _chosen(offers, params, taken, rejected)
+    chosen = _chosen(paths, params, name, taken, rejected)
     # What Hugging Face offers is fetched while it is offered; the others' offers cost nothing, and can be counted.
     streamed = params.ingest.imagenet.origin == "huggingface"
     offered = chosen if streamed else list(chosen)
@@ -144,7 +143,7 @@ def _from_disk(
 
 
 def _chosen(
-    offers: Iterator[Candidate], params: Params, taken: Counter[_Place], rejected: Set[tuple[str, str, str]]
+    paths: Paths, params: Params, name: str, taken: Counter[_Place], rejected: Set[tuple[str, str, str]]
 ) -> Iterator[tuple[int, Candidate]]:
     """At most `ingest.per_class` numbered offers a class (and subset, where the source brings a split of its own).
 
@@ -152,14 +151,20 @@ def _chosen(
     """
     limit = inf if params.ingest.per_class is None else params.ingest.per_class
     held: list[tuple[int, Candidate]] = []
-    for number, candidate in enumerate(offers):
+
+    def full() -> bool:
+        # Which subsets a folder brings is known only from what it offers, and that costs nothing.
+        return name != "folder" and all(taken[label, ""] >= limit for label in params.classes)
+
+    offers = enumerate(_offers(paths, params, name))
+    # An offer may cost gigabytes to draw: none is, once there is no room for it.
+    while not full() and (numbered := next(offers, None)):
+        number, candidate = numbered
         if _identity(candidate) in rejected:
             held.append((number, candidate))
         elif taken[place := (candidate.label, candidate.subset)] < limit:
             taken[place] += 1
             yield number, candidate
-        elif all(taken[label, ""] >= limit for label in params.classes):
-            return
     for number, candidate in held:
         if taken[place := (candidate.label, candidate.subset)] < limit:
             taken[place] += 1
@@ -169,7 +174,7 @@ def _chosen(
 def _from_network(
     paths: Paths,
     params: Params,
-    offers: Iterator[Candidate],
+    name: str,
     taken: Counter[_Place],
     rejected: Set[tuple[str, str, str]],
 ) -> tuple[list[Sequence[object]], dict[str, Any]]:
@@ -178,7 +183,7 @@ def _from_network(
     room = {label: inf if limit is None else limit - taken[label, ""] for label in params.classes}
     with fetching.Journal(paths.journal) as journal:
         outcome = fetching.fill(
-            (candidate for candidate in offers if _identity(candidate) not in rejected),
+            (candidate for candidate in _offers(paths, params, name) if _identity(candidate) not in rejected),
             room,
             lambda candidate: paths.photos / candidate.label,
             _whole(paths.photos),
