@@ -64,5 +64,5 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-clean:  ## delete what the stages made; the photos' cache, the store and the environment stay
-	@rm -rf data/photos data/features data/*.csv models reports
+clean:  ## delete what the stages made; the photos' cache, the store, the environment and your decisions stay
+	@rm -rf data/photos data/features $(filter-out data/decisions.csv,$(wildcard data/*.csv)) models reports

@@ -27,7 +27,17 @@ from touchline import running
 from touchline.paths import Paths
 
 PROJECT = Path(__file__).resolve().parent.parent
-COPIED = ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/plots", "src", "data/incoming")
+COPIED = (
+    "dvc.yaml",
+    "params.yaml",
+    ".dvcignore",
+    ".gitignore",
+    ".dvc/config",
+    ".dvc/plots",
+    "src",
+    "data/incoming",
+    "data/decisions.csv",
+)
 
 
 def main() -> None:

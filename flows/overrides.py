@@ -22,6 +22,8 @@ def overridden(
     if model not in content["models"]:
         raise ParamsError(f"{_WHERE}: there is no model '{model}'; allowed: {', '.join(content['models'])}")
     if epochs is not None:
+        if "epochs" not in content["models"][model]:
+            raise ParamsError(f"{_WHERE}: models.{model} has no epochs")
         given.append(f"models.{model}.epochs={epochs}")
     if backbone is not None:
         features = content["models"][model]["input"]

@@ -22,7 +22,7 @@ def training(
     Args:
         model: the entry of `models` in params.yaml that `backbone` and `epochs` are for.
         backbone: another ImageNet backbone, for example mobilenet_v2.
-        epochs: at most so many epochs.
+        epochs: at most so many epochs; for a model that has them, which a head has not.
         overrides: any other params, as `dvc exp run -S` takes them: `models.cnn.dropout=0.3`.
         clone: work in a clone of the project's own, fed by `dvc pull`, and leave the checkout alone.
     """

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = (
     "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
-    "src/touchline", "flows", "prefect.yaml", "data/README.md", "data/incoming", "mlflow/README.md",
+    "src/touchline", "flows", "prefect.yaml", "data/README.md", "data/decisions.csv", "data/incoming",
+    "mlflow/README.md",
 )  # fmt: skip
 
 REGISTERED = "rugby-soccer"
 STAGES = (
-    "ingest", "validate", "split", "features@pixels", "features@lite0", "train@cnn", "train@transfer", "evaluate",
+    "ingest", "validate", "split", "features@pixels", "features@pooled", "train@cnn", "train@transfer", "evaluate",
     "register",
 )  # fmt: skip
 UP_TO_DATE = "Data and pipelines are up to date"
@@ -46,10 +47,9 @@ SMALL = {
     "validate.min_per_class": 8,
     "validate.max_rejected_share": 0.5,
     "features.pixels.image_size": 32,
-    "features.lite0.image_size": 128,
-    "models.cnn.dense_units": 8,
+    "features.pooled.image_size": 128,
+    "models.cnn.filters": [8, 16],
     "models.cnn.epochs": 2,
-    "models.transfer.epochs": 12,
     "evaluate.gallery": 2,
     "register.min_accuracy": 0.0,
     "register.min_shared_photos": 4,

@@ -181,8 +181,8 @@ def test_changed_models_train_at_the_same_time_and_each_side_finds_the_other(boa
     project = board.project
     # Without a champion the better of the two becomes one, whatever it learned.
     MlflowClient(f"sqlite:///{project.root}/mlflow/mlflow.db").delete_registered_model_alias(REGISTERED, "champion")
-    project.change({"models.cnn.dropout": 0.35, "models.transfer.dropout": 0.25})
-    project.commit("other dropouts")
+    project.change({"models.cnn.dropout": 0.35, "models.transfer.strengths": [0.02]})
+    project.commit("another dropout, another strength")
     flow_run = run_to_the_end(board, "pipeline", {"push": False})
     assert flow_run["state"]["type"] == "COMPLETED", flow_run["state"]
 
@@ -394,8 +394,8 @@ def test_a_run_in_a_clone_leaves_the_checkout_alone_and_its_results_are_where_ot
     project, clone = board.project, projects.Project(board.project.root / ".prefect/clone")
     project.root.parent.joinpath("remote").mkdir()
     project.dvc("remote", "add", "--default", "storage", "../remote")
-    project.change({"models.transfer.epochs": 3})
-    project.commit("a remote, and fewer epochs")
+    project.change({"models.transfer.strengths": [0.05]})
+    project.commit("a remote, and one strength")
     project.dvc("push")
     # Somebody is in the middle of an edit.
     project.change({"split.seed": 44})
@@ -423,7 +423,7 @@ def test_a_run_in_a_clone_leaves_the_checkout_alone_and_its_results_are_where_ot
     assert project.git("diff", "--name-only", "main", "results").split() == ["dvc.lock"]
     assert "up to date" in clone.dvc("push").lower()
     [run] = projects.runs(project, f"tags.`touchline.prefect_flow_run` = '{flow_run['id']}'")
-    assert run.info.run_id == clone.json("models/transfer.json")["run_id"] and run.data.params["epochs"] == "3"
+    assert run.info.run_id == clone.json("models/transfer.json")["run_id"] and run.data.params["strengths"] == "0.05"
     assert not list(clone.root.glob("mlflow/*.db"))
     project.git("reset", "--quiet", "--", "README.md")
     (project.root / "README.md").unlink()

@@ -52,15 +52,15 @@ def test_nothing_given_is_no_experiment(project):
 
 
 def test_backbone_and_epochs_are_written_to_where_the_model_has_them(project):
-    assert given(project, "split.seed=43", backbone="mobilenet_v2", epochs=3) == [
-        "split.seed=43", "models.transfer.epochs=3", "features.lite0.backbone=mobilenet_v2",
+    assert given(project, "split.seed=43", backbone="mobilenet_v2") == [
+        "split.seed=43", "features.pooled.backbone=mobilenet_v2",
     ]  # fmt: skip
     assert given(project, model="cnn", epochs=1) == ["models.cnn.epochs=1"]
 
 
 def test_params_are_read_and_never_written(project):
     before = (project.root / "params.yaml").read_bytes()
-    given(project, "models.cnn.dropout=0.1", "models.cnn.augmentation.flip=false", epochs=7)
+    given(project, "models.cnn.dropout=0.1", "models.cnn.augmentation.flip=false", model="cnn", epochs=7)
     assert (project.root / "params.yaml").read_bytes() == before
 
 
@@ -78,7 +78,8 @@ def test_params_are_read_and_never_written(project):
         ([], {"model": "cnnn", "backbone": "mobilenet_v2"}, "there is no model 'cnnn'; allowed: cnn, transfer"),
         ([], {"model": "cnnn"}, "there is no model 'cnnn'; allowed: cnn, transfer"),
         ([], {"model": "cnn", "backbone": "mobilenet_v2"}, "models.cnn works on pixels"),
-        ([], {"epochs": 0}, "models.transfer.epochs is 0; allowed: "),
+        ([], {"model": "cnn", "epochs": 0}, "models.cnn.epochs is 0; allowed: "),
+        ([], {"epochs": 3}, "models.transfer has no epochs"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_it(project, overrides, others, message):
@@ -286,7 +287,7 @@ def test_the_graph_is_dvcs_and_up_to_takes_all_that_a_stage_needs(project):
     order = list(graph.needs)
     assert all(order.index(needed) < order.index(stage) for stage in order for needed in graph.needs[stage])
     assert graph.up_to("split") == {"ingest", "validate", "split"}
-    assert graph.up_to("features") == {"ingest", "validate", "features@pixels", "features@lite0"}
+    assert graph.up_to("features") == {"ingest", "validate", "features@pixels", "features@pooled"}
     assert graph.up_to("register") == set(projects.STAGES)
 
 

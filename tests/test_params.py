@@ -10,7 +10,7 @@ from conftest import SHIPPED
 
 from touchline import params
 from touchline.errors import ParamsError
-from touchline.params import BackboneFeatures, CnnParams, HeadParams, PixelFeatures
+from touchline.params import ArticleParams, BackboneFeatures, CnnParams, HeadParams, PixelFeatures
 
 GONE = object()
 
@@ -40,9 +40,40 @@ def test_the_shipped_file_loads_into_typed_values() -> None:
     assert shipped.classes == ["rugby", "soccer"]
     assert {name: type(entry) for name, entry in shipped.features.items()} == {
         "pixels": PixelFeatures,
-        "lite0": BackboneFeatures,
+        "pooled": BackboneFeatures,
     }
     assert {name: type(entry) for name, entry in shipped.models.items()} == {"cnn": CnnParams, "transfer": HeadParams}
+
+
+def test_the_articles_network_can_be_a_model_and_works_on_pixels(shipped: dict[str, Any]) -> None:
+    entry = shipped["models"]["cnn"] | {"architecture": "article", "dense_units": 128}
+    del entry["filters"], entry["weight_decay"]
+    assert type(params.check(changed(shipped, "models.old", entry)).models["old"]) is ArticleParams
+    assert message_of(changed(shipped, "models.old", entry | {"input": "pooled"})).endswith(
+        "models.old.input is 'pooled'; allowed for article: one of `features` (pixels)"
+    )
+
+
+def test_a_backbone_is_a_name_or_several(shipped: dict[str, Any]) -> None:
+    for value, names in (("vgg16", ["vgg16"]), (["vgg16", "resnet50"], ["vgg16", "resnet50"])):
+        assert params.check(changed(shipped, "features.pooled.backbone", value)).features["pooled"].backbone == names
+
+
+@pytest.mark.parametrize("key, value", [("alpha", 0.5), ("weights", "own.h5"), ("weights_sha256", "0" * 64)])
+def test_what_is_meant_for_one_backbone_is_refused_for_several(
+    shipped: dict[str, Any], key: str, value: object
+) -> None:
+    shipped["features"]["pooled"] |= {"backbone": ["vgg16", "resnet50"], key: value}
+    says = "params.yaml: features.pooled allows `alpha` and `weights` only with one backbone"
+    assert message_of(shipped) == says
+
+
+def test_several_backbones_cannot_be_tuned(shipped: dict[str, Any]) -> None:
+    shipped["models"]["transfer"]["fine_tune"]["blocks"] = 2
+    params.check(shipped)
+    shipped["features"]["pooled"]["backbone"] = ["vgg16", "resnet50"]
+    says = "params.yaml: models.transfer.fine_tune.blocks is above 0; allowed: with one backbone"
+    assert message_of(shipped) == says
 
 
 def test_a_whole_number_is_good_where_a_fraction_is_meant(shipped: dict[str, Any]) -> None:
@@ -85,25 +116,60 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
             "classes.1 is 'field/hockey'; allowed: a name without slashes, line breaks, a leading dot or outer spaces",
         ),
         ("classes", ["rugby", 7], "classes.1 is 7; allowed: a valid string"),
-        ("models.cnn.architecture", "rnn", "models.cnn.architecture is 'rnn'; allowed: 'cnn', 'head'"),
+        ("models.cnn.architecture", "rnn", "models.cnn.architecture is 'rnn'; allowed: 'cnn', 'article', 'head'"),
         ("models.cnn.architecture", GONE, "models.cnn.architecture is missing"),
         (
             "models.cnn.input",
             "pixel",
-            "models.cnn.input is 'pixel'; allowed for a cnn: one of `features` (pixels)",
+            "models.cnn.input is 'pixel'; allowed for cnn: one of `features` (pixels)",
         ),
         (
             "models.cnn.input",
-            "lite0",
-            "models.cnn.input is 'lite0'; allowed for a cnn: one of `features` (pixels)",
+            "pooled",
+            "models.cnn.input is 'pooled'; allowed for cnn: one of `features` (pixels)",
         ),
         (
             "models.transfer.input",
             "pixels",
-            "models.transfer.input is 'pixels'; allowed for a head: one of `features` (lite0)",
+            "models.transfer.input is 'pixels'; allowed for head: one of `features` (pooled)",
         ),
+        ("models.cnn.dense_units", 8, "models.cnn.dense_units is not a known key"),
+        ("models.cnn.filters", [], "models.cnn.filters is []; allowed: at least 1 of them"),
+        ("models.cnn.filters", [16, 0], "models.cnn.filters.1 is 0; allowed: greater than or equal to 1"),
+        ("models.cnn.filters", [8] * 6, "models.cnn.filters is [8, 8, 8, 8, 8, 8]; allowed: at most 5 of them"),
+        ("models.cnn.weight_decay", -0.1, "models.cnn.weight_decay is -0.1; allowed: a number at least 0"),
         ("models.cnn.dropout", 1.0, "models.cnn.dropout is 1.0; allowed: a number at least 0 and less than 1"),
-        ("features.lite0.views", 3, "features.lite0.views is 3; allowed: 1 or 2"),
+        ("models.transfer.strengths", [], "models.transfer.strengths is []; allowed: at least 1 of them"),
+        (
+            "models.transfer.strengths",
+            [0.1, 0.0],
+            "models.transfer.strengths.1 is 0.0; allowed: a number greater than 0",
+        ),
+        ("models.transfer.strengths", 0.1, "models.transfer.strengths is 0.1; allowed: a valid list"),
+        (
+            "models.transfer.strengths",
+            [1.0, 0.1],
+            "models.transfer.strengths allows numbers from the smallest to the largest, each once",
+        ),
+        (
+            "models.transfer.strengths",
+            [0.1, 0.1],
+            "models.transfer.strengths allows numbers from the smallest to the largest, each once",
+        ),
+        ("models.transfer.folds", 1, "models.transfer.folds is 1; allowed: greater than or equal to 2"),
+        (
+            "models.transfer.balance",
+            "author",
+            "models.transfer.balance is 'author'; allowed: 'none', 'class' or 'group'",
+        ),
+        ("models.transfer.epochs", 3, "models.transfer.epochs is not a known key"),
+        ("features.pooled.backbone", [], "features.pooled.backbone is []; allowed: at least 1 of them"),
+        (
+            "features.pooled.backbone",
+            ["vgg16", "vgg16"],
+            "features.pooled.backbone is ['vgg16', 'vgg16']; allowed: each name once ('vgg16' stands twice)",
+        ),
+        ("features.pooled.views", 3, "features.pooled.views is 3; allowed: 1 or 2"),
         ("features.pixels.image_size", 16, "features.pixels.image_size is 16; allowed: greater than or equal to 32"),
         ("features.pixels", 64, "features.pixels is 64; allowed: keys with their values"),
         ("models.cnn", None, "models.cnn is None; allowed: keys with their values"),

@@ -81,12 +81,12 @@ def test_a_comment_in_the_plumbing_runs_nothing(project: Project) -> None:
 
 def test_another_seed_of_the_split_computes_no_features(project: Project) -> None:
     project.change({"split.seed": 43})
-    assert ran(project.dvc("repro", "split", "features@pixels", "features@lite0")) == ["split"]
+    assert ran(project.dvc("repro", "split", "features@pixels", "features@pooled")) == ["split"]
 
 
-def test_another_dropout_trains_that_model_alone(project: Project) -> None:
+def test_another_strength_trains_that_model_alone(project: Project) -> None:
     before = project.json("reports/metrics.json")["models"]
-    project.change({"models.transfer.dropout": 0.5})
+    project.change({"models.transfer.strengths": [0.001]})
     assert ran(project.dvc("repro")) == ["train@transfer", "evaluate", "register"]
     after = project.json("reports/metrics.json")["models"]
     assert after["cnn"] == before["cnn"]
@@ -95,7 +95,8 @@ def test_another_dropout_trains_that_model_alone(project: Project) -> None:
 
 def test_a_third_model_joins_and_leaves_without_training_the_others(project: Project) -> None:
     entry = {
-        "architecture": "cnn", "input": "pixels", "dropout": 0.1, "dense_units": 4, "learning_rate": 0.001,
+        "architecture": "cnn", "input": "pixels", "filters": [4], "dropout": 0.1, "learning_rate": 0.001,
+        "weight_decay": 0.0,
         "augmentation": {"rotation": 0, "zoom": 0.0, "shift": 0.0, "flip": False},
         "batch_size": 64, "epochs": 1, "patience": 1, "seed": 1,
     }  # fmt: skip
@@ -127,18 +128,18 @@ def test_training_again_with_the_same_seed_gives_the_same_metrics(project: Proje
 
 
 @pytest.mark.parametrize(
-    ("dropout", "where"), [(0.3, []), (0.4, ["--temp"])], ids=["in the workspace", "in a copy of it"]
+    ("strength", "where"), [(0.01, []), (0.02, ["--temp"])], ids=["in the workspace", "in a copy of it"]
 )
 def test_an_experiment_logs_to_the_projects_store_and_moves_no_alias(
-    project: Project, dropout: float, where: list[str]
+    project: Project, strength: float, where: list[str]
 ) -> None:
     before, params = aliases(project), (project.root / "params.yaml").read_text()
-    name = f"dropout-{dropout}".replace(".", "-")
-    output = project.dvc("exp", "run", *where, "--name", name, "--set-param", f"models.transfer.dropout={dropout}")
+    name = f"strength-{strength}".replace(".", "-")
+    output = project.dvc("exp", "run", *where, "--name", name, "--set-param", f"models.transfer.strengths=[{strength}]")
     assert ran(output) == ["train@transfer", "evaluate", "register"]
 
     [run] = runs(project, f"tags.`touchline.dvc_experiment` = '{name}'")
-    assert run.data.params["dropout"] == str(dropout)
+    assert run.data.params["strengths"] == str(strength)
     assert "test/accuracy" in run.data.metrics
     assert not list((project.root / ".dvc/tmp").rglob("mlflow.db"))
     assert aliases(project) == before

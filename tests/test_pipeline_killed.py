@@ -62,7 +62,7 @@ def kill_in_the_middle(project: Project, stage: str, *, both: bool) -> None:
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "train@transfer"])
 def test_a_killed_stage_is_made_good_by_the_next_repro(attacked: Project, undisturbed: Project, stage: str) -> None:
-    both = stage in {"split", "features@lite0", "evaluate"}
+    both = stage in {"split", "features@pooled", "evaluate"}
     kill_in_the_middle(attacked, stage, both=both)
     attacked.dvc("repro")
     for name in ("data/photos.csv", "data/validated.csv", "data/split.csv"):

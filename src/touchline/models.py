@@ -3,18 +3,45 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from touchline.params import BackboneFeatures, CnnParams, HeadParams
+from touchline.heads import Head
+from touchline.params import ArticleParams, BackboneFeatures, CnnParams
 
 if TYPE_CHECKING:
     import keras
 
 
 def cnn(params: CnnParams, image_size: int, classes: int) -> "keras.Model":
-    """The simple network: three 3x3 convolutions, each with max pooling, then one dense layer.
+    """The simple network: VGG16's blocks of two 3x3 convolutions, with BatchNorm, and a mean over all places last.
 
     Args:
+        params: `filters` are the widths of the blocks, each of which works at half the side of the one before.
         image_size: side of the photos in pixels.
         classes: number of classes.
+
+    Returns:
+        uint8 (None, image_size, image_size, 3) to float32 probabilities (None, classes).
+    """
+    import keras
+    from keras import layers
+
+    photo = keras.Input((image_size, image_size, 3), dtype="uint8", name="photo")
+    x = layers.Rescaling(1 / 127.5, offset=-1)(photo)
+    for block, filters in enumerate(params.filters):
+        if block:
+            x = layers.MaxPooling2D()(x)
+        # At full side a block would take half of all the time, so the first convolution halves it.
+        for strides in (1 if block else 2, 1):
+            x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
+            # Few photos are few steps: with Keras's 0.99 the statistics would lag behind the weights by epochs.
+            x = layers.BatchNormalization(momentum=0.9)(x)
+            x = layers.ReLU()(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Dropout(params.dropout)(x)
+    return keras.Model(photo, layers.Dense(classes, activation="softmax", name="probabilities")(x), name="cnn")
+
+
+def article(params: ArticleParams, image_size: int, classes: int) -> "keras.Model":
+    """The network of the article this project began from: three convolutions, Flatten and a dense layer.
 
     Returns:
         uint8 (None, image_size, image_size, 3) to float32 probabilities (None, classes).
@@ -30,39 +57,24 @@ def cnn(params: CnnParams, image_size: int, classes: int) -> "keras.Model":
     x = layers.Dropout(params.dropout)(x)
     x = layers.Flatten()(x)
     x = layers.Dense(params.dense_units, activation="relu")(x)
-    return keras.Model(photo, layers.Dense(classes, activation="softmax", name="probabilities")(x), name="cnn")
+    return keras.Model(photo, layers.Dense(classes, activation="softmax", name="probabilities")(x), name="article")
 
 
-def head(params: HeadParams, channels: int, classes: int) -> "keras.Model":
-    """Dropout and a softmax layer, on pooled features of a backbone.
-
-    Returns:
-        float32 (None, channels) to float32 probabilities (None, classes).
-    """
-    import keras
-    from keras import layers
-
-    features = keras.Input((channels,), name="features")
-    x = layers.Dropout(params.dropout)(features)
-    return keras.Model(features, layers.Dense(classes, activation="softmax", name="probabilities")(x), name="head")
-
-
-def with_backbone(head: "keras.Model", features: BackboneFeatures, project: Path) -> "keras.Model":
-    """The head on its backbone: a whole model, sharing the head's weights, the backbone frozen.
+def transfer(head: Head, features: BackboneFeatures, project: Path) -> "keras.Model":
+    """A head on its frozen backbone: a whole model.
 
     Returns:
         uint8 (None, image_size, image_size, 3) to float32 probabilities (None, classes).
     """
     import keras
-    from keras import layers
 
     from touchline import backbones
 
-    photo = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
-    # training=False keeps BatchNorm in inference mode whatever is unfrozen later.
-    x = backbones.build(features, project)(photo, training=False)
-    x = layers.GlobalAveragePooling2D(name="pooling")(x)
-    return keras.Model(photo, head(x), name="transfer")
+    body = backbones.pooled(features, project)
+    probabilities = keras.layers.Dense(len(head.bias), activation="softmax", name="probabilities")
+    model = keras.Model(body.input, probabilities(body.output), name="transfer")
+    probabilities.set_weights([head.weights, head.bias])
+    return model
 
 
 def unfreeze(model: "keras.Model", blocks: int) -> int:
@@ -75,7 +87,7 @@ def unfreeze(model: "keras.Model", blocks: int) -> int:
 
     from touchline import backbones
 
-    backbone = next(layer for layer in model.layers if isinstance(layer, keras.Model) and layer.name != "head")
+    backbone = next(layer for layer in model.layers if isinstance(layer, keras.Model))
     backbone.trainable = True
     last = {id(layer) for block in backbones.blocks(backbone)[-blocks:] for layer in block}
     for layer in backbone.layers:

@@ -48,6 +48,10 @@ class Paths:
         return self.workspace / "data/photos.csv"
 
     @property
+    def decisions(self) -> Path:
+        return self.workspace / "data/decisions.csv"
+
+    @property
     def validated_table(self) -> Path:
         return self.workspace / "data/validated.csv"
 

@@ -102,10 +102,9 @@ def _learning_curves(figure: "Figure", curves: "pd.DataFrame") -> None:
             for colour, subset in zip(COLOURS, ("train", "validation"), strict=False):
                 part = curves[(curves["model"] == model) & (curves["subset"] == subset)]
                 axes.plot(part["epoch"] + 1, part[value], color=colour, label=subset)
-            best = curves[(curves["model"] == model) & (curves["subset"] == "validation")]
-            kept = best.loc[best["loss"].idxmin(), "epoch"] + 1
+            kept = curves.loc[(curves["model"] == model) & (curves["kept"] == 1), "epoch"].iloc[0] + 1
             axes.axvline(kept, color="grey", linewidth=1, linestyle=":", label="weights kept")
-            axes.set(title=f"{model}: {value}", xlabel="epoch", ylabel=f"{value} ({unit})")
+            axes.set(title=f"{model}: {value}", xlabel="epoch, or number of the strength", ylabel=f"{value} ({unit})")
             axes.xaxis.get_major_locator().set_params(integer=True)
         row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 

@@ -12,11 +12,12 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from touchline import files
+from touchline import decisions, files
 from touchline.errors import TouchlineError
 from touchline.params import Params, ValidateParams
 from touchline.paths import Paths
@@ -41,6 +42,7 @@ COLUMNS = (
     "group",
     "subset",
 )
+_DONE = {"keep": "kept", "drop": "dropped", "relabel": "relabelled"}
 LEDGER_COLUMNS = ["sha256", "class", "source", "origin", "reason"]
 # A folder of one's own photos is not here: it has licences only where its manifest gives some.
 SOURCES_WITH_LICENCES = frozenset({"sample", "openimages"})
@@ -88,16 +90,22 @@ class Outcome:
 def run(paths: Paths, params: Params) -> None:
     """Measure and judge every photo of data/photos.csv, then the set of the accepted ones.
 
+    What people decided of single photos (data/decisions.csv) comes first: a dropped one is rejected, a relabelled one
+    is judged under its new class.
+
     Writes data/validated.csv, data/rejected.csv, reports/validation.html, reports/validation.json and
     reports/data_docs/; keeps what was rejected in the ledger, except in an experiment.
 
     Raises:
         TouchlineError: an expectation of the set failed (after all is written), data/photos.csv is not what ingest
-            writes, or a photo's file is missing.
+            writes, a line of data/decisions.csv cannot be followed, or a photo's file is missing.
     """
     limits = params.validate_
-    photos = _read_photos(paths.photos_table, params.classes)
-    table = describe(photos, _measure_all(paths, photos["path"], limits.max_megapixels))
+    offered = _read_photos(paths.photos_table, params.classes)
+    decided, absent = decisions.match(decisions.read(paths.decisions, params.classes), offered)
+    photos = relabel(offered, decided)
+    dropped = [found is not None and found.kind == "drop" for found in decided]
+    table = describe(photos, _measure_all(paths, photos["path"], limits.max_megapixels), dropped)
     with tempfile.TemporaryDirectory(prefix="touchline-") as folder:
         # A level below, because a temporary folder itself is its owner's alone and the pages are ordinary files.
         built = Path(folder, "data_docs")
@@ -105,7 +113,12 @@ def run(paths: Paths, params: Params) -> None:
         rules = photo_rules(limits)
         failing = judge(context, "photo", table, rules, label="path")
         outcomes = photo_outcomes(rules, failing, len(table))
-        judged = table.assign(reason=first_reasons(len(table), rules, failing))
+        reasons = first_reasons(len(table), rules, failing)
+        for row, decision in enumerate(decided):
+            # A person's word comes before any rule.
+            if decision and decision.kind == "drop":
+                reasons[row] = decision.reason
+        judged = table.assign(reason=reasons, decided=[found.where if found else "" for found in decided])
         classes = count_classes(judged, params.classes)
         rules_of_class = class_rules(limits)
         outcomes += class_outcomes(rules_of_class, judge(context, "class", classes, rules_of_class, "class"), classes)
@@ -119,12 +132,20 @@ def run(paths: Paths, params: Params) -> None:
     accepted, rejected = judged[fit], judged[~fit]
     files.write_table(paths.validated_table, accepted[[*photos.columns, "contrast", "perceptual_hash"]])
     files.write_table(paths.rejected_table, photos.assign(reason=judged["reason"])[~fit])
-    report = summarise_run(outcomes, classes, rejected)
+    report = summarise_run(outcomes, classes, rejected, decided)
     files.write_json(paths.reports / "validation.json", report)
     files.write_text(paths.reports / "validation.html", render_page(report, outcomes, rejected))
     if not os.environ.get("DVC_EXP_NAME"):
-        _update_ledger(paths, accepted, rejected)
+        # Ingest knows photos by the class it found them under.
+        of_ingest = offered.assign(reason=judged["reason"])
+        _update_ledger(paths, of_ingest[fit], of_ingest[~fit], absent)
 
+    for kind, count in report["counts"]["decisions"].items():
+        if count:
+            say(f"{count:,} {_DONE[kind]} by {paths.relative(paths.decisions)}")
+    # Ingest fetches a dropped photo no more, so that one is gone as it should be.
+    if gone := [decision.where for decision in absent if decision.kind != "drop"]:
+        say(f"note: of photos that are not there any more: {'; '.join(gone)}")
     say(f"{len(accepted):,} of {len(judged):,} photos accepted, {len(rejected):,} rejected")
     for reason, count in Counter(rejected["reason"]).most_common():
         say(f"  {count:,} {reason}")
@@ -214,12 +235,24 @@ def set_rules(limits: ValidateParams) -> list[Rule]:
     ]
 
 
-def describe(photos: "pd.DataFrame", measurements: Sequence[Measurement]) -> "pd.DataFrame":
+def relabel(photos: "pd.DataFrame", decided: Sequence[decisions.Decision | None]) -> "pd.DataFrame":
+    """`photos` with the classes that people gave them; their files stay where they are."""
+    labels = [
+        found.label if found and found.kind == "relabel" else label
+        for found, label in zip(decided, photos["class"], strict=True)
+    ]
+    return photos.assign(**{"class": labels})
+
+
+def describe(
+    photos: "pd.DataFrame", measurements: Sequence[Measurement], dropped: Sequence[bool] = ()
+) -> "pd.DataFrame":
     """`photos` with measured sizes and the columns that `photo_rules` look at.
 
     Args:
         photos: the rows of photos.csv.
         measurements: one a row, in its order.
+        dropped: True for a photo that a person dropped, one a row; it makes no other a copy. Empty: none is.
 
     Returns:
         `photos` with width and height replaced (pixels, upright) and these columns added: megapixels, shorter_side
@@ -232,13 +265,15 @@ def describe(photos: "pd.DataFrame", measurements: Sequence[Measurement]) -> "pd
     first_origin: dict[tuple[str, str], str] = {}
     also_in: list[str | None] = []
     copy_of: list[str | None] = []
-    keys = list(zip(photos["sha256"], photos["class"], strict=True))
-    for sha256, label in keys:
-        classes_of[sha256].add(label)
-    for (sha256, label), origin in zip(keys, photos["origin"], strict=True):
-        also_in.append(", ".join(sorted(classes_of[sha256] - {label})) or None)
-        copy_of.append(first_origin.get((sha256, label)))
-        first_origin.setdefault((sha256, label), origin)
+    rows = list(zip(photos["sha256"], photos["class"], photos["origin"], dropped or repeat(False), strict=False))
+    for sha256, label, _, out in rows:
+        if not out:
+            classes_of[sha256].add(label)
+    for sha256, label, origin, out in rows:
+        also_in.append(None if out else ", ".join(sorted(classes_of[sha256] - {label})) or None)
+        copy_of.append(None if out else first_origin.get((sha256, label)))
+        if not out:
+            first_origin.setdefault((sha256, label), origin)
 
     known = [photo.width > 0 and photo.height > 0 for photo in measurements]
     whole = [not photo.error and not photo.bomb for photo in measurements]
@@ -410,8 +445,14 @@ def set_outcomes(
     ]
 
 
-def summarise_run(outcomes: Sequence[Outcome], classes: "pd.DataFrame", rejected: "pd.DataFrame") -> dict[str, Any]:
+def summarise_run(
+    outcomes: Sequence[Outcome],
+    classes: "pd.DataFrame",
+    rejected: "pd.DataFrame",
+    decided: Sequence[decisions.Decision | None],
+) -> dict[str, Any]:
     """What reports/validation.json says: success, expectations and counts."""
+    kinds = Counter(found.kind for found in decided if found)
     reasons_of = {name: Counter(rejected.loc[rejected["class"] == name, "reason"]) for name in classes["class"]}
     return {
         "success": not _failures(outcomes),
@@ -431,6 +472,7 @@ def summarise_run(outcomes: Sequence[Outcome], classes: "pd.DataFrame", rejected
             "accepted": int(classes["accepted"].sum()),
             "rejected": len(rejected),
             "rejected_by_reason": dict(Counter(rejected["reason"]).most_common()),
+            "decisions": {kind: kinds[kind] for kind in decisions.KINDS},
             "classes": {
                 row["class"]: {
                     "photos": row["photos"],
@@ -461,7 +503,7 @@ def render_page(report: dict[str, Any], outcomes: Sequence[Outcome], rejected: "
         failures=_failures(outcomes),
         outcomes=outcomes,
         rejected=[
-            {**row, "address": quote(f"../{row['path']}"), "seen": _seen(column_of[row["reason"]], row)}
+            {**row, "address": quote(f"../{row['path']}"), "seen": _seen(column_of.get(row["reason"], "decided"), row)}
             for row in rejected.to_dict("records")
         ],
     )
@@ -650,7 +692,9 @@ def _seen(column: str, row: dict[str, Any]) -> str:
             return str(value)
 
 
-def _update_ledger(paths: Paths, accepted: "pd.DataFrame", rejected: "pd.DataFrame") -> None:
+def _update_ledger(
+    paths: Paths, accepted: "pd.DataFrame", rejected: "pd.DataFrame", absent: Sequence[decisions.Decision]
+) -> None:
     import pandas as pd
     from filelock import FileLock
 
@@ -660,4 +704,8 @@ def _update_ledger(paths: Paths, accepted: "pd.DataFrame", rejected: "pd.DataFra
             ledger = files.read_table(paths.ledger, dtype=str)
         else:
             ledger = pd.DataFrame(columns=LEDGER_COLUMNS, dtype=str)
+        # Where a person took a drop back, ingest may offer the photo again.
+        still = tuple(decision.digest for decision in absent if decision.kind == "drop")
+        taken_back = ledger["reason"].str.startswith("dropped by ") & ~ledger["sha256"].str.startswith(still)
+        ledger = ledger[~taken_back]
         files.write_table(paths.ledger, merge_ledger(ledger, accepted, rejected))
