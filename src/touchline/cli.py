@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -34,6 +35,15 @@ STAGES = {
     "register": "touchline.registration",
 }
 
+
+class Format(StrEnum):
+    """How `predict` writes its answers."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 registry = typer.Typer(no_args_is_help=True, help="The MLflow registry as a whole.")
 app.add_typer(registry, name="registry")
@@ -48,6 +58,10 @@ def main() -> None:
     except TouchlineError as error:
         print(f"touchline: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever reads has seen enough (`| head`); at its end Python would try once more to write, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -115,6 +129,66 @@ def evaluate() -> None:
 def register() -> None:
     """Register the better model; make it champion if it has earned it."""
     _run("register")
+
+
+@app.command()
+def audit(
+    top: Annotated[int, typer.Option(help="how many of each problem the page shows", min=1)] = 24,
+    who: Annotated[str, typer.Option(help="your name, for the page's ready lines of data/decisions.csv")] = "",
+) -> None:
+    """Look for likely wrong labels, near-duplicates and outliers among the photos."""
+    from touchline import audit, params
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    audit.run(paths, params.load(paths.workspace / "params.yaml"), top, who)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="an entry of `models` in params.yaml")],
+    trials: Annotated[
+        int, typer.Option(help="finished trials that the study shall have; those of earlier runs count", min=1)
+    ] = 30,
+    apply: Annotated[bool, typer.Option("--apply", help="write the best values into params.yaml")] = False,
+    seed: Annotated[int, typer.Option(help="of what is tried", min=0)] = 42,
+) -> None:
+    """Search a model's hyperparameters by its validation loss; print the `dvc exp run` of the best.
+
+    The values of params.yaml are tried first. A run that was broken off goes on where it was. For two trials at a time
+    start the command twice: both work on one study.
+    """
+    from touchline import params, tuning
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    values = params.load(paths.workspace / "params.yaml")
+    tuning.run(paths, values, _known(model, "models"), trials, seed, apply=apply)
+
+
+@app.command()
+def predict(
+    names: Annotated[list[str], typer.Argument(metavar="PHOTO|FOLDER|GLOB|-", help="-: names, one a line, from stdin")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="a version, an alias, a run, a model of params.yaml or a .keras file (default: the champion)"
+        ),
+    ] = "",
+    form: Annotated[Format, typer.Option("--format", help="json: an object a line")] = Format.table,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="draw what the model looked at into <photo>.touchline.jpg")
+    ] = False,
+) -> None:
+    """Say what is on photos, with the champion.
+
+    In a folder, what is no photo is left out. Exit code 1: some could not be read; they are named, the rest is done.
+    """
+    from touchline import params, predicting
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    predicting.run(paths, params.load(paths.workspace / "params.yaml"), names, model, form.value, explain=explain)
 
 
 @app.command()
@@ -192,6 +266,16 @@ def mlflow(
     print(f"MLflow UI: http://{host}:{port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
     # In place of this process, so that whoever ends it ends the server.
     os.execv(command[0], [*command, "--host", host, "--port", str(port), "--workers", "1"])
+
+
+@app.command()
+def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -> None:
+    """Write a preset's features and models into params.yaml; everything else there stays."""
+    from touchline import params, presets
+    from touchline.paths import Paths
+
+    params.edit(Paths.here().workspace / "params.yaml", lambda content: presets.applied(content, name))
+    print(f"params.yaml has the features and models of '{name}': `dvc repro` trains them")
 
 
 @app.command()

@@ -4,6 +4,8 @@ An unknown key, a missing one, a wrong type or an impossible number is one line 
 what is allowed.
 """
 
+import re
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from touchline.errors import ParamsError
+from touchline.files import write_text
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
@@ -74,6 +77,12 @@ def _distinct(names: list[str]) -> list[str]:
         if folded.count(name.casefold()) > 1:
             raise PydanticCustomError("distinct", "each name once ('{name}' stands twice)", {"name": name})
     return names
+
+
+def _ascending(numbers: list[float]) -> list[float]:
+    if numbers != sorted(set(numbers)):
+        raise PydanticCustomError("options", "numbers from the smallest to the largest, each once")
+    return numbers
 
 
 ClassName = Annotated[str, AfterValidator(_usable_class)]
@@ -178,11 +187,23 @@ class PixelFeatures(_Section):
 
 class BackboneFeatures(_Section):
     image_size: Annotated[int, Field(ge=32, le=1024)]
-    backbone: Name
+    # A name stands for a list of one.
+    backbone: Annotated[
+        list[Name],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        Field(min_length=1),
+        AfterValidator(_distinct),
+    ]
     views: Literal[1, 2]
     alpha: Positive | None = None
     weights: str | None = None
     weights_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "BackboneFeatures":
+        if len(self.backbone) > 1 and (self.alpha, self.weights, self.weights_sha256) != (None, None, None):
+            raise PydanticCustomError("options", "`alpha` and `weights` only with one backbone")
+        return self
 
 
 class AugmentationParams(_Section):
@@ -204,6 +225,14 @@ class _Training(_Section):
 
 class CnnParams(_Training):
     architecture: Literal["cnn"]
+    # Each width is a halving of the side: five leave one pixel of the smallest photos.
+    filters: Annotated[list[Count], Field(min_length=1, max_length=5)]
+    weight_decay: NotNegative
+    augmentation: AugmentationParams
+
+
+class ArticleParams(_Training):
+    architecture: Literal["article"]
     dense_units: Count
     augmentation: AugmentationParams
 
@@ -211,11 +240,18 @@ class CnnParams(_Training):
 class FineTuneParams(_Section):
     blocks: Annotated[int, Field(ge=0)]
     learning_rate: Positive
+    batch_size: Count
     epochs: Count
+    patience: Count
 
 
-class HeadParams(_Training):
+class HeadParams(_Section):
     architecture: Literal["head"]
+    input: Name
+    strengths: Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascending)]
+    folds: Annotated[int, Field(ge=2, le=20)]
+    balance: Literal["none", "class", "group"]
+    seed: Seed
     fine_tune: FineTuneParams
 
 
@@ -232,6 +268,10 @@ class RegisterParams(_Section):
     significance: Share
 
 
+class PredictParams(_Section):
+    min_confidence: Fraction
+
+
 def _kind_of_features(value: object) -> str:
     names_one = isinstance(value, dict) and "backbone" in value
     return "backbone" if isinstance(value, BackboneFeatures) or names_one else "pixels"
@@ -241,7 +281,7 @@ FeaturesParams = Annotated[
     Annotated[PixelFeatures, Tag("pixels")] | Annotated[BackboneFeatures, Tag("backbone")],
     Discriminator(_kind_of_features),
 ]
-ModelParams = Annotated[CnnParams | HeadParams, Field(discriminator="architecture")]
+ModelParams = Annotated[CnnParams | ArticleParams | HeadParams, Field(discriminator="architecture")]
 
 
 class Params(_Section):
@@ -255,6 +295,7 @@ class Params(_Section):
     models: Annotated[dict[Name, ModelParams], Field(min_length=1)]
     evaluate: EvaluateParams
     register_: Annotated[RegisterParams, Field(alias="register")]
+    predict: PredictParams
 
     @model_validator(mode="after")
     def _inputs_exist(self) -> "Params":
@@ -264,13 +305,21 @@ class Params(_Section):
             if model.input not in fitting:
                 raise PydanticCustomError(
                     "input",
-                    "models.{name}.input is '{found}'; allowed for a {architecture}: one of `features` ({allowed})",
+                    "models.{name}.input is '{found}'; allowed for {architecture}: one of `features` ({allowed})",
                     {
                         "name": name,
                         "found": model.input,
                         "architecture": model.architecture,
                         "allowed": ", ".join(fitting) or "there is none that fits",
                     },
+                )
+            if (
+                isinstance(model, HeadParams)
+                and model.fine_tune.blocks
+                and len(self.features[model.input].backbone) > 1
+            ):
+                raise PydanticCustomError(
+                    "input", "models.{name}.fine_tune.blocks is above 0; allowed: with one backbone", {"name": name}
                 )
         return self
 
@@ -291,6 +340,44 @@ def load(path: Path) -> Params:
     except (YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
     return check(content, path.name)
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    """Change params.yaml, if what comes of it is allowed; sections that stay the same stay so to the byte.
+
+    Args:
+        change: is given the content as ruamel.yaml reads it, comments and all, to change in place.
+
+    Raises:
+        ParamsError: the file, or what comes of it, is not allowed; then nothing is written.
+    """
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    load(path)
+    text = path.read_text(encoding="utf-8")
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 120
+    before, after = yaml.load(text), yaml.load(text)
+    change(after)
+    check(after)
+    dumped = StringIO()
+    yaml.dump(after, dumped)
+    old, new = _sections(text), _sections(dumped.getvalue())
+    parts = [old[key] if key in before and before[key] == after[key] else new[key] for key in after]
+    write_text(path, old.get("", "") + "".join(parts))
+
+
+def _sections(text: str) -> dict[str, str]:
+    """The text of each top-level key, up to the next one; what comes before the first has none."""
+    found, key = {"": ""}, ""
+    for line in text.splitlines(keepends=True):
+        if match := re.match(r"(\w+):", line):
+            key = match[1]
+        found[key] = found.get(key, "") + line
+    return found
 
 
 def check(content: object, where: str = "params.yaml") -> Params:
@@ -324,6 +411,8 @@ def _one_line(error: ErrorDetails) -> str:
             return str(error["msg"])
         case "too_short":
             return f"{key} is {found}; allowed: at least {error['ctx']['min_length']} of them"
+        case "too_long":
+            return f"{key} is {found}; allowed: at most {error['ctx']['max_length']} of them"
         case "string_pattern_mismatch":
             return f"{key} is {found}; allowed: what matches {error['ctx']['pattern']}"
         case "dict_type" | "model_type" | "model_attributes_type":

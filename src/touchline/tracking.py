@@ -133,6 +133,7 @@ class Store:
         params: Mapping[str, Any],
         dataset: Mapping[str, Any],
         started: datetime | None = None,
+        parent: str | None = None,
     ) -> str:
         """Open a run (RUNNING) and return its id.
 
@@ -141,12 +142,14 @@ class Store:
             params: flat; values are logged as text.
             dataset: `name`, `digest` (cut to 36 characters), `source` (a path or URI) and `counts` (JSON).
             started: now when not given.
+            parent: id of the run that this one is shown under.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
+        under = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
         run = self._client.create_run(
-            self.experiment_id, _milliseconds(started), {**_texts(tags), **_this_process()}, name
+            self.experiment_id, _milliseconds(started), {**_texts(tags), **under, **this_process()}, name
         )
         run_id = run.info.run_id
         self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
@@ -190,6 +193,24 @@ class Store:
         self.set_tags(run_id, {_SHA256: _sha256(model_path)})
         self._client.set_terminated(run_id, "FINISHED", _milliseconds(ended))
 
+    def end(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, Any] | None = None) -> None:
+        """End a run that has no model (FINISHED), with closing metrics and tags."""
+        self._log_metrics(run_id, metrics)
+        self.set_tags(run_id, tags or {})
+        self._client.set_terminated(run_id, "FINISHED")
+
+    def resume(self, run_id: str) -> bool:
+        """Make an ended run RUNNING again, as this process's; False if the store does not have it (any more)."""
+        try:
+            run = self._client.get_run(run_id)
+        except _MissingError:
+            return False
+        if run.info.lifecycle_stage != "active" or run.info.experiment_id != self.experiment_id:
+            return False
+        self.set_tags(run_id, this_process())
+        self._client.update_run(run_id, "RUNNING")
+        return True
+
     def fail(self, run_id: str, reason: str) -> None:
         """End a run as FAILED; the tag `touchline.reason` says why."""
         self.set_tags(run_id, {"touchline.reason": reason})
@@ -202,7 +223,7 @@ class Store:
             Their ids.
         """
         running = self._search(f"attributes.status = 'RUNNING' AND tags.`{_HOST}` = '{platform.node()}'")
-        killed = [run.info.run_id for run in running if not _is_alive(run.data.tags)]
+        killed = [run.info.run_id for run in running if not is_alive(run.data.tags)]
         for run_id in killed:
             self.set_tags(run_id, {"touchline.reason": "the process of this run is gone"})
             self._client.set_terminated(run_id, "KILLED")
@@ -362,24 +383,51 @@ class Store:
 
     def load(self, name: str, version: int) -> "keras.Model":
         """The Keras model of a version, out of the store."""
-        folder = self._download(name, version)
+        return self._keras_model(self._download(name, version))
+
+    def load_with_classes(self, source: Version | str) -> tuple["keras.Model", list[str]]:
+        """The Keras model of a version, or of the run with that id, and the names of its classes.
+
+        Raises:
+            TouchlineError: the store has no such model, or it was logged by another tool, without its classes.
+        """
+        from mlflow.models import Model
+
+        if isinstance(source, Version):
+            what, folder = f"version {source.number} of {source.name}", self._download(source.name, source.number)
+        else:
+            what, models = f"run {source}", self._models(source)
+            if not models:
+                raise TouchlineError(f"run {source} in {self._where} has no model: name another run")
+            folder = self._fetch(self._client.get_logged_model(models[-1]).artifact_location, what)
+        with _one_line_errors(self._where):
+            classes = (Model.load(str(folder)).metadata or {}).get("classes")
+        if not classes:
+            raise TouchlineError(
+                f"the model of {what} in {self._where} does not name its classes: Touchline logged it not"
+            )
+        return self._keras_model(folder), list(classes)
+
+    def training_photos(self, name: str, version: int) -> set[str]:
+        """SHA-256 of each photo that a version learned from."""
+        return set(read_json(self._download(name, version, _TRAINING_PHOTOS)))
+
+    def _keras_model(self, folder: Path) -> "keras.Model":
         import_tensorflow()
         with _one_line_errors(self._where):
             import mlflow.keras
 
             return mlflow.keras.load_model(str(folder))
 
-    def training_photos(self, name: str, version: int) -> set[str]:
-        """SHA-256 of each photo that a version learned from."""
-        return set(read_json(self._download(name, version, _TRAINING_PHOTOS)))
-
     def _download(self, name: str, version: int, file: str = "") -> Path:
         location = self._client.get_model_version_download_uri(name, str(version))
-        with _one_line_errors(f"version {version} of {name} in {self._where}"):
+        return self._fetch(f"{location.rstrip('/')}/{file}", f"version {version} of {name}")
+
+    def _fetch(self, uri: str, what: str) -> Path:
+        with _one_line_errors(f"{what} in {self._where}"):
             import mlflow.artifacts
 
             # What lies on this disk is not copied: its own path comes back.
-            uri = f"{location.rstrip('/')}/{file}"
             return Path(mlflow.artifacts.download_artifacts(uri, tracking_uri=self._client.tracking_uri))
 
     def _log_model(
@@ -721,12 +769,18 @@ def _quiet_mlflow() -> None:
         os.environ.setdefault(key, value)
 
 
-def _this_process() -> dict[str, str]:
+def this_process() -> dict[str, str]:
+    """What `is_alive` knows this process by."""
     process = psutil.Process()
     return {_HOST: platform.node(), _PID: str(process.pid), _PROCESS_STARTED: repr(process.create_time())}
 
 
-def _is_alive(tags: Mapping[str, str]) -> bool:
+def is_alive(tags: Mapping[str, str]) -> bool:
+    """Whether the process that `this_process` described is there; of another machine's nobody knows, so it is."""
+    if _PID not in tags:
+        return False
+    if tags[_HOST] != platform.node():
+        return True
     try:
         process = psutil.Process(int(tags[_PID]))
         # Linux tells it from the time of boot, which shifts a little when the clock is set.

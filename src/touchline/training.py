@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from touchline import models, photos
+from touchline import heads, models, photos
 from touchline.arrays import Arrays
 from touchline.augmentation import augment
-from touchline.errors import TouchlineError
+from touchline.errors import Diverged, TouchlineError
 from touchline.files import read_table, replacing, write_json, write_table
 from touchline.params import (
+    ArticleParams,
     BackboneFeatures,
     CnnParams,
     FeaturesParams,
@@ -62,11 +63,13 @@ class Labelled:
         digests: sha256 of each photo.
         files: its path.
         labels: its class as a position in `classes`, int64, shape (n,).
+        groups: what it belongs to: an author, an album, a source.
     """
 
     digests: Sequence[str]
     files: Sequence[Path]
     labels: np.ndarray
+    groups: Sequence[str]
 
     @classmethod
     def of(cls, split: "pd.DataFrame", subset: str, classes: Sequence[str], workspace: Path) -> "Labelled":
@@ -74,15 +77,34 @@ class Labelled:
         if chosen.empty:
             raise TouchlineError(f"data/split.csv has no photo in {subset}: run `dvc repro`")
         labels = chosen["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
-        return cls(list(chosen["sha256"]), [workspace / path for path in chosen["path"]], labels)
+        files = [workspace / path for path in chosen["path"]]
+        return cls(list(chosen["sha256"]), files, labels, list(chosen["group"]))
+
+    @classmethod
+    def together(cls, first: "Labelled", second: "Labelled") -> "Labelled":
+        return cls(
+            [*first.digests, *second.digests],
+            [*first.files, *second.files],
+            np.concatenate([first.labels, second.labels]),
+            [*first.groups, *second.groups],
+        )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A fitted model with its history: one dict an epoch, of the names in METRICS' values and `epoch`."""
+    """A fitted model.
+
+    Attributes:
+        history: one dict an epoch, of the names in METRICS' values and `epoch`; of a head one a `strength`, with its
+            `cross_validation/loss`.
+        kept: the number of the row whose weights were kept; its validation metrics are the model's.
+        learned_from: the photos it was fitted to.
+    """
 
     model: "keras.Model"
     history: list[dict[str, float]]
+    kept: int
+    learned_from: Labelled
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
@@ -99,17 +121,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
     train, validation = (
         Labelled.of(split, subset, params.classes, paths.workspace) for subset in ("train", "validation")
     )
-    record: dict[str, Any] = {
-        "model": name,
-        "run_name": _run_name(name, features),
-        "image_size": features.image_size,
-        "classes": list(params.classes),
-        "params": _flat_params(chosen, features, params),
-        "tags": _tags(paths),
-        "dataset": _dataset_facts(paths, split),
-        "training_photos": sorted(train.digests),
-        "started": started,
-    }
+    record = facts(paths, params, name, split) | {"started": started}
     store = open_store(paths, params.register_.name)
     run_id = store.start(record["run_name"], record["tags"], record["params"], record["dataset"])
     try:
@@ -117,23 +129,24 @@ def run(paths: Paths, params: Params, name: str) -> None:
         def report(row: dict[str, float]) -> None:
             metrics = {metric: value for metric, value in row.items() if metric != "epoch"}
             store.log_epoch(run_id, int(row["epoch"]), metrics)
-            say(
-                f"{name}: epoch {row['epoch']:.0f}, "
-                + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-            )
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+            say(f"{name}: epoch {row['epoch']:.0f}, {shown}" if "strength" not in row else f"{name}: {shown}")
 
         trained = fit(chosen, features, Arrays(paths.features / chosen.input), train, validation, paths.project, report)
         # The saved model is what is judged from here on, by the validation photos as well.
         path = paths.models / f"{name}.keras"
         with replacing(path, ".keras") as temporary:
             trained.model.save(temporary)
-        best = min(trained.history, key=lambda row: row["validation/loss"])
+        best = trained.history[trained.kept]
+        record["training_photos"] = sorted(trained.learned_from.digests)
         record["history"] = trained.history
         record["metrics"] = {
             "seconds/train": round(time.monotonic() - began, 2),
-            "epochs": len(trained.history),
             **{metric: value for metric, value in best.items() if metric != "epoch"},
         }
+        epochs = sum("strength" not in row for row in trained.history)
+        if "strength" not in best:
+            record["metrics"]["epochs"] = epochs
         record["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         record["ended"] = _now()
         store.finish(
@@ -147,12 +160,29 @@ def run(paths: Paths, params: Params, name: str) -> None:
     except BaseException as error:
         store.fail(run_id, str(error) or type(error).__name__)
         raise
-    write_table(paths.reports / "history" / f"{name}.csv", pd.DataFrame(trained.history))
+    history = pd.DataFrame(trained.history).assign(kept=range(len(trained.history)))
+    history["kept"] = (history["kept"] == trained.kept).astype(int)
+    write_table(paths.reports / "history" / f"{name}.csv", history)
     write_json(paths.models / f"{name}.json", {"run_id": run_id, "experiment_id": store.experiment_id, **record})
+    steps = f"strength {best['strength']:g}" if "strength" in best else f"{epochs} epochs"
     say(
-        f"{name}: {len(trained.history)} epochs, {record['metrics']['seconds/train']:.0f} s, "
+        f"{name}: {steps}, {record['metrics']['seconds/train']:.0f} s, "
         f"validation accuracy {best['validation/accuracy']:.3f}"
     )
+
+
+def facts(paths: Paths, params: Params, name: str, split: "pd.DataFrame") -> dict[str, Any]:
+    """What is known of a run before it trains, under the names of `models/<name>.json`."""
+    chosen, features = params.models[name], params.features[params.models[name].input]
+    return {
+        "model": name,
+        "run_name": _run_name(name, features),
+        "image_size": features.image_size,
+        "classes": list(params.classes),
+        "params": _flat_params(chosen, features, params),
+        "tags": _tags(paths),
+        "dataset": _dataset_facts(paths, split),
+    }
 
 
 def fit(
@@ -173,7 +203,7 @@ def fit(
         on_epoch: called with each row of the history as it comes.
 
     Raises:
-        TouchlineError: the loss became NaN or infinite.
+        Diverged: the loss became NaN or infinite.
     """
     import keras
 
@@ -185,29 +215,57 @@ def fit(
         history.append({"epoch": len(history), **row})
         on_epoch(history[-1])
 
-    if isinstance(params, CnnParams):
-        model = models.cnn(params, features.image_size, classes)
+    if isinstance(params, CnnParams | ArticleParams):
+        build = models.cnn if isinstance(params, CnnParams) else models.article
+        model = build(params, features.image_size, classes)
         rows = Rows(
             lambda chosen, random: np.stack(
                 [augment(photo, params.augmentation, random) for photo in arrays[_pick(train.digests, chosen)]]
             ),
             lambda chosen: arrays[_pick(validation.digests, chosen)],
         )
-        _fit(model, rows, train, validation, params, remember)
-        return Trained(model, history)
+        _fit(model, rows, train, validation, params, remember, params.seed)
+        return Trained(model, history, _least_loss(history), train)
 
-    head = models.head(params, arrays[train.digests[:1]].shape[-1], classes)
-    rows = Rows(
-        # Each step sees one view of each photo, at random: the photo or its mirror image.
-        lambda chosen, random: _one_view(arrays[_pick(train.digests, chosen)], random),
-        # What is judged, and what the whole model will be given, is the photo as it is.
-        lambda chosen: arrays[_pick(validation.digests, chosen)][:, 0],
-    )
-    _fit(head, rows, train, validation, params, remember)
-    model = models.with_backbone(head, features, project)
+    both = Labelled.together(train, validation)
+    head, kept, whole_head = _fit_head(params, arrays, train, both, remember)
     if params.fine_tune.blocks:
-        _fine_tune(model, params, features.image_size, train, validation, remember)
-    return Trained(model, history)
+        model = models.transfer(head, features, project)
+        tuned = _fine_tune(model, params, features.image_size, train, validation, history, remember)
+        if tuned is not None:
+            return Trained(model, history, tuned, train)
+    return Trained(models.transfer(whole_head, features, project), history, kept, both)
+
+
+def _fit_head(
+    params: HeadParams, arrays: Arrays, train: Labelled, both: Labelled, remember: OnEpoch
+) -> tuple[heads.Head, int, heads.Head]:
+    """The head of the strength that cross-validation of the training photos finds best.
+
+    Args:
+        both: the training photos, then those of validation.
+
+    Returns:
+        The head fitted to the training photos, which is what validation judges; the number of its row of the history;
+        and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
+    """
+    rows, first = arrays[both.digests], len(train.labels)
+    weights = heads.balance(train.labels, train.groups, params.balance)
+    losses = heads.cross_validated(
+        rows[:first], train.labels, train.groups, weights, params.strengths, params.folds, params.seed
+    )
+    kept = int(np.argmin(losses))
+    fitted = list(heads.path(rows[:first], train.labels, weights, params.strengths))
+    for strength, loss, head in zip(params.strengths, losses, fitted, strict=True):
+        row = {"strength": strength, "cross_validation/loss": round(loss, 6)}
+        for subset, part in (("train", slice(first)), ("validation", slice(first, None))):
+            probabilities = head.probabilities(rows[part])
+            right = probabilities.argmax(axis=1) == both.labels[part]
+            row[f"{subset}/loss"] = round(heads.log_loss(both.labels[part], probabilities), 6)
+            row[f"{subset}/accuracy"] = round(float(right.mean()), 6)
+        remember(row)
+    weights = heads.balance(both.labels, both.groups, params.balance)
+    return fitted[kept], kept, next(heads.path(rows, both.labels, weights, [params.strengths[kept]]))
 
 
 @dataclass(frozen=True)
@@ -223,16 +281,16 @@ def _fit(
     rows: Rows,
     train: Labelled,
     validation: Labelled,
-    params: HeadParams | CnnParams,
+    params: CnnParams | ArticleParams | FineTuneParams,
     remember: OnEpoch,
-    fine_tune: FineTuneParams | None = None,
+    seed: int,
 ) -> None:
     """Fit until the validation loss stops falling, and keep the best weights."""
     import keras
 
     # The last layer is a softmax: the loss is given probabilities, and says so.
     model.compile(
-        optimizer=keras.optimizers.Adam((fine_tune or params).learning_rate),
+        optimizer=_optimizer(params, len(train.labels)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False),
         metrics=["accuracy"],
     )
@@ -240,14 +298,14 @@ def _fit(
     def at_epoch_end(_: int, logs: dict[str, float]) -> None:
         row = {METRICS[key]: round(float(logs[key]), 6) for key in METRICS}
         if not np.isfinite(list(row.values())).all():
-            raise TouchlineError(f"training {model.name}: the loss is no number any more: lower its learning_rate")
+            raise Diverged(f"training {model.name}: the loss is no number any more: lower its learning_rate")
         remember(row)
 
     size = params.batch_size
     with _errors_of_rows() as telling:
         model.fit(
-            _dataset(telling(rows.train), train.labels, size, params.seed),
-            epochs=(fine_tune or params).epochs,
+            _dataset(telling(rows.train), train.labels, size, seed),
+            epochs=params.epochs,
             validation_data=_dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size),
             verbose=0,
             shuffle=False,  # `_dataset` does it
@@ -258,39 +316,62 @@ def _fit(
         )
 
 
+def _optimizer(params: CnnParams | ArticleParams | FineTuneParams, photos: int) -> "keras.optimizers.Optimizer":
+    """AdamW whose rate falls to nothing along half a cosine; for the article's network its Adam at a constant rate.
+
+    Args:
+        photos: how many make an epoch.
+    """
+    from keras import optimizers
+
+    if isinstance(params, ArticleParams):
+        return optimizers.Adam(params.learning_rate)
+    rate = optimizers.schedules.CosineDecay(params.learning_rate, params.epochs * -(-photos // params.batch_size))
+    return optimizers.AdamW(rate, weight_decay=params.weight_decay if isinstance(params, CnnParams) else 0.0)
+
+
 def _fine_tune(
     model: "keras.Model",
     params: HeadParams,
     image_size: int,
     train: Labelled,
     validation: Labelled,
+    history: Sequence[dict[str, float]],
     remember: OnEpoch,
-) -> None:
-    """Train the last blocks of the backbone with the head, from the photos; undone if validation is not the better."""
-    frozen = model.get_weights()
+) -> int | None:
+    """Train the last blocks of the backbone with the head, from the photos.
+
+    Returns:
+        The number of the row of the history whose weights are kept; None if validation is not the better for it.
+    """
     models.unfreeze(model, params.fine_tune.blocks)
 
     def mirrored(chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
         images = np.stack([photos.read(path, image_size) for path in _pick(train.files, chosen)])
         return np.where(random.random((len(images), 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
 
-    losses: list[float] = []
-
-    def watched(row: dict[str, float]) -> None:
-        losses.append(row["validation/loss"])
-        remember(row)
-
     rows = Rows(
         mirrored, lambda chosen: np.stack([photos.read(path, image_size) for path in _pick(validation.files, chosen)])
     )
     model.compile(loss="sparse_categorical_crossentropy")
     with _errors_of_rows() as telling:
-        judged = _dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, params.batch_size)
-        before = model.evaluate(judged, verbose=0)
-    _fit(model, rows, train, validation, params, watched, params.fine_tune)
-    if min(losses) >= before:
-        model.set_weights(frozen)
-        say(f"fine-tuning did not help: validation loss {min(losses):.4f}, frozen {before:.4f}; undone")
+        size = params.fine_tune.batch_size
+        before = model.evaluate(
+            _dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size), verbose=0
+        )
+    start = len(history)
+    _fit(model, rows, train, validation, params.fine_tune, remember, params.seed)
+    best = start + _least_loss(history[start:])
+    if history[best]["validation/loss"] < before:
+        return best
+    say(
+        f"fine-tuning did not help: validation loss {history[best]['validation/loss']:.4f}, frozen {before:.4f}; undone"
+    )
+    return None
+
+
+def _least_loss(history: Sequence[dict[str, float]]) -> int:
+    return min(range(len(history)), key=lambda number: history[number]["validation/loss"])
 
 
 @contextmanager
@@ -359,10 +440,6 @@ def _pick(items: Sequence[T], chosen: np.ndarray) -> list[T]:
     return [items[position] for position in chosen]
 
 
-def _one_view(rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    return rows[np.arange(len(rows)), random.integers(rows.shape[1], size=len(rows))]
-
-
 def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -> dict[str, Any]:
     """What a person compares between runs: no nested values, no names of files."""
     flat: dict[str, Any] = {}
@@ -373,11 +450,12 @@ def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -
             flat |= {f"{key}.{inner}": content for inner, content in value.items()}
         else:
             flat[key] = value
+    flat = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in flat.items()}
     return flat | {"split.seed": params.split.seed}
 
 
 def _run_name(name: str, features: FeaturesParams) -> str:
-    return f"{name} {features.backbone}" if isinstance(features, BackboneFeatures) else name
+    return f"{name} {'+'.join(features.backbone)}" if isinstance(features, BackboneFeatures) else name
 
 
 def _tags(paths: Paths) -> dict[str, str]:
