@@ -176,3 +176,21 @@ def test_log_loss_is_the_mean_of_minus_log_of_what_the_true_class_was_given() ->
     probabilities = np.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]])
     assert heads.log_loss(np.array([0, 1, 1]), probabilities) == pytest.approx(-np.log(0.5 * 0.8 * 0.1) / 3)
     assert heads.log_loss(np.array([0]), np.array([[0.0, 1.0]])) == pytest.approx(-np.log(1e-12))
+
+
+def test_the_strength_that_is_chosen_states_its_confidence_better_than_the_largest() -> None:
+    from touchline.evaluation import calibration_error
+
+    random = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    # A tenth of the labels is wrong, so who is sure of all is wrong of his sureness.
+    rows = random.normal(0, 1, (400, 100)).astype(np.float32)
+    rows[:, 0] += 2 * labels
+    given = np.where(random.random(400) < 0.1, 1 - labels, labels)
+    learn, judge = slice(200), slice(200, None)
+    strengths = [0.0001, 0.001, 0.01, 0.1, 10.0]
+    groups = [str(number) for number in range(200)]
+    losses = heads.cross_validated(rows[learn], given[learn], groups, np.ones(200), strengths, 5, 0)
+    chosen, largest = (head_of(rows[learn], given[learn], strengths[n]) for n in (int(np.argmin(losses)), -1))
+    errors = [calibration_error(given[judge], head.probabilities(rows[judge]), 10) for head in (chosen, largest)]
+    assert errors[0] < errors[1] / 2
