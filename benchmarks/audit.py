@@ -35,7 +35,7 @@ def main() -> None:
     backbone = next(kind for kind in params.features.values() if isinstance(kind, BackboneFeatures))
     files = [arguments.photos / name for name in table["path"]]
     rows = features.pooled(features.pixels(files, backbone.image_size), backbone, PROJECT)
-    found = audit.averaged(np.stack(list(track(rows, len(files), "computing features"))))
+    found = np.stack(list(track(rows, len(files), "computing features")))
     measured = photos.in_order(lambda path: photos.measure(path, params.validate_.max_megapixels), files)
     hashes = [each.perceptual_hash or "0" for each in track(measured, len(files), "hashing")]
     alike = splitting.near_duplicates(hashes, params.split.near_duplicate_bits)

@@ -2,6 +2,7 @@
 
     python benchmarks/models.py table --photos DIR      the table; DIR holds manifest.csv (file, class, group)
     python benchmarks/models.py predict --photos DIR    photos a second from files, against Keras `predict`
+    python benchmarks/models.py grow --photos DIR       seconds and memory of `fast` at 1,000, 3,000 and 10,000 photos
 
 Rows: the article this project began from, as it printed its two recipes; Keras's transfer-learning guide; ours. Each
 row runs in a process of its own. Random splits are stratified 80/20; `--test-groups a,b` adds a split whose test photos
@@ -118,8 +119,9 @@ class Ours:
         self.seconds_features = time.perf_counter() - began
         self.arrays = arrays.Arrays(folder / "features")
 
-    def __call__(self, split: Split, first: bool) -> Result:
-        from touchline import evaluation, training
+    def trained(self, split: Split, registered: bool = False) -> tuple[Path, float]:
+        """The saved model, and seconds."""
+        from touchline import training
         from touchline.paths import Paths
         from touchline.tracking import open_store
 
@@ -136,13 +138,18 @@ class Ours:
         trained = training.fit(self.model, self.features, self.arrays, train, validation, self.folder, lambda _: None)
         path = self.folder / "model.keras"
         trained.model.save(path)
-        if first:
+        if registered:
             store = open_store(Paths(self.folder, self.folder), "benchmark")
             run_id = store.start("benchmark", {}, {}, {"name": "split", "digest": "0", "source": "-", "counts": {}})
             store.finish(run_id, model_path=path, image_size=self.features.image_size, classes=self.photos.classes,
                          training_photos=[], metrics=trained.history[trained.kept])  # fmt: skip
             store.register("benchmark", run_id, {}, "")
-        seconds = time.perf_counter() - began
+        return path, time.perf_counter() - began
+
+    def __call__(self, split: Split, first: bool) -> Result:
+        from touchline import evaluation
+
+        path, seconds = self.trained(split, registered=first)
         files = [self.photos.files[number] for number in split.test]
         probabilities, spent = evaluation.predict(evaluation.load_model(path), files)
         return probabilities, seconds, 1000 * spent / len(files)
@@ -373,7 +380,7 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "startup": startup,
         "splits": rows,
         "seconds_of_500": getattr(made, "seconds_of_500", []),
-        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_megabytes": peak(),
     }
 
 
@@ -451,6 +458,36 @@ def predict(options: argparse.Namespace) -> None:
         print(f"ratio {statistics.median(rates['ours']) / statistics.median(rates['keras']):.2f} (goal: 2)")
 
 
+def grow(options: argparse.Namespace) -> None:
+    """Features, training and a saved model as photos grow; the photos are taken again and again to make so many."""
+    print(f"{'photos':>8}{'features, s':>14}{'training, s':>14}{'peak MB':>10}")
+    for count in options.counts:
+        command = [sys.executable, __file__, "grown", "--count", str(count), *sys.argv[2:]]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        cells = f"{found['features']:14.1f}{found['training']:14.1f}{found['peak_megabytes']:10.0f}"
+        print(f"{count:8,}{cells}", flush=True)
+
+
+def grown(options: argparse.Namespace) -> dict[str, float]:
+    from touchline.quiet import import_tensorflow
+
+    import_tensorflow()
+    few = Photos.of(options.photos)
+    chosen = np.arange(options.count) % len(few.files)
+    files = [few.files[number] for number in chosen]
+    photos = Photos(few.folder, files, few.labels[chosen], few.groups[chosen], few.classes)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(photos, Path(folder), "fast", "transfer")
+        [split] = list(splits(photos, 1, []))
+        seconds = ours.trained(split)[1]
+    return {"features": ours.seconds_features, "training": seconds, "peak_megabytes": peak()}
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def params_content() -> dict[str, Any]:
     from ruamel.yaml import YAML
 
@@ -459,7 +496,7 @@ def params_content() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["table", "one", "predict"])
+    parser.add_argument("what", choices=["table", "one", "predict", "grow", "grown"])
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--row", choices=ROWS)
@@ -470,12 +507,14 @@ def main() -> None:
     parser.add_argument("--guide-epochs", type=int, default=20)
     parser.add_argument("--guide-tuning-epochs", type=int, default=10)
     parser.add_argument("--guide-splits", type=int, default=5)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 3000, 10000])
+    parser.add_argument("--count", type=int)
     options = parser.parse_args()
     options.photos = options.photos.resolve()
-    if options.what == "one":
-        print(json.dumps(one(options.row, options)))
+    if options.what in ("one", "grown"):
+        print(json.dumps(one(options.row, options) if options.what == "one" else grown(options)))
     else:
-        {"table": table, "predict": predict}[options.what](options)
+        {"table": table, "predict": predict, "grow": grow}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -163,8 +163,7 @@ class Audited:
         self.table.to_csv(self.paths.validated_table, index=False)
         params = self.params(share)
         name = next(key for key, kind in params.features.items() if isinstance(kind, BackboneFeatures))
-        views = np.stack([self.features - 1, self.features + 1], axis=1)
-        of_digest = dict(zip(self.table["sha256"], views, strict=True))
+        of_digest = dict(zip(self.table["sha256"], self.features, strict=True))
         arrays.update(
             self.paths.features / name, {}, list(of_digest), lambda wanted: (of_digest[digest] for digest in wanted)
         )

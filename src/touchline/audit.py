@@ -83,7 +83,7 @@ def run(paths: Paths, params: Params, top: int, who: str = "") -> None:
     table = read_table(paths.validated_table)
     classes = [label for label in params.classes if (table["class"] == label).any()]
     labels = table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
-    features = averaged(Arrays(paths.features / name)[list(table["sha256"])])
+    features = Arrays(paths.features / name)[list(table["sha256"])]
 
     alike = splitting.near_duplicates(table["perceptual_hash"], params.split.near_duplicate_bits)
     probabilities = out_of_fold(features, labels, groups(paths, table, alike))
@@ -101,11 +101,6 @@ def run(paths: Paths, params: Params, top: int, who: str = "") -> None:
     page = render_page(shown, _counts(found), table, classes, params, _thumbnails(paths, params, table, shown), who)
     write_text(paths.reports / "audit.html", page)
     _print(listed, paths)
-
-
-def averaged(features: np.ndarray) -> np.ndarray:
-    """One row a photo: float32, shape (photos, channels), from that or from (photos, views, channels)."""
-    return features.mean(axis=1) if features.ndim == 3 else features
 
 
 def scaled(features: np.ndarray) -> np.ndarray:
