@@ -344,16 +344,19 @@ def _roc(labels: np.ndarray, probabilities: dict[str, np.ndarray], classes: Sequ
 
 
 def _curves(paths: Paths, params: Params) -> "pd.DataFrame":
-    """The models' histories in one long table: model, subset, epoch, accuracy, loss."""
+    """The models' histories in one long table: model, subset, epoch, strength (of a head), accuracy, loss, kept."""
     import pandas as pd
 
     parts = []
     for name in params.models:
         history = read_table(paths.reports / "history" / f"{name}.csv")
+        # A head is fitted once a strength, not an epoch.
+        strengths = history.get("strength", np.nan)
         for subset in ("train", "validation"):
             part = history[["epoch", f"{subset}/accuracy", f"{subset}/loss", "kept"]]
             parts.append(part.set_axis(["epoch", "accuracy", "loss", "kept"], axis=1).assign(model=name, subset=subset))
-    return pd.concat(parts)[["model", "subset", "epoch", "accuracy", "loss", "kept"]]
+            parts[-1]["strength"] = strengths
+    return pd.concat(parts)[["model", "subset", "epoch", "strength", "accuracy", "loss", "kept"]]
 
 
 def _forget_removed(paths: Paths, params: Params) -> None:

@@ -98,14 +98,24 @@ def _learning_curves(figure: "Figure", curves: "pd.DataFrame") -> None:
     figure.set_size_inches(9, 3.4 * len(models))
     grid = figure.subplots(len(models), 2, squeeze=False)
     for row, model in zip(grid, models, strict=True):
+        of_model = curves[curves["model"] == model]
+        # A head that is fine-tuned goes on by epochs, which have no strength.
+        by_strength = of_model["strength"].notna().all()
+        steps = of_model["strength"] if by_strength else of_model["epoch"] + 1
         for axes, (value, unit) in zip(row, (("accuracy", "share of photos"), ("loss", "nats a photo")), strict=True):
             for colour, subset in zip(COLOURS, ("train", "validation"), strict=False):
-                part = curves[(curves["model"] == model) & (curves["subset"] == subset)]
-                axes.plot(part["epoch"] + 1, part[value], color=colour, label=subset)
-            kept = curves.loc[(curves["model"] == model) & (curves["kept"] == 1), "epoch"].iloc[0] + 1
-            axes.axvline(kept, color="grey", linewidth=1, linestyle=":", label="weights kept")
-            axes.set(title=f"{model}: {value}", xlabel="epoch, or number of the strength", ylabel=f"{value} ({unit})")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+                part = of_model["subset"] == subset
+                axes.plot(
+                    steps[part], of_model.loc[part, value], ".-" if by_strength else "-", color=colour, label=subset
+                )
+            axes.axvline(steps[of_model["kept"] == 1].iloc[0], color="grey", linewidth=1, linestyle=":", label="kept")
+            axes.set(title=f"{model}: {value}", ylabel=f"{value} ({unit})")
+            if by_strength:
+                axes.set(xscale="log", xlabel="C (the smaller, the smaller the weights)")
+                axes.xaxis.set_major_formatter("{x:g}")
+            else:
+                axes.set_xlabel("epoch")
+                axes.xaxis.get_major_locator().set_params(integer=True)
         row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
