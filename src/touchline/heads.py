@@ -66,17 +66,33 @@ def cross_validated(
     folds: int,
     seed: int,
 ) -> list[float]:
-    """Log loss of each strength, in nats a photo, on photos left out in turn, those of one group together.
+    """Log loss of each strength, in nats a photo, on photos that were left out; see `out_of_fold`."""
+    return [log_loss(labels, found) for found in out_of_fold(rows, labels, groups, weights, strengths, folds, seed)]
+
+
+def out_of_fold(
+    rows: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    weights: np.ndarray,
+    strengths: Sequence[float],
+    folds: int,
+    seed: int,
+) -> np.ndarray:
+    """What heads of each strength say of photos that were left out in turn, those of one group together.
 
     Args:
         rows, labels, weights, strengths: as `path`.
         groups: what each photo belongs to (an author, an album, a source), n of them.
+
+    Returns:
+        Probabilities, float64, shape (len(strengths), n, classes).
     """
-    left_out = np.zeros((len(strengths), len(labels), labels.max() + 1))
+    found = np.zeros((len(strengths), len(labels), labels.max() + 1))
     for train, test in _folds(labels, groups, folds, seed):
         for number, head in enumerate(path(rows[train], labels[train], weights[train], strengths)):
-            left_out[number, test] = head.probabilities(rows[test])
-    return [log_loss(labels, found) for found in left_out]
+            found[number, test] = head.probabilities(rows[test])
+    return found
 
 
 def balance(labels: np.ndarray, groups: Sequence[str], by: str) -> np.ndarray:

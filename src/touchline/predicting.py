@@ -23,8 +23,9 @@ import numpy as np
 
 from touchline import photos
 from touchline.errors import ParamsError, TouchlineError
-from touchline.evaluation import BATCH, Row, answers, forward_pass, load_model
+from touchline.evaluation import load_model
 from touchline.files import read_json, write_bytes
+from touchline.inference import BATCH, Row, answers, forward_pass
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.progress import track

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
+from touchline import pages
 from touchline.files import read_json, read_table, write_text
 from touchline.params import Params
 from touchline.paths import Paths
@@ -36,20 +37,12 @@ def write(
         records: `models/<name>.json` by name.
         outcome: what `register` decided.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     figures = {
         name: base64.b64encode((paths.reports / "figures" / f"{name}.png").read_bytes()).decode() for name in FIGURES
     }
     rejected = read_table(paths.rejected_table)
-    environment = Environment(
-        loader=PackageLoader("touchline"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    page = pages.render(
+        "report.html",
         classes=params.classes,
         sources=params.ingest.sources,
         metrics=metrics,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,16 +95,21 @@ class Trained:
     """A fitted model.
 
     Attributes:
+        make: gives the model. A search looks at the history alone, and a head on its backbone takes seconds to build.
         history: one dict an epoch, of the names in METRICS' values and `epoch`; of a head one a `strength`, with its
             `cross_validation/loss`.
         kept: the number of the row whose weights were kept; its validation metrics are the model's.
         learned_from: the photos it was fitted to.
     """
 
-    model: "keras.Model"
+    make: Callable[[], "keras.Model"]
     history: list[dict[str, float]]
     kept: int
     learned_from: Labelled
+
+    @cached_property
+    def model(self) -> "keras.Model":
+        return self.make()
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
@@ -160,8 +165,8 @@ def run(paths: Paths, params: Params, name: str) -> None:
     except BaseException as error:
         store.fail(run_id, str(error) or type(error).__name__)
         raise
-    history = pd.DataFrame(trained.history).assign(kept=range(len(trained.history)))
-    history["kept"] = (history["kept"] == trained.kept).astype(int)
+    history = pd.DataFrame(trained.history)
+    history["kept"] = (history["epoch"] == trained.kept).astype(int)
     write_table(paths.reports / "history" / f"{name}.csv", history)
     write_json(paths.models / f"{name}.json", {"run_id": run_id, "experiment_id": store.experiment_id, **record})
     steps = f"strength {best['strength']:g}" if "strength" in best else f"{epochs} epochs"
@@ -225,7 +230,7 @@ def fit(
             lambda chosen: arrays[_pick(validation.digests, chosen)],
         )
         _fit(model, rows, train, validation, params, remember, params.seed)
-        return Trained(model, history, _least_loss(history), train)
+        return Trained(lambda: model, history, _least_loss(history), train)
 
     both = Labelled.together(train, validation)
     head, kept, whole_head = _fit_head(params, arrays, train, both, remember)
@@ -233,8 +238,8 @@ def fit(
         model = models.transfer(head, features, project)
         tuned = _fine_tune(model, params, features.image_size, train, validation, history, remember)
         if tuned is not None:
-            return Trained(model, history, tuned, train)
-    return Trained(models.transfer(whole_head, features, project), history, kept, both)
+            return Trained(lambda: model, history, tuned, train)
+    return Trained(lambda: models.transfer(whole_head, features, project), history, kept, both)
 
 
 def _fit_head(
@@ -250,6 +255,8 @@ def _fit_head(
         and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
     """
     rows, first = arrays[both.digests], len(train.labels)
+    if not np.isfinite(rows).all():
+        raise Diverged(f"{arrays.folder} holds numbers that are none: delete it and run `dvc repro`")
     weights = heads.balance(train.labels, train.groups, params.balance)
     losses = heads.cross_validated(
         rows[:first], train.labels, train.groups, weights, params.strengths, params.folds, params.seed

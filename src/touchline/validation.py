@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from touchline import decisions, files
+from touchline import decisions, files, pages
 from touchline.errors import TouchlineError
 from touchline.params import Params, ValidateParams
 from touchline.paths import Paths
@@ -487,17 +487,9 @@ def summarise_run(
 
 def render_page(report: dict[str, Any], outcomes: Sequence[Outcome], rejected: "pd.DataFrame") -> str:
     """reports/validation.html: one file that needs nothing but itself; every value in it is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     column_of = {outcome.rule.reason: outcome.rule.column for outcome in outcomes}
-    environment = Environment(
-        loader=PackageLoader("touchline"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("validation.html").render(
+    return pages.render(
+        "validation.html",
         success=report["success"],
         counts=report["counts"],
         failures=_failures(outcomes),
