@@ -46,7 +46,7 @@ lint: setup
 
 # No index address goes into the lock; --universal makes it one for every Python and system.
 lock: setup  ## write requirements.lock anew from pyproject.toml
-	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group dev \
+	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group dev --extra app --extra onnx \
 		--python-version 3.11 pyproject.toml --output-file requirements.lock
 
 setup: $(VENV)/.installed
