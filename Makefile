@@ -46,8 +46,8 @@ lint: setup
 
 # No index address goes into the lock; --universal makes it one for every Python and system.
 lock: setup  ## write requirements.lock anew from pyproject.toml
-	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group dev --extra app --extra onnx \
-		--python-version 3.11 pyproject.toml --output-file requirements.lock
+	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group dev \
+		--extra app --extra onnx --extra dask --extra team --python-version 3.11 pyproject.toml --output-file requirements.lock
 
 setup: $(VENV)/.installed
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || dvc config --local core.no_scm true
