@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from touchline import audit, features, photos, splitting
+from touchline import audit, compute, features, photos, splitting
 from touchline.params import BackboneFeatures, load
 from touchline.paths import Paths
 from touchline.progress import track
@@ -36,7 +36,7 @@ def main() -> None:
     files = [arguments.photos / name for name in table["path"]]
     rows = features.pooled(features.pixels(files, backbone.image_size), backbone, PROJECT)
     found = np.stack(list(track(rows, len(files), "computing features")))
-    measured = photos.in_order(lambda path: photos.measure(path, params.validate_.max_megapixels), files)
+    measured = compute.in_order(lambda path: photos.measure(path, params.validate_.max_megapixels), files)
     hashes = [each.perceptual_hash or "0" for each in track(measured, len(files), "hashing")]
     alike = splitting.near_duplicates(hashes, params.split.near_duplicate_bits)
     groups = audit.groups(Paths(arguments.photos, arguments.photos), table, alike)

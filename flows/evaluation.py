@@ -10,7 +10,7 @@ from prefect.states import State
 
 from flows import project
 from flows.project import escaped, mlflow_link, report_link
-from touchline import params
+from touchline import params, report
 from touchline.files import read_json
 
 
@@ -33,17 +33,24 @@ def show_curves(workspace: Path, _: str) -> None:
 
 
 def show_decision(workspace: Path, _: str) -> None:
-    """The models side by side, what sets them apart, what was decided, and links to their runs."""
+    """What was decided, the report, the models side by side, and links to their runs."""
     metrics = read_json(workspace / "reports/metrics.json")
     decision = read_json(workspace / "reports/registration.json")
+    records = {name: read_json(workspace / f"models/{name}.json") for name in metrics["models"]}
+    registered_name = params.load(workspace / "params.yaml").register_.name
+    sentence = report.decision(decision, records[decision["better_model"]]["run_name"], registered_name)
     lines = [
+        f"**{escaped(sentence)}**",
+        "",
+        report_link("report.html", "The whole report"),
+        "",
         "# The models side by side",
         "",
         "| model | test accuracy | 95 % interval | balanced | log loss | MLflow |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in metrics["models"].items():
-        record = read_json(workspace / f"models/{name}.json")
+        record = records[name]
         interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
         run = mlflow_link(f"experiments/{record['experiment_id']}/runs/{record['run_id']}", record["run_id"][:8])
         lines.append(
@@ -55,13 +62,10 @@ def show_decision(workspace: Path, _: str) -> None:
         label = name.replace("_", " ")
         lines.append(f"| {label} | {found['accuracy']:.3f} | {interval} | {found['balanced_accuracy']:.3f} | | |")
     lines += ["", *(_mcnemar(pair) for pair in metrics["mcnemar"])]
-    outcome = "Champion" if decision["promoted"] else "Not promoted"
-    lines += ["", f"**Better:** {escaped(decision['better_model'])} ({escaped(decision['why_better'])})."]
-    lines += ["", f"**{outcome}:** {escaped(decision['reason'])}."]
     if registered := decision["registered"]:
-        name, number = params.load(workspace / "params.yaml").register_.name, registered["version"]
-        lines += ["", f"Registered: {mlflow_link(f'models/{name}/versions/{number}', f'version {number} of {name}')}"]
-    lines += ["", report_link("report.html", "The whole report")]
+        number = registered["version"]
+        place, text = f"models/{registered_name}/versions/{number}", f"version {number} of {registered_name}"
+        lines += ["", f"Registered: {mlflow_link(place, text)}"]
     create_markdown_artifact("\n".join(lines), key="decision", description="Which model is better, and what followed")
 
 

@@ -4,14 +4,13 @@ Likely wrong labels, outliers and near-duplicates, as a table and as a page to l
 what a person makes of it goes into data/decisions.csv, which `validate` honours.
 """
 
-import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from touchline import decisions, heads, pages, photos, plots, splitting
+from touchline import compute, decisions, heads, pages, plots, splitting
 from touchline.arrays import Arrays
 from touchline.errors import TouchlineError
 from touchline.files import read_table, write_table, write_text
@@ -323,16 +322,9 @@ def _thumbnails(paths: Paths, params: Params, table: "pd.DataFrame", shown: Sequ
     files = table["path"].to_numpy()
 
     def thumbnail(row: int) -> str:
-        import cv2
+        return plots.jpeg(plots.small(paths.workspace / files[row], *sizes[row], _THUMBNAIL))
 
-        pixels = photos.read(paths.workspace / files[row], _THUMBNAIL)
-        # Photos are read squashed to a square; a person wants to see them as they are.
-        width, height = np.maximum(1, np.round(_THUMBNAIL * sizes[row] / sizes[row].max())).astype(int)
-        pixels = cv2.resize(pixels, (int(width), int(height)), interpolation=cv2.INTER_AREA)
-        _, content = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-        return base64.b64encode(content).decode()
-
-    return dict(zip(chosen, track(photos.in_order(thumbnail, chosen), len(chosen), "thumbnails"), strict=True))
+    return dict(zip(chosen, track(compute.in_order(thumbnail, chosen), len(chosen), "thumbnails"), strict=True))
 
 
 def _print(listed: "pd.DataFrame", paths: Paths) -> None:

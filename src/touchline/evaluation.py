@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from touchline import inference, photos, plots
+from touchline import compute, explaining, inference, photos, plots
 from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table, write_json, write_table
+from touchline.files import read_json, read_table, replacing, write_json, write_table
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.progress import say, track
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 _HISTOGRAM_SIDE = 64
+# A gallery of fewer mistakes is filled up to so many photos with right answers.
+_LEAST_SHOWN = 6
 
 
 def run(paths: Paths, params: Params) -> None:
     """Write `reports/metrics.json`, predictions, curves and figures; log them to the models' MLflow runs."""
+    import pandas as pd
+
     import_tensorflow()
     _forget_removed(paths, params)
     validated = read_table(paths.validated_table)
@@ -38,6 +42,8 @@ def run(paths: Paths, params: Params) -> None:
     probabilities: dict[str, np.ndarray] = {}
     metrics: dict[str, Any] = {"test_photos": len(test), "models": {}}
     facts: dict[str, Any] = {}
+    galleries: list[pd.DataFrame] = []
+    heats: dict[str, np.ndarray] = {}
     for name in params.models:
         model = load_model(paths.models / f"{name}.keras")
         probabilities[name], seconds = predict(model, files, name)
@@ -46,6 +52,8 @@ def run(paths: Paths, params: Params) -> None:
             "model_sha256": read_json(paths.models / f"{name}.json")["model_sha256"],
             "milliseconds_a_photo": round(1000 * seconds / len(files), 2),
         }
+        galleries.append(_gallery(name, test, probabilities[name], params))
+        heats[name] = _heats(model, galleries[-1], params.classes, paths.workspace)
     metrics["baselines"] = baselines(split, params, paths.workspace)
     metrics["mcnemar"] = [
         {"models": [a, b], **mcnemar(labels, probabilities[a], probabilities[b])}
@@ -65,10 +73,13 @@ def run(paths: Paths, params: Params) -> None:
         "slices": _slices(test, labels, probabilities),
         "roc": _roc(labels, probabilities, params.classes),
         "curves": _curves(paths, params),
+        "gallery": pd.concat(galleries),
     }
     for name, table in tables.items():
         write_table(paths.reports / f"{name}.csv", table)
-    figures = plots.draw(paths, params, split, tables)
+    with replacing(paths.reports / "heats.npz", ".npz") as temporary:
+        np.savez_compressed(temporary, **heats)
+    figures = plots.draw(paths, params, split, tables, heats)
     _log(paths, params, metrics, facts, figures)
     for name, found in metrics["models"].items():
         say(
@@ -103,7 +114,7 @@ def predict(model: "keras.Model", files: Sequence[Path], what: str = "photos") -
     size = model.input_shape[1]
     forward = inference.forward_pass(model, min(inference.BATCH, len(files)))
     began = time.perf_counter()
-    rows = photos.in_order(lambda path: (path, photos.read(path, size)), files)
+    rows = compute.in_order(lambda path: (path, photos.read(path, size)), files)
     found = [batch for _, batch in inference.answers(forward, track(rows, len(files), f"predicting with {what}"))]
     return np.concatenate(found), time.perf_counter() - began
 
@@ -190,7 +201,7 @@ def baselines(split: "pd.DataFrame", params: Params, workspace: Path) -> dict[st
 
     used = split[split["subset"].isin(["train", "test"])]
     files = [workspace / path for path in used["path"]]
-    rows = photos.in_order(_colour_histogram, files)
+    rows = compute.in_order(_colour_histogram, files)
     colours = np.stack(list(track(rows, len(files), "colour histograms")))
     sides = used[["width", "height"]].to_numpy(float)
     size = np.column_stack([sides, sides[:, 0] / sides[:, 1]])
@@ -243,6 +254,40 @@ def _predictions(test: "pd.DataFrame", probabilities: dict[str, np.ndarray], cla
     return pd.concat(parts)
 
 
+def _gallery(name: str, test: "pd.DataFrame", probabilities: np.ndarray, params: Params) -> "pd.DataFrame":
+    """Photos to look at: the most confident mistakes; where they are few, right answers too, the least sure first."""
+    import pandas as pd
+
+    rows = _predictions(test, {name: probabilities}, params.classes)
+    rows = plots.shown(rows, params)[["model", "path", "class", "predicted", "confidence"]]
+    right = rows["class"] == rows["predicted"]
+    mistakes = rows[~right].nlargest(params.evaluate.gallery, "confidence")
+    room = max(0, min(_LEAST_SHOWN, params.evaluate.gallery) - len(mistakes))
+    return pd.concat([mistakes, rows[right].nsmallest(room, "confidence")])
+
+
+def _heats(model: "keras.Model", gallery: "pd.DataFrame", classes: Sequence[str], workspace: Path) -> np.ndarray:
+    """Where a model found the class it named, for each photo of its gallery: uint8, shape (photos, height, width).
+
+    Of a model that Grad-CAM cannot explain height and width are 0, and why is said: the figures it has stay worth
+    having.
+    """
+    if gallery.empty:
+        return np.zeros((0, 0, 0), np.uint8)
+    size = model.input_shape[1]
+    files = [workspace / path for path in gallery["path"]]
+    predicted = np.array([classes.index(label) for label in gallery["predicted"]])
+    try:
+        explain = explaining.explainer(model)
+    except TouchlineError as error:
+        say(f"no heat maps: {error}")
+        return np.zeros((len(gallery), 0, 0), np.uint8)
+    images = np.stack(list(compute.in_order(lambda path: photos.read(path, size), files)))
+    parts = range(0, len(images), inference.BATCH)
+    found = [explain(images[at : at + inference.BATCH], predicted[at : at + inference.BATCH]) for at in parts]
+    return np.round(255 * np.concatenate(found)).astype(np.uint8)
+
+
 def _per_class(labels: np.ndarray, probabilities: dict[str, np.ndarray], classes: Sequence[str]) -> "pd.DataFrame":
     import pandas as pd
     from sklearn.metrics import classification_report
@@ -286,7 +331,7 @@ def _slices(test: "pd.DataFrame", labels: np.ndarray, probabilities: dict[str, n
     for name, found in probabilities.items():
         right = found.argmax(axis=1) == labels
         for slice_by, values in by.items():
-            for value, members in pd.Series(right).groupby(values.to_numpy().astype(str)):
+            for value, members in pd.Series(right).groupby(values, observed=True):
                 low, high = wilson(int(members.sum()), len(members))
                 rows.append(
                     (name, slice_by, value, len(members), round(members.mean(), 6), round(low, 6), round(high, 6))

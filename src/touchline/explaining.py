@@ -87,16 +87,28 @@ def overlay(content: bytes, heat: np.ndarray, caption: str) -> bytes:
     scale = _LONGER_SIDE / max(found.width, found.height, 1)
     width, height = (max(1, round(scale * side)) for side in (found.width, found.height))
     photo = cv2.resize(photos.decode(content, max(width, height)), (width, height), interpolation=cv2.INTER_AREA)
+    canvas = np.full((height + _CAPTION, max(width, _CAPTION_WIDTH), 3), 255, np.uint8)
+    canvas[:height, :width] = warmed(photo, heat)
+    cv2.putText(canvas, caption, (8, height + 28), (30, 30, 30), cv2.FontFace("sans"), 20)
+    image = cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
+    return _START + cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()[2:]
+
+
+def warmed(photo: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A photo in grey with the heat over it in colours: RGB, uint8, shape (height, width, 3).
+
+    Args:
+        photo: RGB, uint8, shape (height, width, 3).
+        heat: float32, 0 to 1, of the whole photo, in any size.
+    """
+    import cv2
+
+    height, width = photo.shape[:2]
     warm = np.clip(cv2.resize(heat, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)[..., None]
     colours = cv2.cvtColor(cv2.applyColorMap(np.uint8(255 * warm), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
     # Without its colours a photo stays readable, and green grass is not taken for heat or the lack of it.
     grey = cv2.cvtColor(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    mixed = np.uint8((1 - 0.6 * warm) * grey + 0.6 * warm * colours)
-    canvas = np.full((height + _CAPTION, max(width, _CAPTION_WIDTH), 3), 255, np.uint8)
-    canvas[:height, :width] = mixed
-    cv2.putText(canvas, caption, (8, height + 28), (30, 30, 30), cv2.FontFace("sans"), 20)
-    image = cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
-    return _START + cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()[2:]
+    return np.uint8((1 - 0.6 * warm) * grey + 0.6 * warm * colours)
 
 
 def is_overlay(start: bytes) -> bool:
