@@ -66,7 +66,7 @@ def store(paths) -> tracking.Store:
 def run_id(store, keras_file) -> str:
     run_id = _start(store)
     for row in HISTORY:
-        store.log_epoch(run_id, row["epoch"], {key: value for key, value in row.items() if key != "epoch"})
+        store.log_row(run_id, row)
     _finish(store, run_id, keras_file)
     return run_id
 
@@ -88,7 +88,8 @@ def _finish(store: tracking.Store, run_id: str, model_path: Path) -> None:
         image_size=8,
         classes=CLASSES,
         training_photos=PHOTOS,
-        metrics={"seconds/train": 1.5},
+        metrics={"seconds/train": 1.5, "train/loss": 0.5},
+        history=HISTORY,
     )
 
 
@@ -97,6 +98,7 @@ def _record(run_id: str, model_path: Path) -> dict:
         "model": "cnn",
         "run_id": run_id,
         "run_name": "cnn",
+        "description": "A simple network.",
         "model_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
         "image_size": 8,
         "classes": CLASSES,
@@ -118,7 +120,7 @@ def _client(paths: Paths):
     return MlflowClient(uri, uri)
 
 
-def test_a_run_keeps_its_epochs_its_params_its_dataset_and_its_model(paths, run_id, keras_file):
+def test_a_run_keeps_its_epochs_its_params_its_dataset_and_its_model(paths, store, run_id, keras_file):
     client = _client(paths)
     run = client.get_run(run_id)
     dataset = run.inputs.dataset_inputs[0]
@@ -126,9 +128,12 @@ def test_a_run_keeps_its_epochs_its_params_its_dataset_and_its_model(paths, run_
 
     assert run.info.status == "FINISHED"
     assert run.data.params == {"learning_rate": "0.001"}
+    # One more point: what is shown of a run is that of the weights that were kept, not that of the last epoch.
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [
-        (row["epoch"], row["train/loss"]) for row in HISTORY
+        *((row["epoch"], row["train/loss"]) for row in HISTORY),
+        (4, 0.5),
     ]
+    assert store.metrics(run_id) == {"train/loss": 0.5, "validation/accuracy": 0.75, "seconds/train": 1.5}
     assert (dataset.dataset.name, dataset.dataset.digest) == ("split", DATASET["digest"][:36])
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
     assert model.status == "READY"
@@ -161,12 +166,136 @@ def test_evaluation_adds_test_metrics_and_figures(paths, store, run_id, tmp_path
     picture = tmp_path / "drawn.png"
     picture.write_bytes(b"a picture")
 
-    store.log_evaluation(run_id, {"accuracy": 0.9, "note": "text is left out"}, {"confusion": picture})
+    store.describe(run_id, "A simple network.")
+    for _ in range(2):  # a second time changes nothing
+        store.log_evaluation(run_id, {"accuracy": 0.9, "note": "text is left out"}, {"confusion": picture})
 
     client = _client(paths)
     [metric] = [m for m in client.get_logged_model(_model_id(paths, run_id)).metrics if m.key == "test/accuracy"]
     assert (store.metrics(run_id)["test/accuracy"], metric.value) == (0.9, 0.9)
-    assert [file.path for file in client.list_artifacts(run_id, "figures")] == ["figures/confusion.png"]
+    assert [file.path for file in client.list_artifacts(run_id)] == ["confusion.png"]
+    note = client.get_run(run_id).data.tags["mlflow.note.content"]
+    assert note == "A simple network.\n\n**On the test photos**: accuracy 0.900"
+
+
+def test_what_a_head_tried_is_kept_apart_from_the_curves_of_trainings(paths, store, keras_file):
+    run_id = _start(store)
+    tried = [{"epoch": n, "strength": strength, "train/loss": 0.1} for n, strength in enumerate((0.3, 1.0))]
+    for row in tried:
+        store.log_row(run_id, row)
+    store.end(run_id, {"strength": 0.3, "train/loss": 0.2}, history=tried)
+
+    client = _client(paths)
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "tried/strength")] == [(0, 0.3), (1, 1.0)]
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [(0, 0.2)]
+
+
+def test_a_run_that_has_ended_says_nothing_of_its_process(paths, store):
+    run_id = _start(store)
+    assert "touchline.pid" in _client(paths).get_run(run_id).data.tags
+    store.end(run_id, {})
+    store.end(run_id, {})  # as two processes of one search do with their common run
+
+    assert (
+        not {"touchline.pid", "touchline.host", "touchline.process_started"}
+        & _client(paths).get_run(run_id).data.tags.keys()
+    )
+
+
+@pytest.fixture
+def flow(monkeypatch, request):
+    """This process as the stages of one flow run."""
+    monkeypatch.setenv("TOUCHLINE_FLOW_RUN", request.node.name)
+
+
+def _under(store: tracking.Store) -> tuple[str, str]:
+    """A run of this execution of the pipeline, and the run that stands for it."""
+    parent = store.execution({"git": "abc"})
+    return store.start("cnn", {}, {}, DATASET, parent=parent), parent
+
+
+def test_a_stage_that_a_person_starts_stands_for_itself(store):
+    assert store.execution({}) is None
+
+
+def test_the_runs_of_one_flow_run_stand_under_one_that_runs_while_they_do(paths, store, flow, keras_file):
+    def status(run_id: str) -> str:
+        return _client(paths).get_run(run_id).info.status
+
+    first, parent = _under(store)
+    second, same = _under(tracking.open_store(paths, EXPERIMENT))
+    assert same == parent and status(parent) == "RUNNING"
+    _finish(store, first, keras_file)
+    assert status(parent) == "RUNNING"
+    store.fail(second, "the loss is not a number")
+    assert status(parent) == "FAILED"
+
+    run = _client(paths).get_run(parent)
+    assert run.data.tags["git"] == "abc" and not run.outputs.model_outputs
+    assert "No decision yet" in run.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.parametrize("died", ["in its run", "before it ended the parent"])
+def test_an_execution_whose_process_was_killed_is_closed(paths, store, flow, died):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    run_id, parent = _under(store)
+    if died == "in its run":
+        store.set_tags(run_id, {"touchline.pid": ended.pid})
+    else:
+        _client(paths).set_terminated(run_id, "FINISHED")
+    assert _client(paths).get_run(parent).info.status == "RUNNING"
+
+    tracking.open_store(paths, EXPERIMENT)
+
+    expected = "KILLED" if died == "in its run" else "FINISHED"
+    assert [_client(paths).get_run(run).info.status for run in (run_id, parent)] == [expected, expected]
+
+
+def test_what_was_decided_stands_on_the_last_execution(paths, store, monkeypatch):
+    runs, parents = [], []
+    for flow_run in ("an earlier one", "the last one"):
+        monkeypatch.setenv("TOUCHLINE_FLOW_RUN", flow_run)
+        run_id, parent = _under(store)
+        store.end(run_id, {"validation/accuracy": 0.5, "seconds/train": 1})
+        runs.append(run_id)
+        parents.append(parent)
+
+    store.conclude(runs, runs[0], "Champion: the first.")
+
+    earlier, last = (_client(paths).get_run(parent).data for parent in parents)
+    assert (last.tags["mlflow.note.content"], last.metrics) == ("Champion: the first.", {"validation/accuracy": 0.5})
+    assert "No decision yet" in earlier.tags["mlflow.note.content"] and earlier.metrics == {}
+
+
+def test_the_stages_of_one_dvc_are_one_execution_and_another_dvc_is_another(tmp_path):
+    """Two stages at once under a process that stands for DVC, and one under another, each through a shell."""
+    paths = _project(tmp_path)
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        """
+import sys
+from pathlib import Path
+from touchline import tracking
+from touchline.paths import Paths
+root = Path(sys.argv[1])
+print(tracking.open_store(Paths(root, root), "both").execution({}))
+"""
+    )
+    dvc = f"""
+import subprocess, sys
+commands = [["/bin/sh", "-c", f"{{sys.executable}} '{stage}' '{paths.project}'; true"]] * int(sys.argv[1])
+stages = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+print(*(stage.communicate()[0].split()[-1] for stage in stages))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES), "DVC_STAGE": "train"}
+    said = [
+        subprocess.check_output([sys.executable, "-c", dvc, stages], env=environment, text=True).split()
+        for stages in ("2", "1")
+    ]
+
+    assert len(set(said[0])) == 1 and "None" not in said[0]
+    assert said[1][0] not in {*said[0], "None"}
 
 
 def test_a_failed_run_says_why(paths, store):
@@ -302,6 +431,10 @@ def test_sync_puts_back_run_metrics_and_version(pulled):
     ]
     assert run.info.run_id != pulled.record["run_id"]
     assert run.data.tags["touchline.restored"] == "true"
+    assert run.data.tags["mlflow.note.content"].startswith(
+        "A simple network.\n\n**On the test photos**: accuracy 0.875"
+    )
+    assert "mlflow.parentRunId" not in run.data.tags
     assert run.info.end_time - run.info.start_time == 600_000
     assert run.data.metrics["test/accuracy"] == 0.875
     assert run.data.metrics["validation/accuracy"] == 0.75
@@ -393,7 +526,7 @@ store = tracking.open_store(Paths(root, root), "both")
 dataset = {"name": "split", "digest": "same", "source": "data/split.csv", "counts": {}}
 run_id = store.start(name, {}, {"model": name}, dataset)
 for epoch in range(20):
-    store.log_epoch(run_id, epoch, {"train/loss": 1 / (epoch + 1)})
+    store.log_row(run_id, {"epoch": epoch, "train/loss": 1 / (epoch + 1)})
 store.finish(run_id, model_path=model, image_size=8, classes=["a", "b"], training_photos=[], metrics={})
 store.register("both", run_id, {}, "")
 print(run_id)

@@ -4,7 +4,6 @@ Selection is made on validation; the test photos only report and gate. An experi
 moves nothing.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -49,10 +48,6 @@ def run(paths: Paths, params: Params) -> None:
     better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
     store = open_store(paths, params.register_.name)
     run_ids = {name: store.ensure(record, paths.models / f"{name}.keras") for name, record in records.items()}
-    lock = paths.workspace / "dvc.lock"
-    if lock.exists():
-        for run_id in run_ids.values():
-            store.set_tags(run_id, {"touchline.dvc_lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest()})
 
     champion = store.alias(params.register_.name, CHAMPION)
     duel = None
@@ -76,9 +71,11 @@ def run(paths: Paths, params: Params) -> None:
         outcome["reason"] = f"an experiment moves no alias; this one {verb} have become champion: {decision.reason}"
     else:
         outcome["registered"] = _register(
-            store, params, records[better], run_ids[better], metrics, why_better, decision
+            store, params, records, better, run_ids[better], metrics, why_better, decision
         )
-    report.write(paths, params, metrics, speeds, records, outcome)
+    store.conclude(run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
+    page = report.write(paths, params, metrics, speeds, records, outcome)
+    store.log_report(run_ids[better], page)
     # Last: what this file says has been done.
     write_json(paths.reports / "registration.json", outcome)
     say(f"better model: {better} ({why_better})")
@@ -198,7 +195,8 @@ def _duel(paths: Paths, params: Params, store: Store, champion: Version, record:
 def _register(
     store: Store,
     params: Params,
-    record: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+    better: str,
     run_id: str,
     metrics: Mapping[str, Any],
     why_better: str,
@@ -206,20 +204,20 @@ def _register(
 ) -> dict[str, Any]:
     """Make the version, unless this very model is one already, and move the aliases."""
     name = params.register_.name
-    found = metrics["models"][record["model"]]
+    record, found = records[better], metrics["models"][better]
     tags = {
         "touchline.model": record["model"],
-        "touchline.classes": json.dumps(record["classes"]),
-        "touchline.split_sha256": record["tags"]["touchline.split_sha256"],
-        "touchline.promoted": str(decision.promote).lower(),
-        "touchline.reason": decision.reason,
         "test/accuracy": found["accuracy"],
         "validation/accuracy": record["metrics"]["validation/accuracy"],
+        "touchline.reason": decision.reason,
+        "touchline.classes": json.dumps(record["classes"]),
     }
+    # The list of versions shows the beginning, as plain text.
+    verdict = "Became champion" if decision.promote else "Did not become champion"
     description = (
-        f"**{record['run_name']}**, chosen for its {why_better}.\n\n"
-        f"Test accuracy {found['accuracy']:.3f} (95 % interval {found['accuracy_low']:.3f} to "
-        f"{found['accuracy_high']:.3f}) on {metrics['test_photos']:,} photos.\n\nChampion: {decision.reason}."
+        f"{verdict} when it was registered: {decision.reason}.\n\n{record['description']}\n\n"
+        f"**Data**: split `{record['dataset']['digest']}`; classes, in order: {', '.join(record['classes'])}.\n\n"
+        f"**Chosen** for its {why_better}.\n\n{_side_by_side(records, metrics)}"
     )
     same = [known for known in store.versions(name) if known.model_sha256 == record["model_sha256"]]
     version = same[-1].number if same else store.register(name, run_id, tags, description)
@@ -237,3 +235,31 @@ def _register(
         "tags": tags,
         "description": description,
     }
+
+
+def _concluded(
+    params: Params, records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], outcome: Mapping[str, Any]
+) -> str:
+    """What came of an execution of the pipeline, for the page of its run; the list of runs shows the beginning."""
+    registered = outcome["registered"]
+    version = f" It is version {registered['version']} of {params.register_.name}." if registered else ""
+    verdict = "Champion" if outcome["promoted"] else "No new champion"
+    return (
+        f"{verdict}: {outcome['reason']}.\n\n"
+        f"**Better model**: {records[outcome['better_model']]['run_name']}, {outcome['why_better']}.{version}\n\n"
+        f"{_side_by_side(records, metrics)}"
+    )
+
+
+def _side_by_side(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
+    """The models as a table in Markdown."""
+    photos = f"{metrics['test_photos']:,} test photos"
+    rows = [f"| model | validation accuracy | accuracy on {photos} (95 % interval) | log loss |", "|---|---|---|---|"]
+    for name, record in records.items():
+        found = metrics["models"][name]
+        rows.append(
+            f"| {record['run_name']} | {record['metrics']['validation/accuracy']:.3f} "
+            f"| {found['accuracy']:.3f} ({found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}) "
+            f"| {found['log_loss']:.3f} |"
+        )
+    return "\n".join(rows)

@@ -16,7 +16,7 @@ from touchline.paths import Paths
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 _SECONDS_FOR_LOCK = 20.0
-_SHELLS = {"sh", "dash", "bash", "zsh", "ksh", "fish"}
+SHELLS = {"sh", "dash", "bash", "zsh", "ksh", "fish"}
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _end_with_parent() -> None:
     import psutil
 
     watched = [psutil.Process(os.getppid())]
-    if watched[0].name() in _SHELLS and (grandparent := watched[0].parent()):
+    if watched[0].name() in SHELLS and (grandparent := watched[0].parent()):
         watched.append(grandparent)
     # A flow that was killed leaves its DVC alive, and with it the stage.
     with suppress(ValueError, psutil.NoSuchProcess):

@@ -14,12 +14,15 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import psutil
 from filelock import FileLock, Timeout
@@ -28,6 +31,7 @@ from touchline.errors import TouchlineError
 from touchline.files import read_json
 from touchline.paths import Paths
 from touchline.quiet import import_tensorflow
+from touchline.running import SHELLS
 
 if TYPE_CHECKING:
     import keras
@@ -41,23 +45,44 @@ _SHA256 = "touchline.model_sha256"
 _REPLACED = "touchline.replaced"
 _PROMOTED_AT = "touchline.promoted_at"
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
+_EXECUTION = "touchline.execution"
+_NOTE = "mlflow.note.content"
+_PARENT = "mlflow.parentRunId"
 _MODEL_VERSIONS = "mlflow.modelVersions"
 _TRAINING_PHOTOS = "training_photos.json"
 _LONGEST_DIGEST = 36  # characters of a dataset digest that MLflow takes
 
 _EXPERIMENT_NOTE = """\
-Photo classifiers of this project, one run a training.
+Photo classifiers. A row "pipeline" is one run of the pipeline: its decision, and the metrics of the model it chose.
 
-- **Curves**: `train/*` and `validation/*`, one step an epoch. `test/*` come from `evaluate`, once, on unseen photos.
-- **Datasets used**: the split, by digest: runs with one digest learned from the same photos.
+- **Its models** stand under it: press the plus.
+- **Compare**: tick the runs of models, press Compare; params, metrics, figures and tags stand side by side.
+- **train/\\***, **validation/\\***: one step an epoch; the last point is that of the weights that were kept.
+- **tried/\\***: of a model that has no epochs, one step a strength that was tried.
+- **test/\\***: by `evaluate`, on photos that no model learned from, and that chose none.
+- **Dataset**: the split, by digest. Runs with one digest learned from the same photos.
 - A run tagged `touchline.restored` was logged from the project's files, not while it trained.
 """
 _REGISTERED_MODEL_NOTE = """\
-uint8 RGB photos in (`N x side x side x 3`), class probabilities out (`N x classes`, in the order of the metadata).
+Classifies photos. `@champion` is the version in use, `@challenger` the last one registered.
 
-- `@champion` is the version in use, `@challenger` the last one registered.
-- The tag `touchline.replaced` names the version that a champion took over from: a rollback goes there.
+```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/{name}@champion")
+model.metadata.metadata  # the names of the classes, in order, and the side of the photos in pixels
+model.predict(photos)  # uint8 RGB, shape (n, side, side, 3) -> probabilities, shape (n, classes)
+```
+
+Each version says which photos it learned from, what it reached, and why it became champion or not. The tag
+`touchline.replaced` names the version that a champion took over from: `touchline rollback` goes there.
 """
+# What the page of runs opens with: MLflow's own "Share view", under a key that is always the same.
+_VIEW = "touchline"
+_CONCLUDED = ("test/accuracy", "test/log_loss", "validation/accuracy")
+_COLUMNS = ["attributes.`Description`", *(f"metrics.`{key}`" for key in _CONCLUDED)]
+_VIEW_TAG, _VIEW_STATE = f"mlflow.sharedViewState.{_VIEW}", json.dumps({"selectedColumns": _COLUMNS})
+_ON_TEST = "\n\n**On the test photos**: "
 
 
 class _MissingError(TouchlineError):
@@ -145,12 +170,14 @@ class Store:
             parent: id of the run that this one is shown under.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_USER
 
-        under = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
-        run = self._client.create_run(
-            self.experiment_id, _milliseconds(started), {**_texts(tags), **under, **this_process()}, name
-        )
+        own = {MLFLOW_USER: psutil.Process().username(), **({_PARENT: parent} if parent else {}), **this_process()}
+        # A run that ends meanwhile would end the parent of both.
+        with self._lock:
+            run = self._client.create_run(self.experiment_id, _milliseconds(started), {**_texts(tags), **own}, name)
+            if parent:
+                self._client.update_run(parent, "RUNNING")
         run_id = run.info.run_id
         self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
         split = Dataset(
@@ -165,9 +192,67 @@ class Store:
             self._client.log_inputs(run_id, [DatasetInput(split, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
         return run_id
 
-    def log_epoch(self, run_id: str, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of one epoch (`train/loss`, `validation/accuracy`, ...) at step `epoch`."""
-        self._log_metrics(run_id, metrics, step=epoch)
+    def execution(self, tags: Mapping[str, Any]) -> str | None:
+        """Id of the run that stands for this execution of the pipeline, made with `tags` when there is none.
+
+        What one Prefect flow run, or one process of DVC (`dvc repro`, an experiment), trains is shown under it. It is
+        RUNNING while one of those runs is, and has no model.
+
+        Returns:
+            None for a stage that was started by hand: its run stands for itself.
+        """
+        from mlflow.utils.mlflow_tags import MLFLOW_USER
+
+        key, since = _execution()
+        if not key:
+            return None
+        with self._lock:
+            known = self._search(f"tags.`{_EXECUTION}` = '{key}' AND attributes.start_time >= {since}")
+            if known:
+                return known[0].info.run_id
+            experiment = os.environ.get("DVC_EXP_NAME")
+            # The list of runs has room for some twenty letters.
+            named = f"exp {experiment}" if experiment else f"pipeline {datetime.now():%m-%d %H:%M}"
+            own = {
+                MLFLOW_USER: psutil.Process().username(),
+                _EXECUTION: key,
+                _NOTE: "No decision yet: `register` has not run since these models were trained.",
+                "mlflow.source.name": "dvc exp run" if experiment else "dvc repro",
+            }
+            run = self._client.create_run(self.experiment_id, None, {**_texts(tags), **own}, named)
+            self._client.set_terminated(run.info.run_id, "FINISHED")
+            return run.info.run_id
+
+    def conclude(self, run_ids: Collection[str], better: str, description: str) -> None:
+        """Write what came of an execution of the pipeline on the run that stands for it (see `execution`).
+
+        The page of runs begins with those alone, in its list and in its charts: they get the better model's metrics.
+
+        Args:
+            run_ids: the runs that were decided among; of several executions the last one's is meant.
+            better: the run of the model that was chosen.
+        """
+        runs = [self._client.get_run(run_id) for run_id in run_ids]
+        last = max(runs, key=lambda run: run.info.start_time)
+        if parent := last.data.tags.get(_PARENT):
+            found = self.metrics(better)
+            self._log_metrics(parent, {key: found[key] for key in _CONCLUDED if key in found})
+            self.describe(parent, description)
+
+    def describe(self, run_id: str, description: str) -> None:
+        """Write a run's description, in Markdown."""
+        self.set_tags(run_id, {_NOTE: description})
+
+    def log_row(self, run_id: str, row: Mapping[str, float], when: datetime | None = None) -> None:
+        """Log a row of a training's history: at step `epoch` its metrics (`train/loss`, `validation/accuracy`, ...).
+
+        What a head reached with each `strength` is no course of a training, so it is kept apart from the curves, under
+        `tried/`.
+        """
+        metrics = {key: value for key, value in row.items() if key != "epoch"}
+        if "strength" in row:
+            metrics = {f"tried/{key.replace('/', '_')}": value for key, value in metrics.items()}
+        self._log_metrics(run_id, metrics, step=int(row["epoch"]), when=when)
 
     def finish(
         self,
@@ -178,6 +263,7 @@ class Store:
         classes: Sequence[str],
         training_photos: Collection[str],
         metrics: Mapping[str, float],
+        history: Sequence[Mapping[str, float]] = (),
         ended: datetime | None = None,
     ) -> None:
         """Log the model of a run, then its closing metrics, and end the run (FINISHED).
@@ -185,19 +271,27 @@ class Store:
         Args:
             model_path: a .keras file, uint8 `(N, image_size, image_size, 3)` in, float32 `(N, len(classes))` out.
             training_photos: SHA-256 of each photo the model learned from; kept with the model.
+            metrics: `train/*` and `validation/*` are those of the weights that were kept.
+            history: the rows that were logged before (see `log_row`).
             ended: now when not given.
         """
         model_id = self._log_model(run_id, model_path, image_size, classes, training_photos)
-        self._log_metrics(run_id, metrics, model_id=model_id)
+        self._log_closing(run_id, metrics, history, model_id)
         # Last, so that whoever finds a run by this tag finds a whole one.
         self.set_tags(run_id, {_SHA256: _sha256(model_path)})
-        self._client.set_terminated(run_id, "FINISHED", _milliseconds(ended))
+        self._terminate(run_id, "FINISHED", _milliseconds(ended))
 
-    def end(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, Any] | None = None) -> None:
-        """End a run that has no model (FINISHED), with closing metrics and tags."""
-        self._log_metrics(run_id, metrics)
+    def end(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, Any] | None = None,
+        history: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """End a run that has no model (FINISHED), with closing metrics (see `finish`) and tags."""
+        self._log_closing(run_id, metrics, history)
         self.set_tags(run_id, tags or {})
-        self._client.set_terminated(run_id, "FINISHED")
+        self._terminate(run_id, "FINISHED")
 
     def resume(self, run_id: str) -> bool:
         """Make an ended run RUNNING again, as this process's; False if the store does not have it (any more)."""
@@ -214,7 +308,7 @@ class Store:
     def fail(self, run_id: str, reason: str) -> None:
         """End a run as FAILED; the tag `touchline.reason` says why."""
         self.set_tags(run_id, {"touchline.reason": reason})
-        self._client.set_terminated(run_id, "FAILED")
+        self._terminate(run_id, "FAILED")
 
     def close_killed(self) -> list[str]:
         """End as KILLED the RUNNING runs of this experiment whose process, on this machine, is gone.
@@ -226,18 +320,53 @@ class Store:
         killed = [run.info.run_id for run in running if not is_alive(run.data.tags)]
         for run_id in killed:
             self.set_tags(run_id, {"touchline.reason": "the process of this run is gone"})
-            self._client.set_terminated(run_id, "KILLED")
+            self._terminate(run_id, "KILLED")
+        # A process may have ended between its run's end and that of the parent.
+        for run in self._search(f"attributes.status = 'RUNNING' AND tags.`{_EXECUTION}` LIKE '%'"):
+            self._settle(run.info.run_id)
         return killed
 
+    def _terminate(self, run_id: str, status: str, ended: int | None = None) -> None:
+        self._client.set_terminated(run_id, status, ended)
+        # They say whether a RUNNING run is alive; of one that has ended they tell a reader nothing.
+        for key in this_process():
+            with suppress(_MissingError):
+                self._client.delete_tag(run_id, key)
+        if parent := self._client.get_run(run_id).data.tags.get(_PARENT):
+            self._settle(parent)
+
+    def _settle(self, execution: str) -> None:
+        """End the run of an execution of the pipeline, as its runs have ended, unless one of them is RUNNING."""
+        with self._lock:
+            if _EXECUTION not in self._client.get_run(execution).data.tags:
+                return  # of another kind: who began it ends it
+            ended = {run.info.status for run in self._search(f"tags.`{_PARENT}` = '{execution}'")}
+            if "RUNNING" not in ended:
+                status = next((bad for bad in ("KILLED", "FAILED") if bad in ended), "FINISHED")
+                self._client.set_terminated(execution, status)
+
     def log_evaluation(self, run_id: str, metrics: Mapping[str, float], figures: Mapping[str, Path]) -> None:
-        """Log `test/<metric>` on a run and its model, and each figure as the artifact `figures/<name><suffix>`."""
+        """Log `test/<metric>` on a run and its model, say them in its description, and log each figure.
+
+        The figures lie at the root of the run's artifacts, where the page that compares runs finds them.
+        """
         models = self._models(run_id)
-        self._log_metrics(run_id, _test_metrics(metrics), model_id=models[-1] if models else None)
+        logged = _test_metrics(metrics)
+        known = self.metrics(run_id)
+        # The page of a model has a line for each time a value was logged.
+        news = {key: value for key, value in logged.items() if known.get(key) != value}
+        self._log_metrics(run_id, news, model_id=models[-1] if models else None)
+        before = self._client.get_run(run_id).data.tags.get(_NOTE, "").partition(_ON_TEST)[0]
+        self.describe(run_id, before + _ON_TEST + _said(logged))
         with tempfile.TemporaryDirectory() as folder:
             for name, path in figures.items():
                 named = Path(folder, name + path.suffix)
                 shutil.copyfile(path, named)
-                self._client.log_artifact(run_id, str(named), "figures")
+                self._client.log_artifact(run_id, str(named))
+
+    def log_report(self, run_id: str, page: Path) -> None:
+        """Log an HTML page as an artifact of a run, which the UI shows as a page."""
+        self._client.log_artifact(run_id, str(page))
 
     def metrics(self, run_id: str) -> dict[str, float]:
         """The last logged value of each metric of a run."""
@@ -263,9 +392,9 @@ class Store:
         """Id of the run that logged this model; where the store has none, log it whole from the files.
 
         Args:
-            record: what `models/<name>.json` holds: `run_id`, `run_name`, `model_sha256`, `image_size`, `classes`,
-                `params`, `tags`, `history` (a dict an epoch), `metrics`, `dataset`, `training_photos`, `started`,
-                `ended` (ISO 8601).
+            record: what `models/<name>.json` holds: `run_id`, `run_name`, `description`, `model_sha256`, `image_size`,
+                `classes`, `params`, `tags`, `history` (a dict an epoch), `metrics`, `dataset`, `training_photos`,
+                `started`, `ended` (ISO 8601).
             model_path: the .keras file it describes.
 
         Raises:
@@ -281,9 +410,9 @@ class Store:
         started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
         tags = {**record["tags"], "touchline.restored": "true"}
         run_id = self.start(record["run_name"], tags, record["params"], record["dataset"], started)
+        self.describe(run_id, record["description"])
         for row in record["history"]:
-            metrics = {key: value for key, value in row.items() if key != "epoch"}
-            self._log_metrics(run_id, metrics, step=row["epoch"], when=ended)
+            self.log_row(run_id, row, when=ended)
         self.finish(
             run_id,
             model_path=model_path,
@@ -291,6 +420,7 @@ class Store:
             classes=record["classes"],
             training_photos=record["training_photos"],
             metrics=record["metrics"],
+            history=record["history"],
             ended=ended,
         )
         return run_id
@@ -304,7 +434,7 @@ class Store:
         if not models:
             raise TouchlineError(f"run {run_id} in {self._where} has no model to register: train it again")
         if self._registered(name) is None:
-            self._client.create_registered_model(name, description=_REGISTERED_MODEL_NOTE)
+            self._client.create_registered_model(name, description=_REGISTERED_MODEL_NOTE.format(name=name))
         model = self._client.get_logged_model(models[-1])
         version = self._client.create_model_version(
             name,
@@ -381,6 +511,14 @@ class Store:
         self.set_alias(name, CHAMPION, int(replaced))
         return int(replaced)
 
+    def delete(self, run_ids: Collection[str], model_ids: Collection[str]) -> None:
+        """Delete runs and logged models as a person does in the UI: they can be brought back until `mlflow gc`."""
+        # Runs first: of a deleted run the model is found again, a run without its model would look whole.
+        for run_id in run_ids:
+            self._client.delete_run(run_id)
+        for model_id in model_ids:
+            self._client.delete_logged_model(model_id)
+
     def load(self, name: str, version: int) -> "keras.Model":
         """The Keras model of a version, out of the store."""
         return self._keras_model(self._download(name, version))
@@ -440,8 +578,10 @@ class Store:
         from mlflow.models import Model, ModelSignature
         from mlflow.types import Schema, TensorSpec
 
-        params = self._client.get_run(run_id).data.params
-        logged = self._client.create_logged_model(self.experiment_id, "model", run_id, params=params)
+        run = self._client.get_run(run_id)
+        # MLflow takes no name with one of these.
+        name = re.sub(r"[/:.%\"']", "-", run.info.run_name)
+        logged = self._client.create_logged_model(self.experiment_id, name, run_id, params=run.data.params)
         try:
             with tempfile.TemporaryDirectory() as parent, _one_line_errors(self._where):
                 folder = Path(parent, "model")
@@ -466,6 +606,20 @@ class Store:
         self._client.finalize_logged_model(logged.model_id, "READY")
         self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         return logged.model_id
+
+    def _log_closing(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        history: Sequence[Mapping[str, float]],
+        model_id: str | None = None,
+    ) -> None:
+        # MLflow shows the value of the last step: one more point says that not the last epoch's weights were kept.
+        after = len(history) if history and "strength" not in history[-1] else 0
+        curves = {key: value for key, value in metrics.items() if key.startswith(("train/", "validation/"))}
+        self._log_metrics(run_id, curves, step=after, model_id=model_id)
+        others = {key: value for key, value in metrics.items() if key not in curves}
+        self._log_metrics(run_id, others, model_id=model_id)
 
     def _log_metrics(
         self,
@@ -598,6 +752,150 @@ def _holds_version(database: sqlite3.Connection, name: str, sha256: str) -> bool
     return found is not None
 
 
+@dataclass(frozen=True)
+class Garbage:
+    """What of the project's own store nothing needs; see `garbage`.
+
+    Attributes:
+        deleted: ids of runs that a person deleted.
+        old: ids of runs that ended long ago.
+        models: ids of the models of both that nobody deleted.
+        folders: what all these have on disk.
+        kept: how many runs stay.
+        versions: how many registered versions there are; all stay.
+        running: names of the runs that a living process of this machine is at.
+        why_not: why nothing of it can go; empty where it can.
+    """
+
+    deleted: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
+    kept: int = 0
+    versions: int = 0
+    running: tuple[str, ...] = ()
+    why_not: str = ""
+
+
+def garbage(paths: Paths, before: datetime, experiments: Collection[str], workspaces: Sequence[Paths]) -> Garbage:
+    """What nothing needs any more, told without importing MLflow and without changing anything.
+
+    A run is needed, with its model and the runs it is shown under, by a registered version (with an alias or without: a
+    rollback goes to one without), by a model in `models/` of a workspace, by a DVC experiment. A run that Touchline did
+    not log stays too.
+
+    Args:
+        before: runs that ended before it are old.
+        experiments: names of the DVC experiments there are.
+        workspaces: whose `models/` count.
+
+    Raises:
+        TouchlineError: the database cannot be read.
+    """
+    database = _database(paths)
+    uri = _tracking_uri(paths)
+    if {uri, _registry_uri(paths)} != {_own_uri(paths)}:
+        return Garbage(why_not=f"{_where(uri)} is not in this project: whoever keeps it runs `mlflow gc`")
+    if not database.exists():
+        return Garbage()
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+            runs, tags, models, versions = _all_there_is(connection)
+    except sqlite3.Error as error:
+        raise TouchlineError(
+            f"{database} cannot be read ({error}): `touchline registry list` mends what a killed process left; then "
+            "run again"
+        ) from None
+    records = [record for workspace in workspaces for record, _ in _expected_runs(workspace)]
+    needed = {run_id: f"version {number} of {name}" for name, number, _, run_id in versions}
+    for name, number, source, _ in versions:
+        for model_id, (run_id, _, location) in models.items():
+            if source in {location, f"models:/{model_id}"}:
+                needed |= dict.fromkeys((run_id, model_id), f"version {number} of {name}")
+    ids, digests = ({record[key] for record in records} for key in ("run_id", "model_sha256"))
+    active = {run_id for run_id, run in runs.items() if run["lifecycle_stage"] == "active"}
+    stays = {
+        run_id
+        for run_id in active
+        if run_id in needed
+        or run_id in ids
+        or tags[run_id].get(_SHA256) in digests
+        or tags[run_id].get("touchline.dvc_experiment") in experiments
+        or not any(key.startswith("touchline.") for key in tags[run_id])
+        or runs[run_id]["end_time"] is None
+        or runs[run_id]["end_time"] >= before.timestamp() * 1000
+    }
+    for run_id in list(stays):
+        while (run_id := tags[run_id].get(_PARENT, "")) in active:
+            stays.add(run_id)
+    old = sorted(active - stays)
+    deleted = sorted(runs.keys() - active)
+    goes = {
+        model_id: (stage, location)
+        for model_id, (run_id, stage, location) in models.items()
+        if stage != "active" or run_id in {*old, *deleted}
+    }
+    locations = [*(runs[run_id]["artifact_uri"] for run_id in old + deleted), *(place for _, place in goes.values())]
+    why_not = ""
+    if needing := [(run_id, needed[run_id]) for run_id in [*deleted, *goes] if run_id in needed]:
+        why_not = (
+            f"{needing[0][1]} needs {needing[0][0]}, which was deleted: bring that back (`mlflow runs restore`), or "
+            "delete the version too"
+        )
+    elif not all(place.startswith(f"{_artifacts_uri(paths, uri)}/") for place in locations):
+        why_not = "its artifacts are not in this project, which was copied or moved: clean up where it came from"
+    return Garbage(
+        tuple(deleted),
+        tuple(old),
+        tuple(model_id for model_id, (stage, _) in goes.items() if stage == "active"),
+        tuple(Path(url2pathname(urlsplit(place).path)) for place in locations),
+        len(stays),
+        len(versions),
+        tuple(
+            run["name"]
+            for run_id, run in runs.items()
+            if run["status"] == "RUNNING" and tags[run_id].get(_HOST) == platform.node() and is_alive(tags[run_id])
+        ),
+        why_not,
+    )
+
+
+def _all_there_is(connection: sqlite3.Connection) -> tuple[dict, dict, dict, list]:
+    """Runs, their tags, logged models and registered versions, out of MLflow's own tables."""
+    connection.row_factory = sqlite3.Row
+    runs = {row["run_uuid"]: row for row in connection.execute("SELECT * FROM runs")}
+    tags: dict[str, dict[str, str]] = {run_id: {} for run_id in runs}
+    for row in connection.execute("SELECT run_uuid, key, value FROM tags"):
+        tags[row["run_uuid"]][row["key"]] = row["value"]
+    models = {
+        row["model_id"]: (row["source_run_id"], row["lifecycle_stage"], row["artifact_location"])
+        for row in connection.execute("SELECT * FROM logged_models")
+    }
+    versions = connection.execute(
+        "SELECT name, version, source, run_id FROM model_versions WHERE current_stage IS NOT 'Deleted_Internal'"
+    )
+    return runs, tags, models, [tuple(row) for row in versions]
+
+
+def collect_garbage(paths: Paths, experiment: str, found: Garbage) -> None:
+    """Delete for good what `garbage` found, by `mlflow gc`. Broken off, it is found again.
+
+    Raises:
+        TouchlineError: the store does not answer, is damaged, or belongs to a project elsewhere.
+    """
+    store = open_store(paths, experiment)
+    store.delete(found.old, found.models)
+    from mlflow.cli import gc
+
+    uri = _own_uri(paths)
+    with _one_line_errors(_where(uri)), redirect_stdout(StringIO()):
+        gc.main(["--backend-store-uri", uri, "--tracking-uri", uri], standalone_mode=False)
+    for folder in found.folders:
+        # MLflow deletes <id>/artifacts and leaves <id>.
+        with suppress(OSError):
+            folder.parent.rmdir()
+
+
 def _expected_runs(paths: Paths) -> list[tuple[dict[str, Any], dict[str, float]]]:
     """Each model's record with its test metrics, which are empty where `evaluate` has not seen this very model."""
     metrics_file, judged_file = paths.reports / "metrics.json", paths.reports / "evaluation.json"
@@ -613,6 +911,17 @@ def _expected_runs(paths: Paths) -> list[tuple[dict[str, Any], dict[str, float]]
 def _expected_version(paths: Paths) -> dict[str, Any] | None:
     registration = paths.reports / "registration.json"
     return read_json(registration).get("registered") if registration.is_file() else None
+
+
+def _said(test_metrics: Mapping[str, float]) -> str:
+    """`test/*` in a sentence."""
+    accuracy, low, high, loss = (
+        test_metrics.get(f"test/{key}") for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
+    )
+    said = [f"accuracy {accuracy:.3f}"] if accuracy is not None else []
+    said += [f"95 % interval {low:.3f} to {high:.3f}"] if low is not None and high is not None else []
+    said += [f"log loss {loss:.3f}"] if loss is not None else []
+    return ", ".join(said) or "judged"
 
 
 def _test_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -679,7 +988,7 @@ def _experiment(client: _Client, name: str, artifacts: str | None, where: str) -
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.create_experiment(name, artifacts, {MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE})
+        return client.create_experiment(name, artifacts, {MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE, _VIEW_TAG: _VIEW_STATE})
     if experiment.lifecycle_stage != "active":
         raise TouchlineError(
             f"experiment {name} in {where} was deleted: restore it with "
@@ -690,6 +999,8 @@ def _experiment(client: _Client, name: str, artifacts: str | None, where: str) -
             f"{where} keeps the artifacts of {name} in {experiment.artifact_location}, not in {artifacts}: "
             "move the project back, or move the store away and run `make run` to log everything again"
         )
+    if experiment.tags.get(_VIEW_TAG) != _VIEW_STATE:
+        client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, _VIEW_STATE)
     return experiment.experiment_id
 
 
@@ -715,6 +1026,23 @@ def server_options(paths: Paths) -> list[str]:
     return [*options, "--default-artifact-root", artifacts] if artifacts else options
 
 
+def page(paths: Paths, experiment: str) -> str:
+    """The page that the UI is best opened at: the runs of `experiment`, where the project's own store has it."""
+    # Asked for nothing else, the UI opens on its pages for language models, where no run is to be seen.
+    machine_learning = "workflowType=machine_learning"
+    if _tracking_uri(paths) == _own_uri(paths):
+        with (
+            suppress(sqlite3.Error),
+            closing(sqlite3.connect(f"{_database(paths).as_uri()}?mode=ro", uri=True)) as known,
+        ):
+            found = known.execute(
+                "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'", (experiment,)
+            ).fetchone()
+            if found:
+                return f"/#/experiments/{found[0]}/runs?{machine_learning}&viewStateShareKey={_VIEW}"
+    return f"/#/experiments?{machine_learning}"
+
+
 def _tracking_uri(paths: Paths) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(paths)
 
@@ -736,7 +1064,8 @@ def _check_database(paths: Paths, uri: str) -> None:
     if uri != _own_uri(paths) or not database.exists():
         return
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+        # Not read-only: what a writer killed half-way left in the journal has to be undone first.
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
         raise TouchlineError(
@@ -773,6 +1102,18 @@ def this_process() -> dict[str, str]:
     """What `is_alive` knows this process by."""
     process = psutil.Process()
     return {_HOST: platform.node(), _PID: str(process.pid), _PROCESS_STARTED: repr(process.create_time())}
+
+
+def _execution() -> tuple[str, int]:
+    """What runs this stage, and since when (milliseconds): a flow, or DVC; ("", 0) where a person does."""
+    if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
+        return f"flow run {flow_run}", 0
+    if not os.environ.get("DVC_STAGE"):
+        return "", 0
+    # DVC starts a stage through a shell. Its number is taken again one day, so what began before it is not its own;
+    # the time a process began at shifts a little when the clock is set.
+    dvc = next(process for process in psutil.Process().parents() if process.name() not in SHELLS)
+    return f"dvc {platform.node()} {dvc.pid}", int((dvc.create_time() - 2) * 1000)
 
 
 def is_alive(tags: Mapping[str, str]) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from touchline import heads, models, photos
+from touchline import compute, heads, models, photos
 from touchline.arrays import Arrays
 from touchline.augmentation import augment
 from touchline.errors import Diverged, TouchlineError
@@ -47,6 +47,7 @@ T = TypeVar("T")
 OnEpoch = Callable[[dict[str, float]], None]
 # The rows of chosen photos, given their positions; what is random in them comes from the generator.
 MakeRows = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+_DVC_EXPERIMENT, _PREFECT_FLOW_RUN = "touchline.dvc_experiment", "touchline.prefect_flow_run"
 METRICS = {
     "loss": "train/loss",
     "accuracy": "train/accuracy",
@@ -128,12 +129,16 @@ def run(paths: Paths, params: Params, name: str) -> None:
     )
     record = facts(paths, params, name, split) | {"started": started}
     store = open_store(paths, params.register_.name)
-    run_id = store.start(record["run_name"], record["tags"], record["params"], record["dataset"])
+    # Who searches for an experiment or a flow run wants the runs of its models alone.
+    shared = {key: tag for key, tag in record["tags"].items() if key not in {_DVC_EXPERIMENT, _PREFECT_FLOW_RUN}}
+    parent = store.execution(shared)
+    run_id = store.start(record["run_name"], record["tags"], record["params"], record["dataset"], parent=parent)
+    store.describe(run_id, record["description"])
     try:
 
         def report(row: dict[str, float]) -> None:
+            store.log_row(run_id, row)
             metrics = {metric: value for metric, value in row.items() if metric != "epoch"}
-            store.log_epoch(run_id, int(row["epoch"]), metrics)
             shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
             say(f"{name}: epoch {row['epoch']:.0f}, {shown}" if "strength" not in row else f"{name}: {shown}")
 
@@ -152,6 +157,8 @@ def run(paths: Paths, params: Params, name: str) -> None:
         epochs = sum("strength" not in row for row in trained.history)
         if "strength" not in best:
             record["metrics"]["epochs"] = epochs
+        record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
+        store.describe(run_id, record["description"])
         record["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         record["ended"] = _now()
         store.finish(
@@ -161,6 +168,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
             classes=record["classes"],
             training_photos=record["training_photos"],
             metrics=record["metrics"],
+            history=record["history"],
         )
     except BaseException as error:
         store.fail(run_id, str(error) or type(error).__name__)
@@ -184,8 +192,9 @@ def facts(paths: Paths, params: Params, name: str, split: "pd.DataFrame") -> dic
         "run_name": _run_name(name, features),
         "image_size": features.image_size,
         "classes": list(params.classes),
+        "description": _description(chosen, features, split, params.classes),
         "params": _flat_params(chosen, features, params),
-        "tags": _tags(paths),
+        "tags": {**_tags(paths), "mlflow.source.name": f"touchline train {name}", "mlflow.source.type": "LOCAL"},
         "dataset": _dataset_facts(paths, split),
     }
 
@@ -435,7 +444,7 @@ def _dataset(
             number, chosen = numbered
             return rows(chosen, np.random.default_rng([shuffle_seed or 0, epoch, number])), labels[chosen]
 
-        yield from photos.in_order(make, enumerate(batches), ahead=4)
+        yield from compute.in_order(make, enumerate(batches), ahead=4)
 
     example = rows(np.arange(1), np.random.default_rng(0))
     signature = (tf.TensorSpec((None, *example.shape[1:]), example.dtype), tf.TensorSpec((None,), tf.int64))
@@ -448,17 +457,52 @@ def _pick(items: Sequence[T], chosen: np.ndarray) -> list[T]:
 
 
 def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -> dict[str, Any]:
-    """What a person compares between runs: no nested values, no names of files."""
+    """What a person compares between runs: no nested values, no names of files, nothing that changes nothing."""
     flat: dict[str, Any] = {}
-    for key, value in (
-        model.model_dump() | {"features": features.model_dump(exclude_none=True, exclude={"weights"})}
-    ).items():
+    chosen = model.model_dump()
+    if isinstance(model, HeadParams) and not model.fine_tune.blocks:
+        chosen["fine_tune"] = {"blocks": 0}
+    for key, value in (chosen | {"features": features.model_dump(exclude_none=True, exclude={"weights"})}).items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": content for inner, content in value.items()}
         else:
             flat[key] = value
     flat = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in flat.items()}
     return flat | {"split.seed": params.split.seed}
+
+
+def _description(model: ModelParams, features: FeaturesParams, split: "pd.DataFrame", classes: Sequence[str]) -> str:
+    """What a run trains, and on what, for a reader of its page."""
+    side = f"{features.image_size} x {features.image_size} pixels"
+    if isinstance(features, BackboneFeatures):
+        backbones = " and ".join(features.backbone)
+        what = f"Regularised logistic regression on what the frozen ImageNet backbone {backbones} says of photos"
+        if model.fine_tune.blocks:
+            what += f" (its last blocks, {model.fine_tune.blocks}, are trained too, at a low rate)"
+    else:
+        what = {"cnn": "A simple convolutional network", "article": "The article's convolutional network"}[
+            model.architecture
+        ] + ", trained from nothing on photos"
+    counts = split.groupby(["subset", "class"]).size()
+    learned = ", ".join(f"{counts.get(('train', label), 0):,} {label}" for label in classes)
+    sizes = split.groupby("subset").size()
+    return (
+        f"{what} of {side}.\n\n**Photos**: {sizes.get('train', 0):,} for training ({learned}), "
+        f"{sizes.get('validation', 0):,} for validation, {sizes.get('test', 0):,} for the test."
+    )
+
+
+def _kept(history: Sequence[dict[str, float]], kept: int) -> str:
+    best = history[kept]
+    if "strength" in best:
+        tried = sum("strength" in row for row in history)
+        which = f"strength {best['strength']:g}, the best of {tried} in cross-validation"
+    else:
+        first = next(row["epoch"] for row in history if "strength" not in row)
+        which = f"the weights of epoch {kept}, of epochs {first} to {len(history) - 1}"
+    return (
+        f"**Kept**: {which}; validation accuracy {best['validation/accuracy']:.3f}, loss {best['validation/loss']:.3f}."
+    )
 
 
 def _run_name(name: str, features: FeaturesParams) -> str:
@@ -472,9 +516,9 @@ def _tags(paths: Paths) -> dict[str, str]:
         "touchline.hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
     }
     if experiment := os.environ.get("DVC_EXP_NAME"):
-        tags["touchline.dvc_experiment"] = experiment
+        tags[_DVC_EXPERIMENT] = experiment
     if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
-        tags["touchline.prefect_flow_run"] = flow_run
+        tags[_PREFECT_FLOW_RUN] = flow_run
     git = partial(subprocess.run, cwd=paths.workspace, capture_output=True, text=True, check=False)
     commit = git(["git", "rev-parse", "HEAD"])
     if commit.returncode == 0:

@@ -214,10 +214,14 @@ class _Study:
         if known and self._store.resume(known):
             return known
         told = facts(self._paths, self._params, self._name, self._split)
-        tags = told["tags"] | {"touchline.study": self._study.study_name}
+        tags = told["tags"] | self._tags()
         run_id = self._store.start(f"tune {self._name}", tags, told["params"], told["dataset"])
+        self._store.describe(run_id, f"The search of hyperparameters of {self._name}; each trial stands under it.")
         self._study.set_user_attr("run_id", run_id)
         return run_id
+
+    def _tags(self) -> dict[str, str]:
+        return {"touchline.study": self._study.study_name, "mlflow.source.name": f"touchline tune {self._name}"}
 
     def _queue_present(self) -> None:
         """The values of params.yaml are tried first, so that the best is never worse than what one has."""
@@ -326,15 +330,15 @@ class _Study:
 
         changed = self._changed(trial.user_attrs["values"])
         told = facts(self._paths, changed, self._name, self._split)
-        tags = told["tags"] | {"touchline.study": self._study.study_name, "touchline.trial": trial.number}
+        tags = told["tags"] | self._tags() | {"touchline.trial": trial.number}
         run_name = f"{told['run_name']} trial {trial.number}"
         run_id = self._store.start(run_name, tags, told["params"], told["dataset"], parent=self._parent)
+        self._store.describe(run_id, told["description"])
         model = changed.models[self._name]
 
         def report(row: dict[str, float]) -> None:
             epoch, loss = int(row["epoch"]), row["validation/loss"]
-            metrics = {metric: value for metric, value in row.items() if metric != "epoch"}
-            self._store.log_epoch(run_id, epoch, metrics)
+            self._store.log_row(run_id, row)
             if isinstance(model, HeadParams):
                 return
             with self._lock:
@@ -352,7 +356,13 @@ class _Study:
             with self._lock:
                 trial.set_user_attr("accuracy", kept["validation/accuracy"])
                 self._study.tell(trial, kept["validation/loss"])
-            self._store.end(run_id, {"objective": kept["validation/loss"]}, {"touchline.trial_state": "complete"})
+            reached = {metric: value for metric, value in kept.items() if metric != "epoch"}
+            self._store.end(
+                run_id,
+                {**reached, "objective": kept["validation/loss"]},
+                {"touchline.trial_state": "complete"},
+                trained.history,
+            )
             said = f"validation loss {kept['validation/loss']:.4f}"
         except optuna.TrialPruned as pruned:
             with self._lock:
