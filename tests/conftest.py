@@ -14,7 +14,7 @@ from touchline.paths import Paths
 
 # The tests may themselves run inside a DVC stage, a flow or beside a tracking server; their projects are their own.
 for variable in list(os.environ):
-    if variable.startswith(("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_")):
+    if variable.startswith(("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_", "DASK_")):
         del os.environ[variable]
 # Who starts the tests in the background of a shell has them, and all they start, deaf to Ctrl-C, which some tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -3,10 +3,7 @@
 import io
 import itertools
 import struct
-import threading
-import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -252,49 +249,6 @@ def test_a_perceptual_hash_survives_recompression_and_resizing_and_tells_photos_
         ):
             assert bits_between(measured(tmp_path, copy).perceptual_hash, original) <= 6
     assert min(bits_between(*pair) for pair in itertools.combinations(hashes, 2)) > 12
-
-
-def test_a_crowd_at_work_answers_in_order() -> None:
-    def work(number: int) -> int:
-        time.sleep(0.01 * (number % 3))
-        return number * number
-
-    assert list(photos.in_order(work, range(20), ahead=4)) == [number * number for number in range(20)]
-
-
-def test_an_error_at_work_comes_out_at_its_place() -> None:
-    def work(number: int) -> int:
-        if number == 3:
-            raise TouchlineError("photo 3 does not decode")
-        return number
-
-    found = []
-    with pytest.raises(TouchlineError, match="photo 3"):
-        found.extend(photos.in_order(work, range(100), ahead=8))
-    results = photos.in_order(work, range(100), ahead=8)
-    assert list(itertools.islice(results, 3)) == [0, 1, 2]
-
-
-def test_no_more_is_read_ahead_than_allowed() -> None:
-    asked: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(1000):
-            asked.append(number)
-            yield number
-
-    results = photos.in_order(lambda number: number, items(), ahead=5)
-    next(results)
-    results.close()
-    assert len(asked) == 5
-
-
-def test_who_stops_early_leaves_no_thread_at_work() -> None:
-    before = threading.active_count()
-    results = photos.in_order(lambda number: number, range(1000), ahead=8)
-    next(results)
-    results.close()
-    assert threading.active_count() == before
 
 
 def kinds() -> dict[str, bytes]:

@@ -4,15 +4,17 @@
 with two views, of its mirror image. Neither depends on the split, so another seed computes nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from touchline import arrays, inference, photos
+from touchline import arrays, compute, inference, photos
+from touchline.errors import TouchlineError
 from touchline.files import read_table
-from touchline.params import BackboneFeatures, Params
+from touchline.params import BackboneFeatures, Params, PixelFeatures
 from touchline.paths import Paths
 from touchline.progress import say, track
 from touchline.quiet import import_tensorflow
@@ -21,26 +23,26 @@ from touchline.quiet import import_tensorflow
 def run(paths: Paths, params: Params, name: str) -> None:
     """Bring `data/features/<name>` up to date with the validated photos."""
     features = params.features[name]
+    settings = _settings(features, paths.project)
     table = read_table(paths.validated_table)
     files = {row.sha256: paths.workspace / row.path for row in table[["sha256", "path"]].itertuples()}
+    work = partial(_rows, features=features, project=paths.project, weights=settings.get("weights", ""))
 
-    def compute(digests: Sequence[str]) -> Iterator[np.ndarray]:
+    def missing(digests: Sequence[str]) -> Iterator[np.ndarray]:
         wanted = [files[digest] for digest in digests]
-        rows = pixels(wanted, features.image_size)
-        if isinstance(features, BackboneFeatures):
-            rows = pooled(rows, features, paths.project)
+        rows = compute.spread(work, wanted, compute.scheduler(params), inference.BATCH, [paths.photos])
         return track(rows, len(wanted), f"computing {name}")
 
-    computed = arrays.update(paths.features / name, _settings(features, paths.project), list(files), compute)
+    computed = arrays.update(paths.features / name, settings, list(files), missing)
     say(f"{name}: {computed:,} computed, {len(files) - computed:,} kept")
 
 
 def pixels(files: Sequence[Path], image_size: int) -> Iterator[np.ndarray]:
     """Each photo as RGB uint8, shape (image_size, image_size, 3); see `photos.decode`."""
-    return photos.in_order(lambda path: photos.read(path, image_size), files)
+    return compute.in_order(lambda path: photos.read(path, image_size), files)
 
 
-def pooled(rows: Iterator[np.ndarray], features: BackboneFeatures, project: Path) -> Iterator[np.ndarray]:
+def pooled(rows: Iterable[np.ndarray], features: BackboneFeatures, project: Path) -> Iterator[np.ndarray]:
     """What the backbone says of each photo, averaged over the places of its feature map.
 
     Args:
@@ -49,12 +51,45 @@ def pooled(rows: Iterator[np.ndarray], features: BackboneFeatures, project: Path
     Yields:
         float32, shape (channels,); with two views the mean of what is said of the photo and of its mirror image.
     """
+    return _through(_forward(features, project), rows)
+
+
+def _rows(
+    files: Sequence[Path], features: PixelFeatures | BackboneFeatures, project: Path, weights: str
+) -> Iterator[np.ndarray]:
+    """The rows of photos: of all that are missing, or on a worker of a cluster of one batch."""
+    rows = pixels(files, features.image_size)
+    if isinstance(features, BackboneFeatures):
+        # Params have no hash, so JSON stands for them.
+        forward = compute.kept(_forward_of, features.model_dump_json(), project, weights)
+        rows = _through(forward, rows)
+    return rows
+
+
+def _through(forward: inference.Forward, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    for _, found in inference.answers(forward, ((None, row) for row in rows)):
+        yield from found
+
+
+def _forward_of(features_json: str, project: Path, weights: str) -> inference.Forward:
+    features = BackboneFeatures.model_validate_json(features_json)
+    if compute.at_worker():
+        from touchline import backbones
+
+        import_tensorflow()
+        if backbones.identity(features, project) != weights:
+            names = " and ".join(features.backbone)
+            raise TouchlineError(
+                f"a Dask worker has other weights of {names} than this machine: bring it the same file"
+            )
+    return _forward(features, project)
+
+
+def _forward(features: BackboneFeatures, project: Path) -> inference.Forward:
     import_tensorflow()
     from touchline import backbones
 
-    forward = inference.forward_pass(backbones.pooled(features, project), photos_first=1)
-    for _, found in inference.answers(forward, ((None, row) for row in rows)):
-        yield from found
+    return inference.forward_pass(backbones.pooled(features, project), photos_first=1)
 
 
 def _settings(features: Any, project: Path) -> dict[str, Any]:

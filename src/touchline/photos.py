@@ -5,15 +5,11 @@ word, because OpenCV fills what is missing with grey and says nothing.
 """
 
 import io
-import os
 import re
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +17,6 @@ from touchline.errors import TouchlineError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 # What each format that both libraries read calls itself in Pillow, and the ending its files get here.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -182,28 +175,6 @@ def read(path: Path, size: int) -> np.ndarray:
     except OSError as error:
         raise TouchlineError(f"{path} cannot be read ({error.strerror}): run `dvc checkout` or `dvc repro`") from None
     return decode(content, size, str(path))
-
-
-def in_order(work: Callable[[S], T], items: Iterable[S], ahead: int = 64) -> Iterator[T]:
-    """`work` of each item, in the items' order, on a thread for each core; at most `ahead` results wait in memory.
-
-    Decoders release Python's lock, so threads use all cores without copying pixels between processes.
-    """
-    import cv2
-
-    cv2.setNumThreads(1)  # photos are spread over the cores; OpenCV spreading each one over them too only costs
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _open(content: bytes) -> "Image":

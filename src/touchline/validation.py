@@ -10,18 +10,19 @@ import re
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from touchline import decisions, files, pages
+from touchline import compute, decisions, files, pages
 from touchline.errors import TouchlineError
 from touchline.params import Params, ValidateParams
 from touchline.paths import Paths
-from touchline.photos import Measurement, in_order, measure
+from touchline.photos import Measurement, measure
 from touchline.progress import say, track
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ COLUMNS = (
     "group",
     "subset",
 )
+# Photos that a worker of a cluster is given at a time: about half a second of work, so that their way costs little.
+_BATCH = 64
 _DONE = {"keep": "kept", "drop": "dropped", "relabel": "relabelled"}
 LEDGER_COLUMNS = ["sha256", "class", "source", "origin", "reason"]
 # A folder of one's own photos is not here: it has licences only where its manifest gives some.
@@ -105,7 +108,7 @@ def run(paths: Paths, params: Params) -> None:
     decided, absent = decisions.match(decisions.read(paths.decisions, params.classes), offered)
     photos = relabel(offered, decided)
     dropped = [found is not None and found.kind == "drop" for found in decided]
-    table = describe(photos, _measure_all(paths, photos["path"], limits.max_megapixels), dropped)
+    table = describe(photos, _measure_all(paths, photos["path"], params), dropped)
     with tempfile.TemporaryDirectory(prefix="touchline-") as folder:
         # A level below, because a temporary folder itself is its owner's alone and the pages are ordinary files.
         built = Path(folder, "data_docs")
@@ -583,9 +586,17 @@ def _read_photos(path: Path, classes: Sequence[str]) -> "pd.DataFrame":
     return photos
 
 
-def _measure_all(paths: Paths, photos: "pd.Series", max_megapixels: float) -> list[Measurement]:
+def _measure_all(paths: Paths, photos: "pd.Series", params: Params) -> list[Measurement]:
+    distinct = list(dict.fromkeys(photos))
+    work = partial(_measured, workspace=paths.workspace, max_megapixels=params.validate_.max_megapixels)
+    rows = compute.spread(work, distinct, compute.scheduler(params), _BATCH, [paths.photos])
+    by_name = dict(zip(distinct, track(rows, len(distinct), "reading photos"), strict=True))
+    return [by_name[name] for name in photos]
+
+
+def _measured(names: Iterable[str], workspace: Path, max_megapixels: float) -> Iterator[Measurement]:
     def work(name: str) -> Measurement:
-        path = paths.workspace / name
+        path = workspace / name
         try:
             found = measure(path, max_megapixels)
         except OSError as error:
@@ -595,10 +606,7 @@ def _measure_all(paths: Paths, photos: "pd.Series", max_megapixels: float) -> li
         # Reports must read the same wherever the project lies.
         return Measurement(**{**vars(found), "error": found.error.replace(f"{path} ", "").replace(str(path), name)})
 
-    distinct = list(dict.fromkeys(photos))
-    measured = track(in_order(work, distinct), len(distinct), "reading photos")
-    by_name = dict(zip(distinct, measured, strict=True))
-    return [by_name[name] for name in photos]
+    return compute.in_order(work, names)
 
 
 def _without_licence(judged: "pd.DataFrame") -> "pd.DataFrame":
