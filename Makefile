@@ -1,4 +1,4 @@
-# make run | test | mlflow | board | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
+# make run | test | app | mlflow | board | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ export PYTHONUTF8 := 1
 # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test mlflow board refresh lint lock clean setup
+.PHONY: run test app mlflow board refresh lint lock clean setup
 .DEFAULT_GOAL := run
 
 run: setup  ## photos to a registered classifier, then a short table
@@ -27,6 +27,10 @@ run: setup  ## photos to a registered classifier, then a short table
 test: setup  ## every test
 	@ruff check . && ruff format --check .
 	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+app: setup  ## a page to try the model on photos and to say where it is wrong, until Ctrl-C
+	@touchline registry sync
+	@touchline app $(APP)
 
 mlflow: setup  ## the MLflow UI on the project's store
 	@touchline registry sync
@@ -64,5 +68,5 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-clean:  ## delete what the stages made; the photos' cache, the store, the environment and your decisions stay
+clean:  ## begin anew: delete all the stages made; DVC's cache, the store, your decisions stay (`touchline clean`: what nothing needs)
 	@rm -rf data/photos data/features $(filter-out data/decisions.csv,$(wildcard data/*.csv)) models reports

@@ -26,6 +26,7 @@ import typer
 from filelock import FileLock, Timeout
 
 from flows import BOARD
+from touchline import params, tracking
 from touchline.errors import ParamsError, TouchlineError
 from touchline.files import write_json
 from touchline.paths import Paths
@@ -227,12 +228,17 @@ def _tell(board: Board) -> None:
     _say(
         f"""
 Prefect UI  {board.url}
-MLflow UI   {board.mlflow_url}/#/experiments?workflowType=machine_learning
+MLflow UI   {board.mlflow_url}{_runs_page()}
 Reports     {board.reports_url}
 
 Schedules are kept while this runs. Logs: {board.folder}{os.sep}*.log
 Ctrl-C ends all of it; a flow run that is at work is ended too, and shown as crashed."""
     )
+
+
+def _runs_page() -> str:
+    paths = Paths.here()
+    return tracking.page(paths, params.load(paths.workspace / "params.yaml").register_.name)
 
 
 @contextmanager

@@ -49,12 +49,12 @@ def run(
         push: `dvc push` afterwards, where a remote is configured.
         commit_to: commit dvc.lock on this branch afterwards.
     """
-    if late := _late():
-        return late
+    if too_late := late():
+        return too_late
     if commit_to:
         _check_branch(Path.cwd(), commit_to)
     # Prefect's limit lets the next run begin while one that is cancelled ends, and knows nothing of runs by hand.
-    with _alone(), stages.ending_with_this(), _workspace(clone) as (workspace, environment):
+    with alone(), stages.ending_with_this(), _workspace(clone) as (workspace, environment):
         if overrides := changes(workspace):
             return _ended({"experiment": _experiment(workspace, overrides, environment)})
         before = _champion(workspace)
@@ -74,7 +74,7 @@ def run(
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Wait until no other flow is at work in this project."""
     (Path.cwd() / ".prefect").mkdir(exist_ok=True)
     lock = FileLock(Path.cwd() / ".prefect/flow.lock")
@@ -95,7 +95,7 @@ def _ended(states: Mapping[str, State]) -> State | list[State]:
     return Failed(message=why) if why else list(states.values())
 
 
-def _late() -> State | None:
+def late() -> State | None:
     """A state to end in where a scheduled run comes too late. Runs that a person asked for wait their turn."""
     context = FlowRunContext.get()
     flow_run = context.flow_run if context else None

@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = (
     "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
     "src/touchline", "flows", "prefect.yaml", "data/README.md", "data/decisions.csv", "data/incoming",
-    "mlflow/README.md",
+    "data/feedback/README.md", "mlflow/README.md",
 )  # fmt: skip
 
 REGISTERED = "rugby-soccer"
@@ -97,7 +97,7 @@ class Project:
     def environment(self) -> dict[str, str]:
         """This process's environment, with the project's own code first and nobody's settings in it."""
         # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
-        others = ("DVC_", "MLFLOW_", "GIT_", "PREFECT_", "TOUCHLINE_", "PYTHONDONTWRITEBYTECODE")
+        others = ("DVC_", "MLFLOW_", "GIT_", "PREFECT_", "TOUCHLINE_", "DASK_", "PYTHONDONTWRITEBYTECODE")
         person = {
             f"GIT_{role}_{key}": "test@example.com" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")
         }

@@ -130,7 +130,7 @@ def late(seconds: float, **others):
     expected = datetime.now(UTC) - timedelta(seconds=seconds)
     values = {"auto_scheduled": True, "run_count": 1, "expected_start_time": expected} | others
     with FlowRunContext.model_construct(flow_run=FlowRun(flow_id=uuid4(), **values)):
-        return flow_project._late()
+        return flow_project.late()
 
 
 def test_a_scheduled_run_that_comes_too_late_is_cancelled_and_says_why():
@@ -152,7 +152,7 @@ def test_a_scheduled_run_that_a_person_starts_again_is_not_late():
 
 
 def test_without_a_flow_run_nothing_is_late():
-    assert flow_project._late() is None
+    assert flow_project.late() is None
 
 
 def heads(project: projects.Project) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,14 @@ class Format(StrEnum):
     table = "table"
     json = "json"
     csv = "csv"
+
+
+class Target(StrEnum):
+    """What `export` writes."""
+
+    tflite = "tflite"
+    onnx = "onnx"
+    saved_model = "saved_model"
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -192,6 +201,45 @@ def predict(
 
 
 @app.command()
+def export(
+    form: Annotated[Target, typer.Option("--format", help="saved_model is a folder; onnx wants the extra `onnx`")],
+    model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="must not be there yet (default: models/<name of the model>)")
+    ] = None,
+) -> None:
+    """Write a model for programs without Keras, checked against it on the test photos.
+
+    Exit code 1: it answered differently; then nothing is written.
+    """
+    from touchline import exporting, params
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    exporting.run(paths, params.load(paths.workspace / "params.yaml"), model, form.value, output)
+
+
+@app.command()
+def drift(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PHOTO|FOLDER|GLOB|-", help="none: the folder of drift.folder in params.yaml"),
+    ] = None,
+) -> None:
+    """Say whether photos are still like those the champion learned from; reports/drift.html shows it.
+
+    Exit code 0: no drift; 3: drift; 4: too few photos to tell; 1 and 2: they could not be compared. Photos that cannot
+    be read are named, and the others compared.
+    """
+    from touchline import drifting, params
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    outcome = drifting.run(paths, params.load(paths.workspace / "params.yaml"), names or [])
+    raise typer.Exit(drifting.EXIT_CODES[outcome])
+
+
+@app.command()
 def promote(version: Annotated[int, typer.Argument(help="version of the registered model", min=1)]) -> None:
     """Make a version champion by hand."""
     store, name = _store()
@@ -249,23 +297,69 @@ def mlflow(
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 5000,
 ) -> None:
     """Open the MLflow UI on the project's store, until Ctrl-C."""
-    import socket
-
-    from touchline import tracking
+    from touchline import params, ports, tracking
     from touchline.paths import Paths
 
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise TouchlineError(f"{host}:{port} is not free ({error.strerror}): choose another --port") from None
+    ports.bound(host, port).close()
+    paths = Paths.here()
     # One worker answers one person, and four would each take 0.3 GB.
-    command = [sys.executable, "-m", "mlflow", "server", *tracking.server_options(Paths.here())]
-    # Asked for nothing else, the UI opens on its pages for language models, where no run is to be seen.
-    print(f"MLflow UI: http://{host}:{port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", *tracking.server_options(paths)]
+    page = tracking.page(paths, params.load(paths.workspace / "params.yaml").register_.name)
+    print(f"MLflow UI: http://{host}:{port}{page} (Ctrl-C ends it)", flush=True)
     # In place of this process, so that whoever ends it ends the server.
     os.execv(command[0], [*command, "--host", host, "--port", str(port), "--workers", "1"])
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+) -> None:
+    """Answer over HTTP what is on a photo, until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
+    from touchline import params, serving
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    serving.run(paths, params.load(paths.workspace / "params.yaml"), model, host, port)
+
+
+@app.command("app")
+def try_models(
+    host: Annotated[str, typer.Option(help="address to listen on; another than loopback lets others in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 7860,
+    model: Annotated[str, typer.Option(help="the first to ask, as for `predict` (default: the champion)")] = "",
+) -> None:
+    """Open a page to try the models on photos and to say where they are wrong, until Ctrl-C."""
+    from touchline import app, params, ports
+    from touchline.paths import Paths
+
+    ports.bound(host, port).close()
+    paths = Paths.here()
+    app.run(paths, params.load(paths.workspace / "params.yaml"), model, host, port)
+
+
+@app.command()
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go, and change nothing")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    days: Annotated[
+        int,
+        typer.Option("--older-than", metavar="DAYS", help="what is old among runs, studies and flow runs", min=1),
+    ] = 90,
+) -> None:
+    """Delete what nothing needs any more: unused objects of DVC's cache, deleted and old runs, leftovers.
+
+    Of MLflow's runs go those that you deleted, and those that ended more than --older-than days ago unless a registered
+    version, a model in models/ or a DVC experiment needs them. Registered versions, photos, data/decisions.csv and
+    downloads stay, and so does all in DVC's cache that a commit, a branch, a tag or an experiment names. To begin anew
+    there is `make clean`, which deletes what the stages made.
+    """
+    from touchline import cleaning, params
+    from touchline.paths import Paths
+
+    paths = Paths.here()
+    cleaning.run(paths, params.load(paths.workspace / "params.yaml"), days, dry_run=dry_run, yes=yes)
 
 
 @app.command()

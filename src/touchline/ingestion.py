@@ -11,13 +11,13 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from touchline import fetching, photos
+from touchline import compute, fetching
 from touchline.errors import TouchlineError
 from touchline.files import read_table, remove_partials, write_bytes, write_json, write_table
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.progress import say, track
-from touchline.sources import Candidate, Planned, folder, imagenet, openimages, sample
+from touchline.sources import Candidate, Planned, feedback, folder, imagenet, openimages, sample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +49,7 @@ def run(paths: Paths, params: Params) -> None:
 
     remove_partials(paths.photos)
     remove_partials(paths.openimages)
+    remove_partials(paths.feedback)
     remove_partials(paths.project / params.ingest.imagenet.folder, below=False)
     rejected = _rejected_before(paths.ledger)
     taken: Counter[_Place] = Counter()
@@ -62,7 +63,7 @@ def run(paths: Paths, params: Params) -> None:
         raise TouchlineError(
             f"the sources {', '.join(params.ingest.sources)} offer no photo: see `ingest` in params.yaml"
         )
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = _corrected(pd.DataFrame(rows, columns=list(COLUMNS)))
     _remove_unwanted(paths, set(table["path"]))
     write_table(paths.photos_table, table)
     write_table(paths.photos_table.with_name("ATTRIBUTION.csv"), _attribution(table))
@@ -98,6 +99,12 @@ def plan(paths: Paths, params: Params) -> list[Planned]:
             case "folder":
                 where = str(paths.project / params.ingest.folder)
                 planned.append(Planned(f"photos of your own, {each}", where, 0.0, "there already", "yours"))
+            case "feedback":
+                given = sum(1 for _ in _offers(paths, params, name))
+                planned.append(
+                    Planned(f"{given:,} photos given at the page", str(paths.feedback), 0.0, "there already",
+                            feedback.LICENCE)
+                )  # fmt: skip
             case "openimages":
                 settings = params.ingest.openimages
                 planned += openimages.plan(settings, params.ingest.download, params.classes, paths.openimages)
@@ -119,6 +126,7 @@ def _offers(paths: Paths, params: Params, name: str) -> Iterator[Candidate]:
     sources: dict[str, Callable[[], Iterator[Candidate]]] = {
         "sample": lambda: sample.candidates(settings.sample, classes),
         "folder": lambda: folder.candidates(paths.project / settings.folder, classes),
+        "feedback": lambda: feedback.candidates(paths.feedback, classes),
         "openimages": lambda: openimages.candidates(settings.openimages, settings.download, classes, paths.openimages),
         "imagenet": lambda: imagenet.candidates(settings.imagenet, settings.download, classes, paths.project),
     }
@@ -137,7 +145,7 @@ def _from_disk(
     # What Hugging Face offers is fetched while it is offered; the others' offers cost nothing, and can be counted.
     streamed = params.ingest.imagenet.origin == "huggingface"
     offered = chosen if streamed else list(chosen)
-    kept = photos.in_order(lambda numbered: (numbered[0], _keep(paths, numbered[1])), offered)
+    kept = compute.in_order(lambda numbered: (numbered[0], _keep(paths, numbered[1])), offered)
     rows = [row for _, row in sorted(track(kept, None if streamed else len(offered), "taking photos"))]
     return rows, {"photos": len(rows)}
 
@@ -147,9 +155,10 @@ def _chosen(
 ) -> Iterator[tuple[int, Candidate]]:
     """At most `ingest.per_class` numbered offers a class (and subset, where the source brings a split of its own).
 
-    What validation rejected before comes last: it takes no place from a photo that may be better.
+    What validation rejected before comes last: it takes no place from a photo that may be better. What a person gave
+    at the page is taken even where there is no room.
     """
-    limit = inf if params.ingest.per_class is None else params.ingest.per_class
+    limit = inf if params.ingest.per_class is None or name == "feedback" else params.ingest.per_class
     held: list[tuple[int, Candidate]] = []
 
     def full() -> bool:
@@ -209,7 +218,7 @@ def _whole(folder: Path) -> set[Path]:
     def check(path: Path) -> tuple[Path, bool]:
         return path, path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem
 
-    return {path for path, right in photos.in_order(check, sorted(folder.glob("*/*"))) if right}
+    return {path for path, right in compute.in_order(check, sorted(folder.glob("*/*"))) if right}
 
 
 def _keep(paths: Paths, candidate: Candidate) -> Sequence[object]:
@@ -233,6 +242,18 @@ def _row(paths: Paths, candidate: Candidate, path: Path, entry: fetching.Entry) 
         candidate.licence, candidate.author, candidate.origin, candidate.group, candidate.subset, candidate.title,
         candidate.author_page, candidate.landing_page, entry.retrieved if candidate.url else "",
     )  # fmt: skip
+
+
+def _corrected(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The table with a photo that another source has too under the class that a person gave it at the page.
+
+    The other source's row is the one that stays: it knows licence, author, group and subset.
+    """
+    given = table["source"] == "feedback"
+    label_of = dict(zip(table.loc[given, "sha256"], table.loc[given, "class"], strict=True))
+    both = ~given & table["sha256"].isin(label_of)
+    labels = table["class"].mask(both, table["sha256"].map(label_of))
+    return table.assign(**{"class": labels})[~given | ~table["sha256"].isin(table.loc[both, "sha256"])]
 
 
 def _identity(candidate: Candidate) -> tuple[str, str, str]:

@@ -129,7 +129,9 @@ class ImageNetParams(_Section):
 
 class IngestParams(_Section):
     sources: Annotated[
-        list[Literal["sample", "folder", "openimages", "imagenet"]], Field(min_length=1), AfterValidator(_distinct)
+        list[Literal["sample", "folder", "openimages", "imagenet", "feedback"]],
+        Field(min_length=1),
+        AfterValidator(_distinct),
     ]
     per_class: Count | None
     min_per_class: Count
@@ -268,8 +270,19 @@ class RegisterParams(_Section):
     significance: Share
 
 
+class ComputeParams(_Section):
+    scheduler: Annotated[str, StringConstraints(pattern=r"^$|^(tcp|tls|ws|wss)://\S+:\d+$")]
+
+
 class PredictParams(_Section):
     min_confidence: Fraction
+
+
+class DriftParams(_Section):
+    folder: str
+    significance: Share
+    threshold: Fraction
+    train: bool
 
 
 def _kind_of_features(value: object) -> str:
@@ -296,6 +309,8 @@ class Params(_Section):
     evaluate: EvaluateParams
     register_: Annotated[RegisterParams, Field(alias="register")]
     predict: PredictParams
+    compute: ComputeParams
+    drift: DriftParams
 
     @model_validator(mode="after")
     def _inputs_exist(self) -> "Params":

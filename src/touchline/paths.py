@@ -92,6 +92,10 @@ class Paths:
         return self.project / "data/openimages"
 
     @property
+    def feedback(self) -> Path:
+        return self.project / "data/feedback"
+
+    @property
     def mlflow(self) -> Path:
         return self.project / "mlflow"
 

@@ -13,19 +13,20 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+from uuid import uuid4
 
 import numpy as np
 
-from touchline import photos
+from touchline import compute, photos
 from touchline.errors import ParamsError, TouchlineError
 from touchline.evaluation import load_model
-from touchline.files import read_json, write_bytes
-from touchline.inference import BATCH, Row, answers, forward_pass
+from touchline.files import read_json, replacing, write_bytes
+from touchline.inference import BATCH, Forward, Row, answers, forward_pass
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.progress import track
@@ -44,6 +45,9 @@ _NAMED_AS_PHOTOS = {
 }  # fmt: skip
 _FIRST_BYTES = 2**16
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+# The photos of a batch, and what the model says of those that have pixels.
+_Judged = tuple[list[Row[tuple[Path, str | None]]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -133,25 +137,24 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
         found: Iterable[Found] = find(names)
         total = None if STDIN in names else len(found := list(found))
         if total == 0:
-            raise TouchlineError(f"no photo in {', '.join(map(_shown, names))}")
+            raise TouchlineError(f"no photo in {', '.join(map(shown, names))}")
         classifier = resolve(paths, params, wanted)
         counts, failed = Counter[str](), 0
         # Few need no bar; and on one terminal a bar would run through lines that come as it moves.
         few = total is not None and total <= BATCH
-        shown = not few and not (results.isatty() and form != "table")
+        with_bar = not few and not (results.isatty() and form != "table")
 
         def answered() -> Iterator[tuple[Path, Answer]]:
             nonlocal failed
-            reading = _reading(classifier, params, found)
-            rows = track(reading, total, "predicting") if shown else reading
-            for outcome in _answered(classifier, params, rows, explain=explain):
+            outcomes = _answered(paths, classifier, params, found, explain=explain)
+            for outcome in track(outcomes, total, "predicting") if with_bar else outcomes:
                 match outcome:
                     case Answer() as answer, path:
                         counts[answer.label] += 1
                         yield path, answer
                     case str() as error, path:
                         failed += 1
-                        print(f"touchline: {_shown(path)}: {error}")
+                        print(f"touchline: {shown(path)}: {error}")
                     case None, _:
                         counts[""] += 1
 
@@ -288,22 +291,59 @@ def pixels(content: bytes, side: int, max_megapixels: float) -> np.ndarray:
     if flaw := photos.flaw(content):
         raise TouchlineError("cut off") if flaw == "cut off" else _NoPhoto(flaw)
     header = photos.header(content)
+    # OpenCV opens some that Pillow does not, and then nobody has looked how large they are.
+    if not header.extension:
+        raise TouchlineError("does not decode: its header is damaged")
     if header.width * header.height > 1e6 * max_megapixels:
         raise TouchlineError(f"{header.width} x {header.height} pixels are more than validate.max_megapixels")
     return photos.decode(content, side)
 
 
-def _reading(classifier: Classifier, params: Params, found: Iterable[Found]) -> Iterator[Row[tuple[Path, str | None]]]:
-    """Of each photo its path and pixels; without pixels why not, None where it is another file that lies about."""
-    read = partial(_read, side=classifier.side, max_megapixels=params.validate_.max_megapixels)
-    return photos.in_order(read, found)
+def _judged(
+    found: Iterable[Found], forward: Forward, folder: Path, side: int, max_megapixels: float, *, keep: bool
+) -> Iterator[_Judged]:
+    """Of each photo its path and pixels, without pixels why not (None where it is another file that lies about); and
+    what the model says of those that have pixels.
+
+    Args:
+        folder: that relative paths hang on.
+        keep: whether the pixels are wanted afterwards.
+    """
+    read = partial(_read, folder=folder, side=side, max_megapixels=max_megapixels)
+    for batch, probabilities in answers(forward, compute.in_order(read, found)):
+        yield (batch if keep else [(what, None) for what, _ in batch]), probabilities
 
 
-def _read(found: Found, side: int, max_megapixels: float) -> Row[tuple[Path, str | None]]:
+@contextmanager
+def _forward(paths: Paths, classifier: Classifier, scheduler: str) -> Iterator[tuple[Forward, list[Path]]]:
+    """What asks the model, here or on the workers of a cluster; and the file that these need for it."""
+    if not scheduler:
+        yield forward_pass(classifier.model, 1), []
+        return
+    # Workers may not reach the store; of its own name, so that no worker takes the model of another run for this one.
+    file = paths.locks / f"predict-{uuid4().hex}.keras"
+    with replacing(file, ".keras") as temporary:
+        classifier.model.save(temporary)
+    try:
+        yield partial(_ask, file), [file]
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _ask(file: Path, images: np.ndarray) -> np.ndarray:
+    return compute.kept(_loaded, file)(images)
+
+
+def _loaded(file: Path) -> Forward:
+    import_tensorflow()
+    return forward_pass(load_model(file), 1)
+
+
+def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[tuple[Path, str | None]]:
     if found.error:
         return (found.path, found.error), None
     try:
-        with found.path.open("rb") as file:
+        with (folder / found.path).open("rb") as file:
             content = file.read(_FIRST_BYTES)
             # What is no photo by its first bytes may be a film of gigabytes.
             if photos.flaw(content) in {"", "cut off"}:
@@ -321,22 +361,30 @@ def _read(found: Found, side: int, max_megapixels: float) -> Row[tuple[Path, str
 
 
 def _answered(
-    classifier: Classifier, params: Params, rows: Iterable[Row[tuple[Path, str | None]]], *, explain: bool
+    paths: Paths, classifier: Classifier, params: Params, found: Iterable[Found], *, explain: bool
 ) -> Iterator[tuple[Answer | str | None, Path]]:
     """The answer for each photo, or why there is none; None for another file that lies about in a folder."""
     draw = _overlays(classifier) if explain else None
-    for batch, probabilities in answers(forward_pass(classifier.model, 1), rows):
-        made = [Answer.of(each, classifier.classes, params.predict.min_confidence) for each in probabilities]
-        readable = [(path, image) for (path, _), image in batch if image is not None]
-        drawn = iter(draw(readable, made) if draw and readable else ())
-        said = iter(made)
-        for (path, error), image in batch:
-            if image is None:
-                yield error, path
-                continue
-            yield next(said), path
-            if draw and (failure := next(drawn)):
-                yield failure, path
+    scheduler = compute.scheduler(params)
+    with _forward(paths, classifier, scheduler) as (forward, reads):
+        work = partial(
+            _judged, forward=forward, folder=Path.cwd(), side=classifier.side,
+            max_megapixels=params.validate_.max_megapixels, keep=explain,
+        )  # fmt: skip
+        for batch, probabilities in compute.spread(work, found, scheduler, BATCH, reads):
+            made = [Answer.of(each, classifier.classes, params.predict.min_confidence) for each in probabilities]
+            readable = [(path, image) for (path, _), image in batch if image is not None]
+            drawn = iter(draw(readable, made) if draw and readable else ())
+            said = iter(made)
+            for (path, error), _ in batch:
+                if error == "":
+                    yield next(said), path
+                    if draw and (failure := next(drawn)):
+                        yield failure, path
+                elif scheduler and error == os.strerror(errno.ENOENT) and path.exists():
+                    raise compute.not_shared("a Dask worker", path)
+                else:
+                    yield error, path
 
 
 def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]], list[Answer]], Iterator[str]]:
@@ -353,7 +401,7 @@ def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]]
             if target.exists():
                 with target.open("rb") as file:
                     if not explaining.is_overlay(file.read(_FIRST_BYTES)):
-                        return f"{_shown(target)} is no overlay of ours, and stays"
+                        return f"{shown(target)} is no overlay of ours, and stays"
             caption = guess if answer.label == answer.guess else f"{UNSURE} ({guess})"
             write_bytes(target, explaining.overlay(path.read_bytes(), heat, caption))
         except OSError as error:
@@ -365,7 +413,7 @@ def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]]
     def batch(readable: list[tuple[Path, np.ndarray]], answers: list[Answer]) -> Iterator[str]:
         labels = np.array([classifier.classes.index(answer.guess) for answer in answers])
         heats = explain(np.stack([image for _, image in readable]), labels)
-        return photos.in_order(
+        return compute.in_order(
             draw, [(path, answer, heat) for (path, _), answer, heat in zip(readable, answers, heats, strict=True)]
         )
 
@@ -384,7 +432,7 @@ def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tup
     for path, answer in answers:
         label = Text(answer.label, style="yellow" if answer.label == UNSURE else "bold")
         numbers = (f"{value:.3f}" for value in (answer.confidence, *answer.probabilities.values()))
-        table.add_row(Text(_shown(path)), label, *numbers)
+        table.add_row(Text(shown(path)), label, *numbers)
     # Where nobody looks at it, no line is folded: rich would take 80 columns.
     Console(file=results, width=None if results.isatty() else 10_000).print(table)
 
@@ -410,6 +458,6 @@ def _no_formula(text: str) -> str:
     return re.sub(r"^(?=[=+\-@\t\r])", "'", text)
 
 
-def _shown(path: Path | str) -> str:
-    """A name on a terminal, which would obey the control characters in it."""
+def shown(path: Path | str) -> str:
+    """A name as a terminal and a page can show it: control characters would be obeyed, bytes that are no text torn."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in str(path))

@@ -1,0 +1,64 @@
+"""Photos that people gave at the page of `touchline app`, each with the class they say it is.
+
+The queue is a folder: `<sha256>.<ext>` is a photo, `<sha256>.json` beside it says what it is. The second file makes an
+entry of the first, and each is written whole, so neither a crash nor two people at once can leave half an entry.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from touchline import photos
+from touchline.errors import TouchlineError
+from touchline.files import read_json, write_bytes, write_json
+from touchline.sources import Candidate
+
+LICENCE = "given by the person at the page"
+
+
+def remember(folder: Path, content: bytes, label: str, answers: Sequence[dict[str, Any]]) -> bool:
+    """Put a photo and its class into the queue.
+
+    Args:
+        content: the file's own bytes; a photo that is there already is one entry, and its last class counts.
+        answers: what each model said of it, for people who look into the queue.
+
+    Returns:
+        Whether that was new; what is there already is not written again, so DVC sees no change.
+    """
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{digest}.{photos.header(content).extension or 'bin'}"
+    record = folder / f"{digest}.json"
+    if record.exists() and (folder / name).exists() and _read(record) == (name, label):
+        return False
+    write_bytes(folder / name, content)
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(record, {"photo": name, "label": label, "when": when, "answers": list(answers)})
+    return True
+
+
+def candidates(folder: Path, classes: Sequence[str]) -> Iterator[Candidate]:
+    """Every entry of the queue, in the order of the photos' digests.
+
+    Raises:
+        TouchlineError: an entry is not readable, its photo is missing, or its class is none of `classes`.
+    """
+    for record in sorted(folder.glob("*.json")):
+        photo, label = _read(record)
+        where = f"data/feedback/{record.name}"
+        if Path(photo).stem != record.stem or not (folder / photo).is_file():
+            raise TouchlineError(f"{where} names no photo that lies beside it: delete it")
+        if label not in classes:
+            raise TouchlineError(
+                f"{where} says the class {label!r}; allowed: {', '.join(classes)}: change it there, or delete the file"
+            )
+        yield Candidate(label, "feedback", photo, (folder / photo).read_bytes, licence=LICENCE)
+
+
+def _read(record: Path) -> tuple[str, str]:
+    """File name and class of the photo that an entry is about; empty where it names none."""
+    found = read_json(record)
+    found = found if isinstance(found, dict) else {}
+    return str(found.get("photo", "")), str(found.get("label", ""))

@@ -1,0 +1,184 @@
+"""Every command that the README and docs/ show, run as printed, in a project of its own.
+
+Only what a printed line cannot know is put in its place: a free port, a folder of this machine.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import projects
+import pytest
+from boards import free_ports
+from ruamel.yaml import YAML
+
+from touchline.params import check
+
+ROOT = projects.REPOSITORY
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Run elsewhere.
+NOT_HERE = {
+    "make test": "it runs this",
+}
+# What runs until Ctrl-C: how to give it other ports than the printed ones, and where it then answers.
+SERVERS = {
+    "make mlflow": ("make mlflow PORT={5000}", "http://127.0.0.1:{5000}/health"),
+    "make board": (
+        'make board BOARD="--port {4200} --mlflow-port {5000} --reports-port {8080}"',
+        "http://127.0.0.1:{4200}/api/health",
+    ),
+    'make board BOARD="--port 4201"': (
+        'make board BOARD="--port {4200} --mlflow-port {5000} --reports-port {8080}"',
+        "http://127.0.0.1:{4200}/api/health",
+    ),
+    "touchline serve": ("touchline serve --port {8000}", "http://127.0.0.1:{8000}/ping"),
+    "make app": ('make app APP="--port {7860}"', "http://127.0.0.1:{7860}/"),
+    (
+        "MLFLOW_TRACKING_URI=sqlite:///mlflow/mlflow.db mlflow models serve -m models:/rugby-soccer@champion "
+        "--env-manager local --port 5001"
+    ): (
+        "MLFLOW_TRACKING_URI=sqlite:///mlflow/mlflow.db mlflow models serve -m models:/rugby-soccer@champion "
+        "--env-manager local --port {5001}",
+        "http://127.0.0.1:{5001}/ping",
+    ),
+}
+PORTS = ("4200", "5000", "5001", "7860", "8000", "8080")
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def lines(block: str) -> list[str]:
+    """The commands of an `sh` block, without comments."""
+    found = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in block.replace("\\\n", " ").splitlines())
+    return [line for line in found if line and line not in NOT_HERE]
+
+
+COMMANDS = [
+    pytest.param(lines(block), id=f"{document.name}: {lines(block)[0]}")
+    for document in DOCUMENTS
+    for block in blocks(document, "sh")
+]
+SETTINGS = [
+    pytest.param(block, id=f"{document.name} {number}")
+    for document in DOCUMENTS
+    for number, block in enumerate(blocks(document, "yaml"))
+]
+
+
+def with_settings(values: dict[str, Any], block: str) -> dict[str, Any]:
+    """params.yaml's values with those that a document's block shows."""
+
+    def merge(old: Any, new: Any) -> Any:
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            return new
+        return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}}
+
+    return merge(values, YAML(typ="safe").load(block))
+
+
+def as_cloned(project: projects.Project) -> projects.Project:
+    """The project with what a clone has and `projects` leaves out; its `.venv` is the environment of these tests."""
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "README.md"):
+        shutil.copyfile(ROOT / name, project.root / name)
+    venv = project.root / ".venv"
+    venv.mkdir()
+    (venv / "bin").symlink_to(Path(sys.executable).parent)
+    (venv / ".installed").touch()
+    project.commit("as cloned")
+    return project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
+    """A project that has run, with its store, and an album beside its photos."""
+    root = tmp_path_factory.mktemp("readme") / "the project"
+    made = as_cloned(projects.copy(projects.built(tmp_path_factory).untouched, root))
+    made.touchline("registry", "sync")
+    album = root / "album"
+    album.mkdir()
+    for photo in [path for path in sorted((root / "data/photos/rugby").glob("*.jpg")) if path.stat().st_size][:3]:
+        shutil.copyfile(photo, album / photo.name)
+        shutil.copyfile(photo, root / "photo.jpg")
+    return made
+
+
+@contextmanager
+def running(project: projects.Project, command: str, address: str) -> Iterator[None]:
+    """A program that runs until Ctrl-C, from when it answers."""
+    with subprocess.Popen(
+        ["bash", "-c", command], cwd=project.root, env=project.environment(), start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        try:
+            for _ in range(300):
+                assert process.poll() is None, process.stdout.read()
+                try:
+                    urllib.request.urlopen(address, timeout=10).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            else:
+                raise AssertionError(f"{address} does not answer")
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize("commands", COMMANDS)
+def test_the_commands_work_as_printed(commands, project):
+    ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
+    here = {
+        **{f"127.0.0.1:{printed}": f"127.0.0.1:{free}" for printed, free in ports.items()},
+        "/path/or/s3://bucket": f"'{project.root.parent}/remote'",
+        # What `make setup` makes is there: these tests run in it.
+        "make setup": f"ln -s '{project.root}/.venv' .venv",
+        ", 260)": f", {projects.SMALL['features.pooled.image_size']})",
+    }
+    with ExitStack() as servers:
+        for line in commands:
+            if line in SERVERS:
+                command, address = (re.sub(r"\{(\d+)\}", lambda found: ports[found[1]], each) for each in SERVERS[line])
+                servers.enter_context(running(project, command, address))
+                continue
+            for printed, ours in here.items():
+                line = line.replace(printed, ours)  # noqa: PLW2901 - what stays of it is what is printed
+            project.run("bash", "-ec", line)
+
+
+def test_the_champion_loads_as_printed(project):
+    block = next(block for block in blocks(ROOT / "README.md", "python") if "load_model" in block)
+    side = projects.SMALL["features.pooled.image_size"]
+    setting = f"import numpy; photos = numpy.zeros((2, {side}, {side}, 3), numpy.uint8)"
+    *lines, last = block.strip().splitlines()
+    said = project.run(sys.executable, "-c", "\n".join([setting, *lines, f"print(({last.partition('#')[0]}).shape)"]))
+    assert said.splitlines()[-1] == "(2, 2)"
+
+
+@pytest.mark.parametrize("block", SETTINGS)
+def test_the_settings_are_accepted(block, shipped):
+    check(with_settings(shipped, block))
+
+
+def test_classes_of_ones_own_are_told_apart_as_the_readme_says(tmp_path, project):
+    own = projects.make(tmp_path / "own")
+    for name, drawn in (("cat", "rugby"), ("dog", "soccer")):
+        shutil.copytree(project.root / "data/photos" / drawn, own.root / "data/incoming" / name)
+    file = own.root / "params.yaml"
+    settings = next(block for block in blocks(ROOT / "README.md", "yaml") if "cat" in block)
+    with file.open("w") as out:
+        YAML().dump(with_settings(YAML(typ="safe").load(projects.REPOSITORY / "params.yaml"), settings), out)
+    own.change(projects.SMALL)
+    own.dvc("repro")
+    assert set(own.json("reports/metrics.json")["classes"]) == {"cat", "dog"}
