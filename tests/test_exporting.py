@@ -223,9 +223,9 @@ def test_what_is_there_stays(form: str, export: Callable[..., keras.Model], path
         with pytest.raises(ParamsError, match=r"exists: delete it, or name another file with --output"):
             export(form, output)
     assert file.read_text() == "mine" and list(folder.iterdir()) == []
-    there = paths.models / f"little{'' if form == 'saved_model' else '.' + form}"
+    there = paths.exports / f"little{'' if form == 'saved_model' else '.' + form}"
     files.write_text(there, "mine")
-    with pytest.raises(ParamsError, match=rf"models/{there.name} exists"):
+    with pytest.raises(ParamsError, match=rf"exports/{there.name} exists"):
         export(form, None)
     assert there.read_text() == "mine"
     with pytest.raises(TouchlineError, match=r"cannot be written \(.*\): name another --output"):
@@ -261,7 +261,7 @@ def test_an_unknown_format_is_an_error_of_use() -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory):
     project = built(tmp_path_factory).project
-    output = project.root / "models/rugby-soccer-version-1.tflite"
+    output = project.root / "exports/rugby-soccer-version-1.tflite"
     said = project.touchline("export", "--format", "tflite")
     yield SimpleNamespace(project=project, output=output, said=said)
     output.unlink()
@@ -275,7 +275,7 @@ def test_the_champion_is_exported_by_default_and_answers_as_evaluate_found(proje
     found = pd.read_csv(root / "reports/predictions.csv")
     found = found[found["model"] == better]
     assert f"{len(found)} test photos of data/split.csv: " in project.said
-    assert "written: models/rugby-soccer-version-1.tflite" in project.said
+    assert "written: exports/rugby-soccer-version-1.tflite" in project.said
     assert about["classes"] == params.load(root / "params.yaml").classes
     assert about["model"] == "rugby-soccer version 1"
     pixels = np.stack([photos.read(root / path, about["image_size"]) for path in found["path"]])

@@ -22,6 +22,8 @@ from boards import free_ports
 from ruamel.yaml import YAML
 
 from touchline.params import check
+from touchline.paths import Paths
+from touchline.tracking import CHAMPION, open_store
 
 ROOT = projects.REPOSITORY
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,7 +95,9 @@ def as_cloned(project: projects.Project) -> projects.Project:
         shutil.copyfile(ROOT / name, project.root / name)
     venv = project.root / ".venv"
     venv.mkdir()
-    (venv / "bin").symlink_to(Path(sys.executable).parent)
+    for there in Path(sys.prefix).iterdir():
+        if there.name != ".installed":
+            (venv / there.name).symlink_to(there)
     (venv / ".installed").touch()
     project.commit("as cloned")
     return project
@@ -101,10 +105,13 @@ def as_cloned(project: projects.Project) -> projects.Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
-    """A project that has run, with its store, and an album beside its photos."""
+    """A project that has run, with two versions in its store, and an album beside its photos."""
     root = tmp_path_factory.mktemp("readme") / "the project"
     made = as_cloned(projects.copy(projects.built(tmp_path_factory).untouched, root))
     made.touchline("registry", "sync")
+    store = open_store(Paths(root, root), projects.REGISTERED)
+    first = store.alias(projects.REGISTERED, CHAMPION)
+    store.promote(projects.REGISTERED, store.register(projects.REGISTERED, first.run_id, first.tags, "the same again"))
     album = root / "album"
     album.mkdir()
     for photo in [path for path in sorted((root / "data/photos/rugby").glob("*.jpg")) if path.stat().st_size][:3]:
@@ -132,7 +139,8 @@ def running(project: projects.Project, command: str, address: str) -> Iterator[N
                 raise AssertionError(f"{address} does not answer")
             yield
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
             process.communicate(timeout=120)
 
 

@@ -205,7 +205,7 @@ def export(
     form: Annotated[Target, typer.Option("--format", help="saved_model is a folder; onnx wants the extra `onnx`")],
     model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="must not be there yet (default: models/<name of the model>)")
+        Path | None, typer.Option(metavar="FILE", help="must not be there yet (default: exports/<name of the model>)")
     ] = None,
 ) -> None:
     """Write a model for programs without Keras, checked against it on the test photos.

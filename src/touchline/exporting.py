@@ -74,7 +74,7 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
     Args:
         wanted: see `predicting.resolve`.
         form: `tflite`, `onnx` or `saved_model`.
-        output: the file (of `saved_model` the folder) to make; None for `models/<name of the model>`.
+        output: the file (of `saved_model` the folder) to make; None for `exports/<name of the model>`.
 
     Raises:
         ParamsError: there is something at `output`.
@@ -91,8 +91,10 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
         _refuse_existing(output, paths)
     classifier = resolve(paths, params, wanted)
     if output is None:
-        output = paths.models / (_file_name(classifier) + target.ending)
+        # Not in models/: DVC tells by that folder whether to judge the models again.
+        output = paths.exports / (_file_name(classifier) + target.ending)
         _refuse_existing(output, paths)
+        paths.exports.mkdir(exist_ok=True)
     images, what = _photos(paths, classifier.side)
     keras_forward = forward_pass(classifier.model, 1)
     expected = _answers(keras_forward, images)

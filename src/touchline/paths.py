@@ -76,6 +76,11 @@ class Paths:
         return self.workspace / "reports"
 
     @property
+    def exports(self) -> Path:
+        """What `touchline export` wrote; no stage looks there."""
+        return self.workspace / "exports"
+
+    @property
     def locks(self) -> Path:
         return self.workspace / ".dvc/tmp/touchline"
 
