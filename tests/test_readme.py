@@ -189,4 +189,6 @@ def test_classes_of_ones_own_are_told_apart_as_the_readme_says(tmp_path, project
         YAML().dump(with_settings(YAML(typ="safe").load(projects.REPOSITORY / "params.yaml"), settings), out)
     own.change(projects.SMALL)
     own.dvc("repro")
-    assert set(own.json("reports/metrics.json")["classes"]) == {"cat", "dog"}
+    assert own.json("models/transfer.json")["classes"] == ["cat", "dog"]
+    [first] = open_store(Paths(own.root, own.root), "cat-dog").versions("cat-dog")
+    assert CHAMPION in first.aliases
