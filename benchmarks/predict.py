@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 
 from touchline import photos
-from touchline.evaluation import BATCH
+from touchline.inference import BATCH
 from touchline.predicting import UNSURE
 
 PROJECT = Path(__file__).resolve().parent.parent
