@@ -133,9 +133,16 @@ def spoil_class(record: Path) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"label": "cricket"}))
 
 
+def lead_elsewhere(record: Path) -> None:
+    photo = record.with_suffix(".jpg")
+    photo.rename(record.parent.parent / photo.name)
+    record.write_text(json.dumps({"photo": f"../{photo.name}", "label": "rugby"}))
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
+        (lead_elsewhere, "names no photo that lies beside it: delete it"),
         (spoil_class, "says the class 'cricket'; allowed: rugby, soccer"),
         (lambda record: record.with_suffix(".jpg").unlink(), "names no photo that lies beside it: delete it"),
         (lambda record: record.write_text("[]"), "names no photo that lies beside it: delete it"),
