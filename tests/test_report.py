@@ -14,7 +14,7 @@ import pandas as pd
 import projects
 import pytest
 
-from touchline import evaluation, files, report
+from touchline import evaluation, files, report, running, training
 from touchline.params import Params
 from touchline.paths import Paths
 
@@ -156,13 +156,16 @@ def test_a_committed_tree_is_called_unchanged_whatever_dvc_lock_holds(
 ) -> None:
     clone = tmp_path / "clone"
     project.git("clone", "--quiet", str(project.root), str(clone))
+    files.write_text(clone / "data/split.csv", "")
     (clone / "dvc.lock").write_text("changed")
-    assert report._code(Paths(clone, clone)) == {"commit": project.git("rev-parse", "HEAD").strip(), "changed": []}
+    assert running.code(Paths(clone, clone)) == {"commit": project.git("rev-parse", "HEAD").strip(), "changed": []}
+    assert training._tags(Paths(clone, clone))["touchline.git_dirty"] == "false"
     (clone / "a new module.py").write_text("")
     (clone / "params.yaml").write_text("changed")
-    assert sorted(report._code(Paths(clone, clone))["changed"]) == ["a new module.py", "params.yaml"]
+    assert sorted(running.code(Paths(clone, clone))["changed"]) == ["a new module.py", "params.yaml"]
+    assert training._tags(Paths(clone, clone))["touchline.git_dirty"] == "true"
     shutil.rmtree(clone / ".git")
-    assert report._code(Paths(clone, clone)) == {"commit": "", "changed": []}
+    assert running.code(Paths(clone, clone)) == {"commit": "", "changed": []}
 
 
 def test_each_photo_of_the_gallery_stands_beside_its_heat(project: projects.Project, page: Page) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from touchline import torch_weights
 from touchline.errors import ParamsError, TouchlineError
+from touchline.files import sha256
 from touchline.params import BackboneFeatures
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def identity(features: BackboneFeatures, project: Path) -> str:
 def _identity(name: str, features: BackboneFeatures, project: Path) -> str:
     file = _weight_file(name, features, project)
     if file is not None:
-        return _sha256(file)
+        return sha256(file)
     digest = hashlib.sha256()
     for weight in _keras_application(name, features, project).weights:
         digest.update(weight.numpy().tobytes())
@@ -335,7 +336,7 @@ def _weight_file(backbone: str, features: BackboneFeatures, project: Path) -> Pa
     if features.weights_sha256 is not None:
         if file is None:
             raise ParamsError(f"weights_sha256 of {backbone} needs weights, the file it is the digest of")
-        if (found := _sha256(file)) != features.weights_sha256:
+        if (found := sha256(file)) != features.weights_sha256:
             raise TouchlineError(f"{file} has sha256 {found}, not {features.weights_sha256}: replace the file")
     return file
 
@@ -382,11 +383,6 @@ def _failure_of_keras(backbone: str, error: Exception) -> TouchlineError:
             f"downloaded ({_one_line(error)}): put them there, or name a file under weights in params.yaml"
         )
     return TouchlineError(f"Keras cannot build {backbone} as params.yaml asks: {_one_line(error)}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: everything is written under a temporary name and renamed."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -168,3 +169,9 @@ def abandon() -> None:
     _guard.acquire()
     for path in list(_unfinished):
         path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

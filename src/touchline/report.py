@@ -1,10 +1,7 @@
 """`reports/report.html`: the whole run on one page that opens from disk, without a network."""
 
-import hashlib
 import platform
-import subprocess
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +10,7 @@ import numpy as np
 
 from touchline import explaining, pages, photos, plots, running
 from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table, write_text
+from touchline.files import read_json, read_table, sha256, write_text
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.splitting import SUBSETS
@@ -82,7 +79,7 @@ def write(
         hidden=len(split) - len(plots.shown(split, params)),
         costs=_costs(paths, params),
         hardware=records[outcome["better_model"]]["tags"]["touchline.hardware"],
-        code=_code(paths),
+        code=running.code(paths),
         digests=_digests(paths, params),
         versions={"Python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     )
@@ -206,17 +203,6 @@ def _costs(paths: Paths, params: Params) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: _STAGES.index(row["stage"].split("@")[0]))
 
 
-def _code(paths: Paths) -> dict[str, Any]:
-    """The git commit in the workspace and the files that differ from it; no commit where there is no git."""
-    git = partial(subprocess.run, cwd=paths.workspace, capture_output=True, text=True, check=False)
-    commit = git(["git", "rev-parse", "HEAD"])
-    if commit.returncode:
-        return {"commit": "", "changed": []}
-    # DVC writes dvc.lock between the stages, so it always differs here.
-    changed = git(["git", "status", "--porcelain", "-z", "--no-renames", "--", ".", ":(exclude)dvc.lock"]).stdout
-    return {"commit": commit.stdout.strip(), "changed": [entry[3:] for entry in changed.split("\0") if entry]}
-
-
 def _digests(paths: Paths, params: Params) -> dict[str, str]:
     """SHA-256 of what tells two runs apart."""
     files = [
@@ -224,9 +210,4 @@ def _digests(paths: Paths, params: Params) -> dict[str, str]:
         paths.split_table,
         *(paths.models / f"{name}.keras" for name in params.models),
     ]
-    return {paths.relative(file): _sha256(file) for file in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {paths.relative(file): sha256(file) for file in files}

@@ -1,14 +1,17 @@
-"""What every stage command does around its work: hold the stage's lock, and end when the process that ran it ends.
+"""What lies round a stage's work: its lock, its end with the process that ran it, its cost, the commit it ran from.
 
 DVC that is killed leaves the stage's process alive, and that would write into the outputs of the next run.
 """
 
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
 from touchline.errors import TouchlineError
 from touchline.files import abandon, read_json, remove_partials, write_json
@@ -54,6 +57,17 @@ def costs(paths: Paths) -> dict[str, dict[str, float]]:
     return {
         path.stem: read_json(path) for path in sorted(paths.locks.glob("*.json"), key=lambda path: path.stat().st_mtime)
     }
+
+
+def code(paths: Paths) -> dict[str, Any]:
+    """The git commit in the workspace and the files that differ from it; no commit where there is no git."""
+    git = partial(subprocess.run, cwd=paths.workspace, capture_output=True, text=True, check=False)
+    commit = git(["git", "rev-parse", "HEAD"])
+    if commit.returncode:
+        return {"commit": "", "changed": []}
+    # DVC writes dvc.lock between the stages, so it always differs while they run.
+    changed = git(["git", "status", "--porcelain", "-z", "--no-renames", "--", ".", ":(exclude)dvc.lock"]).stdout
+    return {"commit": commit.stdout.strip(), "changed": [entry[3:] for entry in changed.split("\0") if entry]}
 
 
 def _memory() -> dict[str, float]:

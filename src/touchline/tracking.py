@@ -4,7 +4,6 @@ The store is a SQLite file in the project unless MLFLOW_TRACKING_URI names anoth
 deleted, or be a stranger to models that DVC brought: `sync` puts back, out of the project's files, what is missing.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from touchline.errors import TouchlineError
-from touchline.files import read_json
+from touchline.files import read_json, sha256
 from touchline.paths import Paths
 from touchline.quiet import import_tensorflow
 from touchline.running import SHELLS
@@ -278,7 +277,7 @@ class Store:
         model_id = self._log_model(run_id, model_path, image_size, classes, training_photos)
         self._log_closing(run_id, metrics, history, model_id)
         # Last, so that whoever finds a run by this tag finds a whole one.
-        self.set_tags(run_id, {_SHA256: _sha256(model_path)})
+        self.set_tags(run_id, {_SHA256: sha256(model_path)})
         self._terminate(run_id, "FINISHED", _milliseconds(ended))
 
     def end(
@@ -405,7 +404,7 @@ class Store:
     def _restore(self, record: Mapping[str, Any], model_path: Path) -> str:
         if not model_path.is_file():
             raise TouchlineError(f"{model_path} is missing: run `dvc repro` or `dvc pull` to bring it")
-        if _sha256(model_path) != record["model_sha256"]:
+        if sha256(model_path) != record["model_sha256"]:
             raise TouchlineError(f"{model_path} is not the file its .json describes: run `dvc repro` to renew both")
         started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
         tags = {**record["tags"], "touchline.restored": "true"}
@@ -1137,11 +1136,6 @@ def _version(version: "ModelVersion", aliases: Mapping[str, str]) -> Version:
     return Version(
         version.name, number, version.run_id, version.source, version.description or "", dict(version.tags), held
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:

@@ -3,27 +3,25 @@
 The test photos are not looked at here.
 """
 
-import hashlib
 import itertools
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from touchline import compute, heads, models, photos
+from touchline import compute, heads, models, photos, running
 from touchline.arrays import Arrays
 from touchline.augmentation import augment
 from touchline.errors import Diverged, TouchlineError
-from touchline.files import read_table, replacing, write_json, write_table
+from touchline.files import read_table, replacing, sha256, write_json, write_table
 from touchline.params import (
     ArticleParams,
     BackboneFeatures,
@@ -159,7 +157,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
             record["metrics"]["epochs"] = epochs
         record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
         store.describe(run_id, record["description"])
-        record["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        record["model_sha256"] = sha256(path)
         record["ended"] = _now()
         store.finish(
             run_id,
@@ -512,19 +510,17 @@ def _run_name(name: str, features: FeaturesParams) -> str:
 def _tags(paths: Paths) -> dict[str, str]:
     """Which code, which data, which pipeline run, which machine."""
     tags = {
-        "touchline.split_sha256": hashlib.sha256(paths.split_table.read_bytes()).hexdigest(),
+        "touchline.split_sha256": sha256(paths.split_table),
         "touchline.hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
     }
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags[_DVC_EXPERIMENT] = experiment
     if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
         tags[_PREFECT_FLOW_RUN] = flow_run
-    git = partial(subprocess.run, cwd=paths.workspace, capture_output=True, text=True, check=False)
-    commit = git(["git", "rev-parse", "HEAD"])
-    if commit.returncode == 0:
-        tags["mlflow.source.git.commit"] = commit.stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
-        tags["touchline.git_dirty"] = str(bool(changed)).lower()
+    code = running.code(paths)
+    if code["commit"]:
+        tags["mlflow.source.git.commit"] = code["commit"]
+        tags["touchline.git_dirty"] = str(bool(code["changed"])).lower()
     return tags
 
 
@@ -532,7 +528,7 @@ def _dataset_facts(paths: Paths, split: "pd.DataFrame") -> dict[str, Any]:
     counts = split.groupby(["subset", "class"]).size()
     return {
         "name": "split",
-        "digest": hashlib.sha256(paths.split_table.read_bytes()).hexdigest()[:16],
+        "digest": sha256(paths.split_table)[:16],
         "source": "data/split.csv",
         "counts": {f"{subset}/{label}": int(count) for (subset, label), count in counts.items()},
     }
