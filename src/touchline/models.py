@@ -22,8 +22,11 @@ def cnn(params: CnnParams, image_size: int, classes: int) -> "keras.Model":
         uint8 (None, image_size, image_size, 3) to float32 probabilities (None, classes).
     """
     import keras
+    import tensorflow as tf
     from keras import layers
 
+    # Statistics of a part of the batch would make the result hang on how many devices share it.
+    shared = tf.distribute.get_strategy().num_replicas_in_sync > 1
     photo = keras.Input((image_size, image_size, 3), dtype="uint8", name="photo")
     x = layers.Rescaling(1 / 127.5, offset=-1)(photo)
     for block, filters in enumerate(params.filters):
@@ -33,11 +36,11 @@ def cnn(params: CnnParams, image_size: int, classes: int) -> "keras.Model":
         for strides in (1 if block else 2, 1):
             x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
             # Few photos are few steps: with Keras's 0.99 the statistics would lag behind the weights by epochs.
-            x = layers.BatchNormalization(momentum=0.9)(x)
+            x = layers.BatchNormalization(momentum=0.9, synchronized=shared)(x)
             x = layers.ReLU()(x)
     x = layers.GlobalAveragePooling2D()(x)
     x = layers.Dropout(params.dropout)(x)
-    return keras.Model(photo, layers.Dense(classes, activation="softmax", name="probabilities")(x), name="cnn")
+    return keras.Model(photo, _probabilities(classes)(x), name="cnn")
 
 
 def article(params: ArticleParams, image_size: int, classes: int) -> "keras.Model":
@@ -57,7 +60,7 @@ def article(params: ArticleParams, image_size: int, classes: int) -> "keras.Mode
     x = layers.Dropout(params.dropout)(x)
     x = layers.Flatten()(x)
     x = layers.Dense(params.dense_units, activation="relu")(x)
-    return keras.Model(photo, layers.Dense(classes, activation="softmax", name="probabilities")(x), name="article")
+    return keras.Model(photo, _probabilities(classes)(x), name="article")
 
 
 def transfer(head: Head, features: BackboneFeatures, project: Path) -> "keras.Model":
@@ -71,7 +74,7 @@ def transfer(head: Head, features: BackboneFeatures, project: Path) -> "keras.Mo
     from touchline import backbones
 
     body = backbones.pooled(features, project)
-    probabilities = keras.layers.Dense(len(head.bias), activation="softmax", name="probabilities")
+    probabilities = _probabilities(len(head.bias))
     model = keras.Model(body.input, probabilities(body.output), name="transfer")
     probabilities.set_weights([head.weights, head.bias])
     return model
@@ -93,3 +96,10 @@ def unfreeze(model: "keras.Model", blocks: int) -> int:
     for layer in backbone.layers:
         layer.trainable = id(layer) in last and not isinstance(layer, keras.layers.BatchNormalization)
     return sum(int(weight.shape.num_elements() or 0) for weight in backbone.trainable_variables)
+
+
+def _probabilities(classes: int) -> "keras.layers.Layer":
+    from keras import layers
+
+    # In float32 whatever the layers before it compute in: a softmax in float16 says 0 and 1 too soon.
+    return layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")

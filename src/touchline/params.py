@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -31,8 +32,14 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, StringConstraints(min_length=1)]
-Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s?#]*[^\s?#/])?$")]
+# Without a password: params go into dvc.lock and MLflow.
+Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@]+(/[^\s?#]*[^\s?#/])?$")]
 Synset = Annotated[str, StringConstraints(pattern=r"^n[0-9]{8}$")]
+
+# A few lines of aliases of aliases would take gigabytes in full.
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 20, 20
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
 
 def _whole_number_as_float(value: object) -> object:
@@ -215,6 +222,10 @@ class AugmentationParams(_Section):
     flip: bool
 
 
+# What layers compute in; weights, and the finished model, are float32 in any case.
+Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
+
+
 class _Training(_Section):
     input: Name
     dropout: DropoutRate
@@ -223,6 +234,7 @@ class _Training(_Section):
     epochs: Count
     patience: Count
     seed: Seed
+    precision: Precision = "float32"
 
 
 class CnnParams(_Training):
@@ -272,6 +284,7 @@ class RegisterParams(_Section):
 
 class ComputeParams(_Section):
     scheduler: Annotated[str, StringConstraints(pattern=r"^$|^(tcp|tls|ws|wss)://\S+:\d+$")]
+    devices: Literal["one", "all"]
 
 
 class PredictParams(_Section):
@@ -352,7 +365,9 @@ def load(path: Path) -> Params:
         content = YAML(typ="safe", pure=True).load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing: restore it from version control") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ParamsError(f"{path.name} is not readable YAML: it is nested too deep") from None
+    except (YAMLError, ValueError) as error:  # a date or a number that is none is a ValueError
         raise ParamsError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
     return check(content, path.name)
 
@@ -411,7 +426,7 @@ def check(content: object, where: str = "params.yaml") -> Params:
 
 def _one_line(error: ErrorDetails) -> str:
     key = ".".join(_location(error["loc"])) or "the file"
-    found = repr(error["input"])
+    found = re.sub(r"//[^/@\s]+@", "//***@", _SHORT.repr(error["input"]))
     found = found if len(found) <= 60 else found[:57] + "..."
     match error["type"]:
         case "missing" | "union_tag_not_found":

@@ -1,4 +1,4 @@
-"""Starting TensorFlow without its notes about oneDNN and CUDA, which no variable silences."""
+"""Starting TensorFlow without its notes about oneDNN and CUDA, which no variable silences, and with room for others."""
 
 import os
 import sys
@@ -9,6 +9,8 @@ def import_tensorflow() -> None:
     """Import TensorFlow; what it writes to stderr meanwhile is shown only if the import fails."""
     if "tensorflow" in sys.modules:
         return
+    # Else the first process takes a GPU's whole memory, and a second stage beside it finds none.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as notes:

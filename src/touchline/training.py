@@ -4,6 +4,7 @@ The test photos are not looked at here.
 """
 
 import itertools
+import json
 import os
 import platform
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,9 +73,17 @@ class Labelled:
 
     @classmethod
     def of(cls, split: "pd.DataFrame", subset: str, classes: Sequence[str], workspace: Path) -> "Labelled":
+        if missing := {"class", "group", "sha256"} - set(split.columns):
+            raise TouchlineError(
+                f"data/split.csv lacks the column {', '.join(sorted(missing))}: run `dvc repro -f -s split`"
+            )
         chosen = split[split["subset"] == subset]
         if chosen.empty:
             raise TouchlineError(f"data/split.csv has no photo in {subset}: run `dvc repro`")
+        if unknown := sorted(set(chosen["class"]) - set(classes)):
+            raise TouchlineError(
+                f"data/split.csv has photos of {', '.join(unknown[:5])}, no class of params.yaml: `dvc repro`"
+            )
         labels = chosen["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
         files = [workspace / path for path in chosen["path"]]
         return cls(list(chosen["sha256"]), files, labels, list(chosen["group"]))
@@ -117,7 +126,9 @@ def run(paths: Paths, params: Params, name: str) -> None:
 
     from touchline.tracking import open_store
 
+    _refuse_more_machines()
     import_tensorflow()
+    _refuse_absent_gpus()
     began = time.monotonic()
     started = _now()
     chosen, features = params.models[name], params.features[params.models[name].input]
@@ -140,7 +151,8 @@ def run(paths: Paths, params: Params, name: str) -> None:
             shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
             say(f"{name}: epoch {row['epoch']:.0f}, {shown}" if "strength" not in row else f"{name}: {shown}")
 
-        trained = fit(chosen, features, Arrays(paths.features / chosen.input), train, validation, paths.project, report)
+        stored, devices = Arrays(paths.features / chosen.input), params.compute.devices
+        trained = fit(chosen, features, stored, train, validation, paths.project, report, devices)
         # The saved model is what is judged from here on, by the validation photos as well.
         path = paths.models / f"{name}.keras"
         with replacing(path, ".keras") as temporary:
@@ -205,6 +217,7 @@ def fit(
     validation: Labelled,
     project: Path,
     on_epoch: OnEpoch,
+    devices: str = "one",
 ) -> Trained:
     """Train one model from stored features.
 
@@ -213,9 +226,15 @@ def fit(
         features: the entry of `features` that the model's `input` names; `arrays` are its rows.
         project: what relative paths of weights hang on.
         on_epoch: called with each row of the history as it comes.
+        devices: `all` shares each batch among the GPUs of this machine. Losses are those of one, but for rounding and
+            what dropout draws. A head without fine-tuning is scikit-learn's work, on the CPU.
+
+    Returns:
+        The model in float32 and of one device, whatever it was trained in and on.
 
     Raises:
         Diverged: the loss became NaN or infinite.
+        TouchlineError: batches cannot be shared evenly among the devices.
     """
     import keras
 
@@ -229,7 +248,8 @@ def fit(
 
     if isinstance(params, CnnParams | ArticleParams):
         build = models.cnn if isinstance(params, CnnParams) else models.article
-        model = build(params, features.image_size, classes)
+        build = partial(build, params, features.image_size, classes)
+        model = _built(build, params.batch_size, devices, params.precision)
         rows = Rows(
             lambda chosen, random: np.stack(
                 [augment(photo, params.augmentation, random) for photo in arrays[_pick(train.digests, chosen)]]
@@ -237,16 +257,52 @@ def fit(
             lambda chosen: arrays[_pick(validation.digests, chosen)],
         )
         _fit(model, rows, train, validation, params, remember, params.seed)
-        return Trained(lambda: model, history, _least_loss(history), train)
+        return Trained(lambda: _finished(model, build), history, _least_loss(history), train)
 
     both = Labelled.together(train, validation)
     head, kept, whole_head = _fit_head(params, arrays, train, both, remember)
     if params.fine_tune.blocks:
-        model = models.transfer(head, features, project)
+        build = partial(models.transfer, head, features, project)
+        model = _built(build, params.fine_tune.batch_size, devices)
         tuned = _fine_tune(model, params, features.image_size, train, validation, history, remember)
         if tuned is not None:
-            return Trained(lambda: model, history, tuned, train)
+            return Trained(lambda: _finished(model, build), history, tuned, train)
     return Trained(lambda: models.transfer(whole_head, features, project), history, kept, both)
+
+
+def _built(
+    build: Callable[[], "keras.Model"], batch_size: int, devices: str, precision: str = "float32"
+) -> "keras.Model":
+    """The network as it is trained: on one device or, mirrored, on several, and in `precision`."""
+    import keras
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    # Without a GPU the CPU is the device; it is one, unless it was divided into several.
+    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if devices == "all" and len(found) > 1:
+        if batch_size % len(found):
+            raise TouchlineError(
+                f"batch_size {batch_size} cannot be shared evenly among {len(found)} devices: "
+                f"make it a multiple of {len(found)}, or set compute.devices: one"
+            )
+        strategy = tf.distribute.MirroredStrategy([device.name for device in found])
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        with strategy.scope():
+            return build()
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _finished(model: "keras.Model", build: Callable[[], "keras.Model"]) -> "keras.Model":
+    """A trained network as one that computes in float32 on one device, so that every machine runs the same."""
+    if model.distribute_strategy.num_replicas_in_sync == 1 and model.dtype_policy.name == "float32":
+        return model
+    plain = build()
+    plain.set_weights(model.get_weights())
+    return plain
 
 
 def _fit_head(
@@ -302,12 +358,13 @@ def _fit(
     """Fit until the validation loss stops falling, and keep the best weights."""
     import keras
 
-    # The last layer is a softmax: the loss is given probabilities, and says so.
-    model.compile(
-        optimizer=_optimizer(params, len(train.labels)),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False),
-        metrics=["accuracy"],
-    )
+    with model.distribute_strategy.scope():
+        # The last layer is a softmax: the loss is given probabilities, and says so.
+        model.compile(
+            optimizer=_optimizer(params, len(train.labels)),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False),
+            metrics=["accuracy"],
+        )
 
     def at_epoch_end(_: int, logs: dict[str, float]) -> None:
         row = {METRICS[key]: round(float(logs[key]), 6) for key in METRICS}
@@ -315,12 +372,14 @@ def _fit(
             raise Diverged(f"training {model.name}: the loss is no number any more: lower its learning_rate")
         remember(row)
 
-    size = params.batch_size
+    size, replicas = params.batch_size, model.distribute_strategy.num_replicas_in_sync
     with _errors_of_rows() as telling:
         model.fit(
-            _dataset(telling(rows.train), train.labels, size, seed),
+            _dataset(telling(rows.train), train.labels, size, seed, replicas),
             epochs=params.epochs,
-            validation_data=_dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size),
+            validation_data=_dataset(
+                telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size, replicas=replicas
+            ),
             verbose=0,
             shuffle=False,  # `_dataset` does it
             callbacks=[
@@ -367,11 +426,13 @@ def _fine_tune(
     rows = Rows(
         mirrored, lambda chosen: np.stack([photos.read(path, image_size) for path in _pick(validation.files, chosen)])
     )
-    model.compile(loss="sparse_categorical_crossentropy")
+    size, replicas = params.fine_tune.batch_size, model.distribute_strategy.num_replicas_in_sync
+    with model.distribute_strategy.scope():
+        model.compile(loss="sparse_categorical_crossentropy")
     with _errors_of_rows() as telling:
-        size = params.fine_tune.batch_size
         before = model.evaluate(
-            _dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size), verbose=0
+            _dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size, replicas=replicas),
+            verbose=0,
         )
     start = len(history)
     _fit(model, rows, train, validation, params.fine_tune, remember, params.seed)
@@ -419,6 +480,7 @@ def _dataset(
     labels: np.ndarray,
     batch_size: int,
     shuffle_seed: int | None = None,
+    replicas: int = 1,
 ) -> "tf.data.Dataset":
     """One pass an epoch over all photos, in batches made on every core, a few ahead of the training.
 
@@ -426,17 +488,22 @@ def _dataset(
         rows: makes the rows of a batch from positions in `labels`; what is random in it comes from the generator given,
             so that the order of the threads changes nothing.
         shuffle_seed: a new order each epoch if given, else always the order of `labels`.
+        replicas: how many devices share a batch. An epoch in a new order leaves out what they cannot share evenly:
+            fewer photos than there are replicas, others each time. In a fixed order none is left out.
     """
     import tensorflow as tf
 
     epochs = itertools.count()
+    used = len(labels) - (len(labels) % replicas if shuffle_seed is not None else 0)
+    cuts = _cuts(used, batch_size, replicas)
 
     def one_epoch() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        epoch = next(epochs)
+        # Before training on several devices Keras takes a batch to look at: that is no epoch.
+        epoch = max(0, next(epochs) - 1) if replicas > 1 else next(epochs)
         order = np.arange(len(labels))
         if shuffle_seed is not None:
             np.random.default_rng([shuffle_seed, epoch]).shuffle(order)
-        batches = np.split(order, range(batch_size, len(order), batch_size))
+        batches = np.split(order[:used], cuts)
 
         def make(numbered: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             number, chosen = numbered
@@ -447,7 +514,57 @@ def _dataset(
     example = rows(np.arange(1), np.random.default_rng(0))
     signature = (tf.TensorSpec((None, *example.shape[1:]), example.dtype), tf.TensorSpec((None,), tf.int64))
     dataset = tf.data.Dataset.from_generator(one_epoch, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(-(-len(labels) // batch_size))).prefetch(2)
+    return dataset.apply(tf.data.experimental.assert_cardinality(len(cuts) + 1)).prefetch(2)
+
+
+def _cuts(photos: int, batch_size: int, replicas: int) -> list[int]:
+    """Where batches begin, but for the first.
+
+    TensorFlow gives each replica the same number of rows, rounded up, until none are left, and fails where one gets
+    none. So the last batch grows by the one before it until it is enough for all; and the first, which Keras looks at,
+    can be shared evenly.
+    """
+    cuts = list(range(batch_size, photos, batch_size))
+
+    def too_few(rows: int) -> bool:
+        return -(-rows // replicas) * (replicas - 1) >= rows
+
+    while cuts and too_few(photos - cuts[-1]):
+        cuts.pop()
+    if not cuts and photos % replicas:
+        cuts = [cut for cut in range(replicas, photos, replicas) if not too_few(photos - cut)][-1:]
+        if not cuts:
+            raise TouchlineError(f"{photos} photos cannot be shared among {replicas} devices: set compute.devices: one")
+    return cuts
+
+
+def _refuse_more_machines() -> None:
+    """Raise TouchlineError if TF_CONFIG makes this one of several workers: Keras's `fit` fails on them."""
+    try:
+        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
+        tasks = sum(len(addresses) for addresses in cluster.values())
+    except (ValueError, AttributeError, TypeError):
+        raise TouchlineError("TF_CONFIG is not what TensorFlow expects: unset it") from None
+    if tasks > 1:
+        raise TouchlineError(
+            f"TF_CONFIG names {tasks} tasks, but a model is trained on one machine: unset it; compute.devices: all "
+            "takes all GPUs of this one, and docs/scale.md says what several machines are for"
+        )
+
+
+def _refuse_absent_gpus() -> None:
+    """Raise TouchlineError if CUDA_VISIBLE_DEVICES names more GPUs than TensorFlow finds, which would take the CPU."""
+    import tensorflow as tf
+
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # -1 hides itself and what comes after it, as CUDA has it.
+    named = list(itertools.takewhile(lambda name: name not in {"", "-1", "NoDevFiles"}, variable.split(",")))
+    found = len(tf.config.list_physical_devices("GPU"))
+    if found < len(named):
+        raise TouchlineError(
+            f"CUDA_VISIBLE_DEVICES is {variable!r}, but TensorFlow finds {found} GPUs: name those that `nvidia-smi -L` "
+            "lists, install `tensorflow[and-cuda]`, or set it to -1 for the CPU"
+        )
 
 
 def _pick(items: Sequence[T], chosen: np.ndarray) -> list[T]:
