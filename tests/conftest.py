@@ -12,9 +12,11 @@ from servers import Host
 from touchline.params import Params, check, load
 from touchline.paths import Paths
 
+FUZZED = "TOUCHLINE_FUZZ_CASES"  # how many cases, for test_fuzz.py
 # The tests may themselves run inside a DVC stage, a flow or beside a tracking server; their projects are their own.
 for variable in list(os.environ):
-    if variable.startswith(("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_", "DASK_")):
+    others = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_", "DASK_")
+    if variable.startswith(others) and variable != FUZZED:
         del os.environ[variable]
 # Who starts the tests in the background of a shell has them, and all they start, deaf to Ctrl-C, which some tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -71,3 +73,12 @@ def host() -> Iterator[Host]:
     """A server on loopback, empty."""
     with Host() as host:
         yield host
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests with hostile bytes tried, where they were told how much."""
+    if FUZZED in os.environ:
+        for outcome in ("passed", "failed"):
+            for report in terminalreporter.getreports(outcome):
+                if told := dict(report.user_properties).get("fuzz"):
+                    terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {told}")

@@ -112,8 +112,8 @@ with files.replacing(folder / "model.keras", ".keras"):
 def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
     # A class may be called 1, a group 007.
     table = pd.DataFrame({"path": ["a"], "class": ["1"], "group": ["007"], "sha256": ["12e4"], "width": [640]})
-    files.write_table(tmp_path / "split.csv", table)
-    pd.testing.assert_frame_equal(files.read_table(tmp_path / "split.csv"), table)
+    files.write_table(tmp_path / "table.csv", table)
+    pd.testing.assert_frame_equal(files.read_table(tmp_path / "table.csv"), table)
 
 
 @pytest.mark.parametrize("read", [files.read_json, files.read_table])

@@ -11,7 +11,7 @@ import numpy as np
 
 from touchline import compute, explaining, inference, photos, plots
 from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table, replacing, write_json, write_table
+from touchline.files import read_json, read_table, replacing, sha256, write_json, write_table
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.progress import say, track
@@ -91,12 +91,18 @@ def load_model(path: Path) -> "keras.Model":
     """A whole model from its file.
 
     Raises:
-        TouchlineError: the file is missing or no model; code that a file brings along is not run.
+        TouchlineError: the file is missing, no model, or not the one that the record beside it describes; code that a
+            file brings along is not run.
     """
     import keras
 
     if not path.exists():
         raise TouchlineError(f"{path} is missing: run `dvc repro`, or `dvc checkout` to get it from the cache")
+    record = path.with_suffix(".json")
+    described = read_json(record) if record.is_file() else {}
+    expected = described.get("model_sha256") if isinstance(described, dict) else None
+    if expected not in (None, sha256(path)):
+        raise TouchlineError(f"{path} is not the file that {record.name} describes: run `dvc repro` to renew both")
     try:
         return keras.models.load_model(path, safe_mode=True, compile=False)
     except Exception as error:  # a torn zip, a bad config, a refused layer: Keras raises many kinds

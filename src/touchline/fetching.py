@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _ABSENT = {404, 410}
 # Photos written and not yet safe on disk, each with an open file.
 _UNSAFE_AT_MOST = 64
+# A photo's file; the journal is a file like any other, and must not name one elsewhere.
+_NAME = re.compile(r"[0-9a-f]{16}\.[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ class Journal:
         content = path.read_bytes() if path.exists() else b""
         for line in content.splitlines():
             # A line that a killed process did not finish is no entry; what it was about is fetched again.
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 entry = Entry(**json.loads(line))
-                self._entries[entry.url] = entry
+                if entry.absent or _NAME.fullmatch(entry.name):
+                    self._entries[entry.url] = entry
         self._file = path.open("ab")
         if content and not content.endswith(b"\n"):
             self._file.write(b"\n")

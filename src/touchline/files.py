@@ -25,6 +25,9 @@ _TEXT = dict.fromkeys(
     str,
 )  # fmt: skip
 
+# What all readers of a table take for given.
+_NEEDED = {"validated.csv": ("path", "sha256"), "split.csv": ("path", "subset")}
+
 
 # Temporary files this process is writing, and what guards them.
 _unfinished: set[Path] = set()
@@ -125,7 +128,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TouchlineError(f"{path} is not readable JSON ({error}): delete it and run `dvc repro`") from None
 
 
@@ -138,12 +141,18 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
     """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings.
 
     Raises:
-        TouchlineError: the file is missing, empty or not a table.
+        TouchlineError: the file is missing, empty, not a table, or lacks a column that all its readers need.
     """
     import pandas as pd
 
     try:
-        return pd.read_csv(path, keep_default_na=False, na_values={}, **{"dtype": _TEXT, **options})
+        table = pd.read_csv(path, keep_default_na=False, na_values={}, **{"dtype": _TEXT, **options})
+        if not isinstance(table.index, pd.RangeIndex):
+            # pandas would take the first values for names of rows, and every other one for its neighbour's.
+            raise ValueError("its rows have more values than its header has columns")
+        if missing := [column for column in _NEEDED.get(path.name, ()) if column not in table.columns]:
+            raise ValueError(f"it lacks the column {', '.join(missing)}")
+        return table
     except FileNotFoundError:
         raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
     except ValueError as error:

@@ -88,7 +88,11 @@ def measure(path: Path, max_megapixels: float) -> Measurement:
                 return Measurement("", width, height, megapixels, bomb=True)
             # A JPEG decoded at a fraction of its size is still read to its last byte, in a third of the time.
             image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
-            image.load()
+            # A WebP is read whole or not at all, below as here, and Pillow would hold a large one five times over.
+            if image.format != "WEBP":
+                image.load()
+            # The pixels go now, before OpenCV makes its own: of the largest photos both would not fit.
+            image.close()
     except Exception as error:  # see `header`
         return Measurement(f"does not decode: {_reason(error)}")
     try:

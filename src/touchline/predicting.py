@@ -7,6 +7,7 @@ the model uses `resolve`, `pixels` and `Answer.of` too, so that one photo has on
 import csv
 import errno
 import glob
+import io
 import json
 import os
 import re
@@ -443,11 +444,16 @@ def _write_json(results: IO[str], _: Sequence[str], answers: Iterable[tuple[Path
 
 
 def _write_csv(results: IO[str], classes: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:
-    rows = csv.writer(results, lineterminator="\n")
-    rows.writerow(["photo", "label", "guess", "confidence", *(f"probability:{name}" for name in classes)])
+    def write(values: Sequence[object]) -> None:
+        # Told to end lines with \n alone, csv would put no quotes round a \r, and one name would be two rows.
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(values)
+        results.write(line.getvalue().removesuffix("\r\n") + "\n")
+
+    write(["photo", "label", "guess", "confidence", *(f"probability:{name}" for name in classes)])
     for path, answer in answers:
         names = [_no_formula(text) for text in (str(path), answer.label, answer.guess)]
-        rows.writerow([*names, answer.confidence, *answer.probabilities.values()])
+        write([*names, answer.confidence, *answer.probabilities.values()])
 
 
 _WRITERS = {"table": _write_table, "json": _write_json, "csv": _write_csv}

@@ -50,7 +50,16 @@ def run(paths: Paths, params: Params) -> None:
     Raises:
         TouchlineError: a class has no photo in a subset, or the options do not fit the groups there are.
     """
-    split, moves, conflicts = assign(read_table(paths.validated_table, dtype=str), params.split)
+    photos = read_table(paths.validated_table, dtype=str)
+    if missing := {"class", "group", "subset", "perceptual_hash"} - set(photos.columns):
+        raise TouchlineError(
+            f"{paths.validated_table} lacks the column {', '.join(sorted(missing))}: run `dvc repro -f -s validate`"
+        )
+    if not photos["perceptual_hash"].str.fullmatch("[0-9a-f]{16}").all():
+        raise TouchlineError(
+            f"{paths.validated_table} holds no perceptual hash in a row: run `dvc repro -f -s validate`"
+        )
+    split, moves, conflicts = assign(photos, params.split)
     write_table(paths.split_table, split.sort_values(["subset", "class", "path"])[list(COLUMNS)])
     counts = {
         subset: {

@@ -7,11 +7,12 @@ little-endian values. See `_legacy_save` in torch/serialization.py.
 
 import hashlib
 import io
+import math
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class _Tensor:
         if len(self.shape) != len(self.strides) or min((self.offset, *self.shape, *self.strides)) < 0:
             raise ValueError("a tensor has an impossible shape")
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        if 0 in self.shape or last >= len(values):
+        if 0 in self.shape or last >= len(values) or math.prod(self.shape) > len(values):
             raise ValueError(f"a tensor reaches beyond its storage {self.storage.key}")
         bytes_apart = tuple(stride * values.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, bytes_apart, writeable=False)
@@ -88,7 +89,13 @@ _ALLOWED = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in Python: the one in C makes room for the place in its memo that a file names, and if that is gigabytes.
+class _Unpickler(pickle._Unpickler):
+    # Nor does any weight file hold a bytearray, for which room is made before a byte of it is read.
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]

@@ -519,8 +519,13 @@ class Store:
             self._client.delete_logged_model(model_id)
 
     def load(self, name: str, version: int) -> "keras.Model":
-        """The Keras model of a version, out of the store."""
-        return self._keras_model(self._download(name, version))
+        """The Keras model of a version, out of the store.
+
+        Raises:
+            TouchlineError: the store has no such model, or not the file that was registered.
+        """
+        found = self._client.get_model_version(name, str(version))
+        return self._keras_model(self._download(name, version), found.tags.get(_SHA256), found.run_id)
 
     def load_with_classes(self, source: Version | str) -> tuple["keras.Model", list[str]]:
         """The Keras model of a version, or of the run with that id, and the names of its classes.
@@ -532,8 +537,9 @@ class Store:
 
         if isinstance(source, Version):
             what, folder = f"version {source.number} of {source.name}", self._download(source.name, source.number)
+            expected, run_id = source.model_sha256, source.run_id
         else:
-            what, models = f"run {source}", self._models(source)
+            what, models, expected, run_id = f"run {source}", self._models(source), "", source
             if not models:
                 raise TouchlineError(f"run {source} in {self._where} has no model: name another run")
             folder = self._fetch(self._client.get_logged_model(models[-1]).artifact_location, what)
@@ -543,18 +549,27 @@ class Store:
             raise TouchlineError(
                 f"the model of {what} in {self._where} does not name its classes: Touchline logged it not"
             )
-        return self._keras_model(folder), list(classes)
+        return self._keras_model(folder, expected, run_id), list(classes)
 
     def training_photos(self, name: str, version: int) -> set[str]:
         """SHA-256 of each photo that a version learned from."""
         return set(read_json(self._download(name, version, _TRAINING_PHOTOS)))
 
-    def _keras_model(self, folder: Path) -> "keras.Model":
+    def _keras_model(self, folder: Path, expected: str | None, run_id: str) -> "keras.Model":
+        """The model in a folder of MLflow's, if it is the file whose SHA-256 its version, or else its run, states."""
         import_tensorflow()
-        with _one_line_errors(self._where):
-            import mlflow.keras
+        # Not by MLflow's loader: what it loads, and how, stands in a file beside the model.
+        file = folder / "data/model.keras"
+        expected = expected or self._client.get_run(run_id).data.tags.get(_SHA256)
+        if not file.is_file() or expected is None or sha256(file) != expected:
+            raise TouchlineError(f"{file} in {self._where} is not the model that was logged: `make run` logs one again")
+        import keras
 
-            return mlflow.keras.load_model(str(folder))
+        try:
+            return keras.saving.load_model(file, safe_mode=True, compile=False)
+        except Exception as error:  # a refused layer, a torn file: Keras raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise TouchlineError(f"{file} in {self._where} is no readable model ({reason}): log another") from None
 
     def _download(self, name: str, version: int, file: str = "") -> Path:
         location = self._client.get_model_version_download_uri(name, str(version))

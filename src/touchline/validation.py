@@ -580,7 +580,7 @@ def _read_photos(path: Path, classes: Sequence[str]) -> "pd.DataFrame":
         raise TouchlineError(f"{path} lacks the column {', '.join(missing)}: run `dvc repro -f -s ingest`")
     if unknown := sorted(set(photos["class"]) - set(classes)):
         raise TouchlineError(
-            f"{path} has photos of {', '.join(unknown)}, which params.yaml does not list under classes: "
+            f"{path} has photos of {', '.join(unknown[:5])}, which params.yaml does not list under classes: "
             "add it there or run `dvc repro -f -s ingest`"
         )
     return photos

@@ -48,7 +48,7 @@ def candidates(folder: Path, classes: Sequence[str]) -> Iterator[Candidate]:
     for record in sorted(folder.glob("*.json")):
         photo, label = _read(record)
         where = f"data/feedback/{record.name}"
-        # A name with a folder in it would lead elsewhere.
+        # Of the folder's own: an entry that came from elsewhere may name any file of this machine.
         if Path(photo).name != photo or Path(photo).stem != record.stem or not (folder / photo).is_file():
             raise TouchlineError(f"{where} names no photo that lies beside it: delete it")
         if label not in classes:

@@ -54,8 +54,12 @@ def _manifest(path: Path) -> dict[str, dict[str, str]]:
 
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("its rows have more values than its header has columns")
     except (ValueError, UnicodeDecodeError) as error:
-        raise TouchlineError(f"{path} is not a readable table ({error}): mend it or take it away") from None
+        raise TouchlineError(
+            f"{path} is not a readable table ({' '.join(str(error).split())}): mend it or take it away"
+        ) from None
     if "file" not in table:
         raise TouchlineError(f"{path} has no column `file` (path within the folder): add it or take the manifest away")
     known = [column for column in _MANIFEST_COLUMNS if column in table]

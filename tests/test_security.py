@@ -1,0 +1,249 @@
+"""Data is never a program, files stay where they belong, servers speak to this machine alone, secrets stay secret.
+
+docs/threat-model.md names each of these tests beside what it guards.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import projects
+import pytest
+from conftest import SHIPPED, shipped_values
+from PIL import Image
+
+from touchline import evaluation, files, params, predicting
+from touchline.errors import TouchlineError
+from touchline.ingestion import _attribution
+from touchline.paths import Paths
+from touchline.quiet import import_tensorflow
+from touchline.tracking import Store, open_store
+
+REPOSITORY = projects.REPOSITORY
+SIDE, CLASSES = 32, ["rugby", "soccer"]
+SECRETS = {
+    "MLFLOW_TRACKING_USERNAME": "someone",
+    "MLFLOW_TRACKING_PASSWORD": "s3cret-mlflow",
+    "AWS_ACCESS_KEY_ID": "s3cret-aws-id",
+    "AWS_SECRET_ACCESS_KEY": "s3cret-aws-key",
+    "KAGGLE_KEY": "s3cret-kaggle",
+    "HF_TOKEN": "s3cret-hub",
+}
+
+
+def _model(program: Path | None = None) -> Any:
+    """A model of photos; with `program` one that makes that file where its code is run."""
+    import_tensorflow()
+    import keras
+
+    photo = keras.Input((SIDE, SIDE, 3), dtype="uint8")
+    values = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(photo))
+    if program:
+        source = str(program)
+        values = keras.layers.Lambda(lambda x: (open(source, "w").close(), x)[1], output_shape=lambda shape: shape)(
+            values
+        )
+    return keras.Model(photo, keras.layers.Dense(2, activation="softmax")(values))
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """A file that must not come to be."""
+    canary = tmp_path / "canary"
+    yield canary
+    assert not canary.exists()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Paths:
+    root = tmp_path / "a project"
+    (root / "models").mkdir(parents=True)
+    (root / "params.yaml").write_bytes(SHIPPED.read_bytes())
+    return Paths(root, root)
+
+
+def _logged(project: Paths, model: Any) -> tuple[Store, int, Path]:
+    """The model as version 1 of a registry, and where the store has its file."""
+    path = project.models / "cnn.keras"
+    model.save(path)
+    store = open_store(project, "rugby-soccer")
+    run_id = store.start("a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
+    store.finish(run_id, model_path=path, image_size=SIDE, classes=CLASSES, training_photos=[], metrics={})
+    version = store.register("rugby-soccer", run_id, {}, "")
+    (file,) = (project.mlflow / "artifacts").rglob("model.keras")
+    return store, version, file
+
+
+def test_a_model_that_brings_a_program_is_refused_from_a_file(project: Paths, canary: Path) -> None:
+    path = project.models / "cnn.keras"
+    _model(canary).save(path)
+    canary.unlink(missing_ok=True)
+    files.write_json(path.with_suffix(".json"), {"classes": CLASSES})
+    values = params.load(project.workspace / "params.yaml")
+
+    for load in (lambda: evaluation.load_model(path), lambda: predicting.resolve(project, values, "cnn")):
+        with pytest.raises(TouchlineError, match="no readable model") as refused:
+            load()
+        assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_model_that_brings_a_program_is_refused_from_the_store(project: Paths, canary: Path) -> None:
+    store, version, _ = _logged(project, _model(canary))
+    canary.unlink(missing_ok=True)
+
+    for load in (lambda: store.load("rugby-soccer", version),
+                 lambda: store.load_with_classes(store.versions("rugby-soccer")[0])):  # fmt: skip
+        with pytest.raises(TouchlineError, match="no readable model") as refused:
+            load()
+        assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_model_that_is_not_the_one_described_is_refused(project: Paths) -> None:
+    path = project.models / "cnn.keras"
+    _model().save(path)
+    record = {"classes": CLASSES, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    files.write_json(path.with_suffix(".json"), record)
+    values = params.load(project.workspace / "params.yaml")
+    assert predicting.resolve(project, values, "cnn").classes == CLASSES
+    _model().save(path)
+
+    for load in (lambda: evaluation.load_model(path), lambda: predicting.resolve(project, values, "cnn")):
+        with pytest.raises(TouchlineError, match=r"is not the file that cnn\.json describes"):
+            load()
+
+
+def test_a_model_of_the_registry_is_the_one_that_was_registered(project: Paths) -> None:
+    store, version, file = _logged(project, _model())
+    assert store.load("rugby-soccer", version).input_shape == (None, SIDE, SIDE, 3)
+    _model().save(file)
+
+    with pytest.raises(TouchlineError, match="is not the model that was logged"):
+        store.load("rugby-soccer", version)
+    with pytest.raises(TouchlineError, match="is not the model that was logged"):
+        store.load_with_classes(store.versions("rugby-soccer")[0])
+    with pytest.raises(TouchlineError, match="is not the model that was logged"):
+        store.load_with_classes(store.versions("rugby-soccer")[0].run_id)
+
+
+@pytest.mark.parametrize(
+    "text", ["classes: !!python/object/apply:os.system ['touch {}']", "classes: !!python/name:os.system ''"]
+)
+def test_params_make_no_objects(tmp_path: Path, canary: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text.format(canary))
+
+    with pytest.raises(params.ParamsError, match=r"params\.yaml"):
+        params.load(path)
+
+
+@pytest.mark.parametrize("section", ["features", "models"])
+@pytest.mark.parametrize("name", ["x; touch canary", "$(touch canary)", "../x", "`x`", "-x", "x\n", "X", ""])
+def test_names_that_become_commands_are_plain(section: str, name: str) -> None:
+    values = shipped_values()
+    values[section][name] = next(iter(values[section].values()))
+
+    with pytest.raises(params.ParamsError, match=section):
+        params.check(values)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(1)", "\tx", "\rx"])
+def test_tables_for_people_hold_no_formulas(text: str) -> None:
+    import pandas as pd
+
+    row = dict.fromkeys(
+        ("path", "class", "source", "licence", "author", "origin", "title", "author_page", "landing_page", "retrieved"),
+        text,
+    )
+    written = _attribution(pd.DataFrame([row]))
+    assert all(value == f"'{text}" for value in written.iloc[0])
+
+    out = io.StringIO()
+    answer = predicting.Answer(text, text, 0.9, {"a": 0.9, "b": 0.1})
+    predicting._write_csv(out, ["a", "b"], iter([(Path(text), answer)]))
+    photo, label, guess, *_ = list(csv.reader(io.StringIO(out.getvalue(), newline="")))[1]
+    assert {photo, label, guess} == {f"'{text}"}
+
+
+def test_hostile_names_go_through_the_first_stages_as_names(tmp_path: Path) -> None:
+    """A class and photos that a shell would run, to validated and divided photos, as DVC runs the stages."""
+    hostile = ["; touch canary #", "$(touch canary)"]
+    project = projects.make(
+        tmp_path / "project",
+        {"classes": hostile, "ingest.sources": ["folder"], "ingest.folder": "data/incoming",
+         "validate.min_per_class": 2, "split.by_group": False},
+        git=False,
+    )  # fmt: skip
+    project.run("dvc", "config", "--local", "core.no_scm", "true")
+    random = np.random.default_rng(3)
+    for label in hostile:
+        for number in range(12):
+            file = project.root / "data/incoming" / label / f"$(touch canary)`touch canary`;touch canary #{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (80, 90, 3), np.uint8)).save(file)
+
+    project.dvc("repro", "split", TOUCHLINE_QUIET="1")
+
+    with (project.root / "data/split.csv").open() as table:
+        assert {row["class"] for row in csv.DictReader(table)} == set(hostile)
+    page = (project.root / "reports/validation.html").read_text()
+    assert "touch canary" in page and "<script>touch" not in page
+    assert not list(project.root.rglob("canary")) and not Path("canary").exists()
+
+
+def test_a_hostile_model_name_reaches_no_shell(tmp_path: Path) -> None:
+    project = projects.make(tmp_path / "project", git=False)
+    project.run("dvc", "config", "--local", "core.no_scm", "true")
+    content = (project.root / "params.yaml").read_text()
+    (project.root / "params.yaml").write_text(content.replace("\n  transfer:", "\n  x; touch canary:", 1))
+
+    said = project.dvc("repro", exit_code=None)
+
+    assert not (project.root / "canary").exists(), said
+    assert "x; touch canary" in said and "Traceback" not in said
+
+
+def test_secrets_are_in_no_file_and_no_output(tmp_path: Path) -> None:
+    project = projects.make(
+        tmp_path / "project",
+        {"ingest.sources": ["sample"], "ingest.sample.per_class": 30, "validate.min_per_class": 4},
+        git=False,
+    )
+    project.run("dvc", "config", "--local", "core.no_scm", "true")
+    said = project.dvc("repro", "split", **SECRETS)
+    project.change({"ingest.sources": ["openimages"],
+                    "ingest.openimages.url": "http://someone:s3cret-url@127.0.0.1:9/openimages",
+                    "ingest.download.tries": 1})  # fmt: skip
+    refused = project.run("touchline", "ingest", exit_code=None, **SECRETS)
+
+    assert "ingest.openimages.url is 'http://***@127.0.0.1:9/openimages'" in refused
+    secrets = [value for value in SECRETS.values() if value.startswith("s3cret")] + ["s3cret-url"]
+    assert [secret for secret in secrets if secret in said + refused] == []
+    for path in project.root.rglob("*"):
+        if path.is_file() and path.name != "params.yaml":
+            content = path.read_bytes()
+            assert [secret for secret in secrets if secret.encode() in content] == [], path
+
+
+def test_servers_listen_on_loopback_unless_told() -> None:
+    import inspect
+
+    from flows import board
+    from touchline import cli
+
+    for command in (cli.mlflow, cli.serve, cli.try_models, board.main):
+        assert inspect.signature(command).parameters["host"].default == "127.0.0.1"
+
+
+def test_bandit_finds_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bandit", "--quiet", "--configfile", "pyproject.toml", "--recursive", "src", "flows"],
+        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
