@@ -134,6 +134,14 @@ class Served:
         status, said, _ = self.predict(jpeg())
         return (status, said.get("label")) == (200, "red")
 
+    def is_deaf(self) -> bool:
+        """Whether nobody can reach it any more."""
+        try:
+            self.open().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
     def open(self, sent: bytes = b"") -> socket.socket:
         """A connection on which `sent` was sent, as a slow client does it."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
@@ -306,10 +314,15 @@ def test_more_connections_than_allowed_are_turned_away(
                 assert b" 503 " in (said := all_of(connection)) and b"Retry-After: 1\r\n" in said
         boards.wait_for(lambda: len(served.server.server_state.connections) == 5, 60)
         for _ in range(10):
-            held.enter_context(served.open())
+            told = held.enter_context(served.open())
         boards.wait_for(lambda: len(served.server.server_state.connections) == 15, 60)
-        assert b" 503 " in all_of(held.enter_context(served.open()))
-        assert len(served.server.server_state.connections) <= 15
+        # Beyond three times the limit nobody is taken in to be told, and nobody is cut off: it is a matter of waiting.
+        with ThreadPoolExecutor(1) as waiting:
+            said = waiting.submit(all_of, held.enter_context(served.open(POST + b"Content-Length: 3\r\n\r\nabc")))
+            time.sleep(0.5)
+            assert not said.done() and len(served.server.server_state.connections) == 15
+            told.close()
+            assert b" 503 " in said.result()
     boards.wait_for(lambda: not served.server.server_state.connections, 60)
     assert served.is_well()
 
@@ -366,45 +379,6 @@ def test_a_model_that_fails_does_so_for_its_batch_alone(
     assert served.is_well()
 
 
-def test_under_eight_times_the_load_it_answers_or_refuses_and_is_well_after(serve: Callable[..., Served]) -> None:
-    served = serve(in_work=8, connections=48, body=MB, bodies=8 * MB, head_seconds=1, body_seconds=1)
-    outcomes: list[Any] = []
-
-    def good(_: int) -> None:
-        with suppress(OSError, http.client.HTTPException):
-            outcomes.append(served.predict(jpeg())[0])
-            return
-        outcomes.append("cut")
-
-    def oversize(_: int) -> None:
-        with suppress(OSError, http.client.HTTPException):
-            outcomes.append(("oversize", served.predict(iter([bytes(MB // 4)] * 40))[0]))
-
-    def slow(number: int) -> None:
-        sent = (b"", POST, POST + b"Content-Length: 900000\r\n\r\n" + bytes(number * 100))[number % 3]
-        with suppress(OSError), served.open(sent) as connection:
-            outcomes.append(("slow", all_of(connection)[9:12]))
-
-    def load(times: int) -> int:
-        with ThreadPoolExecutor(8 * times) as clients:
-            for number in range(15 * times):
-                for work in (good, good, good, oversize, slow):
-                    clients.submit(work, number)
-        return psutil.Process().memory_info().rss
-
-    served.model.seconds = 0.02
-    load(2)
-    first, last = load(4), load(8)
-    counts = Counter(outcomes)
-    assert set(counts) <= {
-        200, 503, "cut", ("oversize", 413), ("oversize", 503), ("slow", b""), ("slow", b"408"), ("slow", b"503"),
-    }, counts  # fmt: skip
-    assert counts[200] > 50 and counts["oversize", 413] > 10 and counts["slow", b"408"] > 5, counts
-    assert last - first < 100 * MB
-    boards.wait_for(lambda: not served.server.server_state.connections, 60)
-    assert served.is_well()
-
-
 def test_told_to_end_it_answers_what_is_in_work_and_waits_for_nobody_else(
     serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -420,7 +394,7 @@ def test_told_to_end_it_answers_what_is_in_work_and_waits_for_nobody_else(
         served.working(5)
         boards.wait_for(lambda: served.model.batches, 60)
         served.server.should_exit = True
-        boards.wait_for(lambda: not served.server.servers[0].is_serving(), 60)
+        boards.wait_for(served.is_deaf, 60)
         served.model.may_answer.set()
         assert [each.result()[0] for each in in_work] == [200] * 4
         assert all_of(half) == b""

@@ -7,6 +7,7 @@ client sends, and however slowly, costs the server no more than its `Limits`: wh
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -39,7 +40,8 @@ class Limits:
         body: bytes of one photo's file.
         bodies: bytes of all files that are on their way in or in work.
         in_work: photos that are being decoded or wait for the model.
-        connections: open ones; twice as many more are told so and heard to their end, what comes on top is cut off.
+        connections: open ones; twice as many more are told so and heard to their end, and who comes on top waits until
+            one of these is gone.
         head_seconds: for the head of a request to come, on a new connection as on a kept one.
         body_seconds: for the body to come.
         request_seconds: for a request as a whole, until its client has taken the answer.
@@ -98,7 +100,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None
 def server(classifier: Classifier, params: Params, limits: Limits | None = None) -> uvicorn.Server:
     """A server of the model, ready to run on a socket."""
     limits = limits or Limits()
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             application(classifier, params, limits),
             http=partial(_Connection, limits=limits),
@@ -109,7 +111,8 @@ def server(classifier: Classifier, params: Params, limits: Limits | None = None)
             access_log=False,
             proxy_headers=False,
             server_header=False,
-        )
+        ),
+        most=3 * limits.connections,
     )
 
 
@@ -270,11 +273,48 @@ _FULL = (
 _LINGER_SECONDS = 2
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves in the kernel's queue whom it cannot even tell that it is full.
+
+    uvicorn accepts every connection, and would have to cut off what is too many.
+    """
+
+    def __init__(self, config: uvicorn.Config, most: int) -> None:
+        super().__init__(config)
+        self._most = most
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+        self._accepting = [asyncio.create_task(self._accept(listening)) for listening in sockets or []]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for accepting in self._accepting:
+            accepting.cancel()
+        await super().shutdown(sockets)
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        listening.setblocking(False)
+        listening.listen(self.config.backlog)
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listening)
+                await loop.connect_accepted_socket(self._connection, accepted)
+            except OSError:  # it is gone already, or the process may open no more files: those open will end
+                await asyncio.sleep(0.1)
+            while len(self.server_state.connections) >= self._most:
+                await asyncio.sleep(0.01)
+
+    def _connection(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
 class _Connection(H11Protocol):
     """uvicorn's connection, with an end to all that a client may be slow at.
 
-    uvicorn waits for the head of a request, and for its answer to be taken, as long as the client likes, and accepts
-    every connection.
+    uvicorn waits for the head of a request, and for its answer to be taken, as long as the client likes.
     """
 
     def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:
@@ -282,23 +322,23 @@ class _Connection(H11Protocol):
         self._limits = limits
         self._timer: asyncio.TimerHandle | None = None
         self._refused = False
+        self._heard_until = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        if len(self.connections) > 3 * self._limits.connections:
-            transport.write(_FULL)
-            transport.abort()
-            return
         self._refused = sum(not each._refused for each in self.connections) > self._limits.connections
         self._abort_after(_LINGER_SECONDS if self._refused else self._limits.head_seconds)
         if self._refused:
             # What it sends is dropped, not left lying: a client that is still sending would never see the answer.
+            self._heard_until = self.loop.time() + self._limits.head_seconds
             transport.write(_FULL)
             transport.write_eof()
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:
             super().data_received(data)
+        elif self.loop.time() < self._heard_until:
+            self._abort_after(_LINGER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer:
