@@ -81,6 +81,8 @@ def test_asked_far_too_much_it_answers_or_refuses_and_is_well_after(
     photos = [file.read_bytes() for file in sorted((project.root / "data/photos").rglob("*.jpg"))[:16]]
 
     with served(project, tmp_path / "serve.txt") as (process, port):
+        open_to = {each.laddr.ip for each in process.net_connections() if each.status == psutil.CONN_LISTEN}
+        assert open_to == {"127.0.0.1"}
         clients = Clients(port, photos)
 
         def judged() -> set[tuple[int, str]]:

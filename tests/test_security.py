@@ -6,6 +6,7 @@ docs/threat-model.md names each of these tests beside what it guards.
 import csv
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from touchline.quiet import import_tensorflow
 from touchline.tracking import Store, open_store
 
 REPOSITORY = projects.REPOSITORY
+# Two names that a shell would run, and one of them a page.
+HOSTILE = ["; touch canary #", "$(touch canary) <b>"]
 SIDE, CLASSES = 32, ["rugby", "soccer"]
 SECRETS = {
     "MLFLOW_TRACKING_USERNAME": "someone",
@@ -171,29 +174,40 @@ def test_tables_for_people_hold_no_formulas(text: str) -> None:
     assert {photo, label, guess} == {f"'{text}"}
 
 
-def test_hostile_names_go_through_the_first_stages_as_names(tmp_path: Path) -> None:
-    """A class and photos that a shell would run, to validated and divided photos, as DVC runs the stages."""
-    hostile = ["; touch canary #", "$(touch canary)"]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[projects.Project, str]:
+    """A whole pipeline on classes and photos that a shell would run, with secrets around it; and what it printed."""
     project = projects.make(
-        tmp_path / "project",
-        {"classes": hostile, "ingest.sources": ["folder"], "ingest.folder": "data/incoming",
-         "validate.min_per_class": 2, "split.by_group": False},
+        tmp_path_factory.mktemp("security") / "project",
+        projects.SMALL
+        | {"classes": HOSTILE, "ingest.sources": ["folder"], "ingest.folder": "data/incoming", "split.by_group": False,
+           "models.cnn.epochs": 1},
         git=False,
     )  # fmt: skip
     project.run("dvc", "config", "--local", "core.no_scm", "true")
     random = np.random.default_rng(3)
-    for label in hostile:
-        for number in range(12):
+    for label in HOSTILE:
+        for number in range(20):
             file = project.root / "data/incoming" / label / f"$(touch canary)`touch canary`;touch canary #{number}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (80, 90, 3), np.uint8)).save(file)
+    return project, project.dvc("repro", TOUCHLINE_QUIET="1", **SECRETS)
 
-    project.dvc("repro", "split", TOUCHLINE_QUIET="1")
 
-    with (project.root / "data/split.csv").open() as table:
-        assert {row["class"] for row in csv.DictReader(table)} == set(hostile)
-    page = (project.root / "reports/validation.html").read_text()
-    assert "touch canary" in page and "<script>touch" not in page
+def test_hostile_names_go_through_the_whole_pipeline_as_names(made: tuple[projects.Project, str]) -> None:
+    project, _ = made
+
+    for table in ("data/split.csv", "reports/predictions.csv"):
+        with (project.root / table).open() as rows:
+            assert {row["class"] for row in csv.DictReader(rows)} == set(HOSTILE)
+    assert project.json("models/cnn.json")["classes"] == HOSTILE
+    photo = next((project.root / "data/incoming" / HOSTILE[1]).iterdir())
+    said = project.run("touchline", "predict", str(photo), "--model", "cnn", "--format", "json")
+    answer = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert list(answer["probabilities"]) == HOSTILE
+    for name in ("validation", "report"):
+        page = (project.root / f"reports/{name}.html").read_text()
+        assert "touch canary" in page and "<b>" not in page
     assert not list(project.root.rglob("canary")) and not Path("canary").exists()
 
 
@@ -209,26 +223,25 @@ def test_a_hostile_model_name_reaches_no_shell(tmp_path: Path) -> None:
     assert "x; touch canary" in said and "Traceback" not in said
 
 
-def test_secrets_are_in_no_file_and_no_output(tmp_path: Path) -> None:
-    project = projects.make(
-        tmp_path / "project",
-        {"ingest.sources": ["sample"], "ingest.sample.per_class": 30, "validate.min_per_class": 4},
-        git=False,
-    )
-    project.run("dvc", "config", "--local", "core.no_scm", "true")
-    said = project.dvc("repro", "split", **SECRETS)
+def test_secrets_are_in_no_file_and_no_output(made: tuple[projects.Project, str]) -> None:
+    """Neither in logs nor in the MLflow store, dvc.lock, models, or the report."""
+    project, said = made
+    before = (project.root / "params.yaml").read_text()
     project.change({"ingest.sources": ["openimages"],
                     "ingest.openimages.url": "http://someone:s3cret-url@127.0.0.1:9/openimages",
                     "ingest.download.tries": 1})  # fmt: skip
     refused = project.run("touchline", "ingest", exit_code=None, **SECRETS)
+    (project.root / "params.yaml").write_text(before)
 
     assert "ingest.openimages.url is 'http://***@127.0.0.1:9/openimages'" in refused
     secrets = [value for value in SECRETS.values() if value.startswith("s3cret")] + ["s3cret-url"]
     assert [secret for secret in secrets if secret in said + refused] == []
-    for path in project.root.rglob("*"):
-        if path.is_file() and path.name != "params.yaml":
-            content = path.read_bytes()
-            assert [secret for secret in secrets if secret.encode() in content] == [], path
+    looked_at = [path for path in project.root.rglob("*") if path.is_file()]
+    for name in ("mlflow/mlflow.db", "dvc.lock", "reports/report.html", "models/cnn.json"):
+        assert project.root / name in looked_at
+    for path in looked_at:
+        content = path.read_bytes()
+        assert [secret for secret in secrets if secret.encode() in content] == [], path
 
 
 def test_servers_listen_on_loopback_unless_told() -> None:
