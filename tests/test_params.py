@@ -185,6 +185,17 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
             "ingest.openimages.url is 'storage.googleapis.com'; allowed",
         ),
         ("ingest.openimages.url", "https://host/", "ingest.openimages.url is 'https://host/'; allowed: what matches"),
+        (
+            "ingest.openimages.url",
+            "https://someone:s3cret@host/photos",
+            "ingest.openimages.url is 'https://***@host/photos'; allowed: what matches",
+        ),
+        (
+            "ingest.imagenet.archive",
+            "https://someone:s3cret@host/all.tar",
+            "ingest.imagenet.archive is 'https://***@host/all.tar'; allowed: an address without a user's name and",
+        ),
+        ("split.see\nd", 42, r"split.'see\nd' is not a known key"),
         ("ingest.imagenet.classes.rugby", ["n123"], "ingest.imagenet.classes.rugby.0 is 'n123'; allowed: what matches"),
         ("split.exact", "maybe" * 30, "split.exact is 'maybemaybe"),
     ],

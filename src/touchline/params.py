@@ -124,12 +124,18 @@ class OpenImagesParams(_Section):
     keep_label_files: bool
 
 
+def _without_password(place: str) -> str:
+    if re.match(r"[a-z]+://[^/]*@", place, re.IGNORECASE):
+        raise PydanticCustomError("password", "an address without a user's name and password")
+    return place
+
+
 class ImageNetParams(_Section):
     accept_terms: bool
     share: bool
     origin: Literal["winter21", "ilsvrc2012", "folder", "kaggle", "huggingface"]
     url: Url
-    archive: Text
+    archive: Annotated[Text, AfterValidator(_without_password)]
     folder: Text
     classes: dict[str, Annotated[list[Synset], Field(min_length=1)]]
 
@@ -452,7 +458,8 @@ def _one_line(error: ErrorDetails) -> str:
 
 
 def _location(parts: tuple[int | str, ...]) -> list[str]:
-    location = [str(part) for part in parts]
+    # A name that cannot be printed would break the line.
+    location = [str(part) if str(part).isprintable() else repr(part) for part in parts]
     # pydantic puts the kind of a `features` or `models` entry behind its name, and marks names; the file holds neither.
     if len(location) > 2 and location[0] in {"features", "models"}:
         del location[2]
