@@ -152,8 +152,9 @@ def test_names_that_become_commands_are_plain(section: str, name: str) -> None:
     values = shipped_values()
     values[section][name] = next(iter(values[section].values()))
 
-    with pytest.raises(params.ParamsError, match=section):
+    with pytest.raises(params.ParamsError, match=section) as refused:
         params.check(values)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(1)", "\tx", "\rx"])
