@@ -22,8 +22,8 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
-# What no code can help: the disk is full, over quota or read-only.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+# What no code can help: the disk is full, over quota or read-only, or this user may not write there.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 # The module that does the work of each stage.
 STAGES = {
@@ -74,7 +74,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        name = error.filename2 or error.filename  # of two the one that is written to
+        where = f" ({name})" if name else ""
         print(f"touchline: {error.strerror}{where}: make room or mend that, then run again; what is done is kept",
               file=sys.stderr)  # fmt: skip
         sys.exit(1)
@@ -303,11 +304,13 @@ def mlflow(
     ports.bound(host, port).close()
     paths = Paths.here()
     # One worker answers one person, and four would each take 0.3 GB.
-    command = [sys.executable, "-m", "mlflow", "server", *tracking.server_options(paths)]
+    command = [sys.executable, "-m", "mlflow", "server"]
+    settings = tracking.server_settings(paths)
     page = tracking.page(paths, params.load(paths.workspace / "params.yaml").register_.name)
     print(f"MLflow UI: http://{host}:{port}{page} (Ctrl-C ends it)", flush=True)
     # In place of this process, so that whoever ends it ends the server.
-    os.execv(command[0], [*command, "--host", host, "--port", str(port), "--workers", "1"])
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    os.execve(command[0], command, os.environ | settings)
 
 
 @app.command()

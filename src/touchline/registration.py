@@ -49,30 +49,35 @@ def run(paths: Paths, params: Params) -> None:
     store = open_store(paths, params.register_.name)
     run_ids = {name: store.ensure(record, paths.models / f"{name}.keras") for name, record in records.items()}
 
-    champion = store.alias(params.register_.name, CHAMPION)
-    duel = None
-    if champion and champion.model_sha256 != records[better]["model_sha256"]:
-        duel = _duel(paths, params, store, champion, records[better])
-    decision = decide(better, metrics, params.register_, champion, duel, records[better])
-    outcome: dict[str, Any] = {
-        "better_model": better,
-        "why_better": why_better,
-        "promoted": decision.promote,
-        "reason": decision.reason,
-        "champion_before": champion.number if champion else None,
-        "duel": asdict(duel) if duel else None,
-        "experiment": os.environ.get("DVC_EXP_NAME"),
-        "run_ids": run_ids,
-        "registered": None,
-    }
-    if outcome["experiment"]:
-        outcome["promoted"] = False
-        verb = "would" if decision.promote else "would not"
-        outcome["reason"] = f"an experiment moves no alias; this one {verb} have become champion: {decision.reason}"
-    else:
+    while True:
+        champion = store.alias(params.register_.name, CHAMPION)
+        duel = None
+        if champion and champion.model_sha256 != records[better]["model_sha256"]:
+            duel = _duel(paths, params, store, champion, records[better])
+        decision = decide(better, metrics, params.register_, champion, duel, records[better])
+        outcome: dict[str, Any] = {
+            "better_model": better,
+            "why_better": why_better,
+            "promoted": decision.promote,
+            "reason": decision.reason,
+            "champion_before": champion.number if champion else None,
+            "duel": asdict(duel) if duel else None,
+            "experiment": os.environ.get("DVC_EXP_NAME"),
+            "run_ids": run_ids,
+            "registered": None,
+        }
+        if outcome["experiment"]:
+            outcome["promoted"] = False
+            verb = "would" if decision.promote else "would not"
+            outcome["reason"] = f"an experiment moves no alias; this one {verb} have become champion: {decision.reason}"
+            break
         outcome["registered"] = _register(
             store, params, records, better, run_ids[better], metrics, why_better, decision
         )
+        version = outcome["registered"]["version"]
+        if not decision.promote or store.replace(params.register_.name, champion, version):
+            break
+        say("another machine has made a champion meanwhile: that one is to be compared with")
     store.conclude(run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
     page = report.write(paths, params, metrics, speeds, records, outcome)
     store.log_report(run_ids[better], page)
@@ -202,7 +207,7 @@ def _register(
     why_better: str,
     decision: Decision,
 ) -> dict[str, Any]:
-    """Make the version, unless this very model is one already, and move the aliases."""
+    """Make the version, unless this very model is one already, and move the alias `challenger` to it."""
     name = params.register_.name
     record, found = records[better], metrics["models"][better]
     tags = {
@@ -223,10 +228,8 @@ def _register(
     version = same[-1].number if same else store.register(name, run_id, tags, description)
     # Why a champion became one is worth more than that it still is.
     if same and CHAMPION not in same[-1].aliases:
-        store.set_version_tags(name, version, tags)
+        store.describe_version(name, version, tags, description)
     store.set_alias(name, CHALLENGER, version)
-    if decision.promote:
-        store.promote(name, version)
     return {
         "model": record["model"],
         "model_sha256": record["model_sha256"],

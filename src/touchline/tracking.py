@@ -7,6 +7,7 @@ deleted, or be a stranger to models that DVC brought: `sync` puts back, out of t
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import sqlite3
@@ -43,6 +44,8 @@ CHALLENGER = "challenger"
 _SHA256 = "touchline.model_sha256"
 _REPLACED = "touchline.replaced"
 _PROMOTED_AT = "touchline.promoted_at"
+_PROMOTING = "touchline.promoting"
+_SECONDS_TO_PROMOTE = 60
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
 _EXECUTION = "touchline.execution"
 _NOTE = "mlflow.note.content"
@@ -84,8 +87,16 @@ _VIEW_TAG, _VIEW_STATE = f"mlflow.sharedViewState.{_VIEW}", json.dumps({"selecte
 _ON_TEST = "\n\n**On the test photos**: "
 
 
-class _MissingError(TouchlineError):
+class StoreError(TouchlineError):
+    """The store did not do what it was asked for: it does not answer, refuses, or fails."""
+
+
+class _MissingError(StoreError):
     """The store has no such thing."""
+
+
+class _ExistsError(StoreError):
+    """The store has a thing of that name already."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +197,7 @@ class Store:
             source=json.dumps({"uri": str(dataset["source"])}),
             profile=json.dumps(dataset["counts"]),
         )
-        # MLflow looks whether it knows the dataset, then inserts it: two runs that start together would both insert.
-        with self._lock:
-            self._client.log_inputs(run_id, [DatasetInput(split, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
+        self._client.log_inputs(run_id, [DatasetInput(split, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
         return run_id
 
     def execution(self, tags: Mapping[str, Any]) -> str | None:
@@ -408,7 +417,8 @@ class Store:
             raise TouchlineError(f"{model_path} is not the file its .json describes: run `dvc repro` to renew both")
         started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
         tags = {**record["tags"], "touchline.restored": "true"}
-        run_id = self.start(record["run_name"], tags, record["params"], record["dataset"], started)
+        parent = self._parent(record["run_id"])
+        run_id = self.start(record["run_name"], tags, record["params"], record["dataset"], started, parent)
         self.describe(run_id, record["description"])
         for row in record["history"]:
             self.log_row(run_id, row, when=ended)
@@ -424,6 +434,16 @@ class Store:
         )
         return run_id
 
+    def _parent(self, run_id: str) -> str | None:
+        """Id of the run that one which broke off, or was deleted, is shown under; None where the store has not both."""
+        try:
+            parent = self._client.get_run(run_id).data.tags.get(_PARENT)
+            found = self._client.get_run(parent).info if parent else None
+        except _MissingError:
+            return None
+        there = found and found.lifecycle_stage == "active" and found.experiment_id == self.experiment_id
+        return parent if there else None
+
     def register(self, name: str, run_id: str, tags: Mapping[str, Any], description: str) -> int:
         """Register the model of a run as a new version of `name` and return its number. No alias moves.
 
@@ -433,7 +453,8 @@ class Store:
         if not models:
             raise TouchlineError(f"run {run_id} in {self._where} has no model to register: train it again")
         if self._registered(name) is None:
-            self._client.create_registered_model(name, description=_REGISTERED_MODEL_NOTE.format(name=name))
+            with suppress(_ExistsError):  # another machine made it meanwhile
+                self._client.create_registered_model(name, description=_REGISTERED_MODEL_NOTE.format(name=name))
         model = self._client.get_logged_model(models[-1])
         version = self._client.create_model_version(
             name,
@@ -473,19 +494,67 @@ class Store:
     def set_alias(self, name: str, alias: str, version: int) -> None:
         self._client.set_registered_model_alias(name, alias, str(version))
 
+    def describe_version(self, name: str, version: int, tags: Mapping[str, Any], description: str) -> None:
+        """Write a version's tags and description anew."""
+        self.set_version_tags(name, version, tags)
+        self._client.update_model_version(name, str(version), description)
+
     def set_version_tags(self, name: str, version: int, tags: Mapping[str, Any]) -> None:
         for key, value in _texts(tags).items():
             self._client.set_model_version_tag(name, str(version), key, value)
 
     def promote(self, name: str, version: int) -> None:
-        """Make `version` the champion and note on it whom it replaced, and when. Nothing to do where it already is."""
-        champion = self.alias(name, CHAMPION)
+        """Make `version` the champion, whoever is; see `replace`."""
+        while not self.replace(name, self.alias(name, CHAMPION), version):
+            pass
+
+    def replace(self, name: str, champion: Version | None, version: int) -> bool:
+        """Make `version` the champion in place of `champion`, and note on it whom it replaced, and when.
+
+        Nothing to do where it already is the champion.
+
+        Args:
+            champion: as `alias` gave it; None where nobody was.
+
+        Returns:
+            False if another became champion since; then all is as it was.
+        """
         if champion and champion.number == version:
-            return
-        replaced = champion.number if champion else "none"
-        # The alias moves last: a promotion that breaks off leaves the old champion in place.
-        self.set_version_tags(name, version, {_REPLACED: replaced, _PROMOTED_AT: _now().isoformat(timespec="seconds")})
-        self.set_alias(name, CHAMPION, version)
+            return True
+        before = champion.number if champion else None
+        with self._alone_at_the_champion(name, version):
+            now = self.alias(name, CHAMPION)
+            if (now.number if now else None) != before:
+                return False
+            tags = {_REPLACED: before or "none", _PROMOTED_AT: _now().isoformat(timespec="seconds")}
+            # The alias moves last: a promotion that breaks off leaves the old champion in place.
+            self.set_version_tags(name, version, tags)
+            self.set_alias(name, CHAMPION, version)
+            return True
+
+    @contextmanager
+    def _alone_at_the_champion(self, name: str, version: int) -> Iterator[None]:
+        """Run the block while nobody else, on whichever machine, is in one of another version.
+
+        MLflow cannot compare and set in one step. So each tags its version first and then looks for others' tags; who
+        sees one takes its own away and tries again later. A tag a minute old is of a process that died.
+        """
+
+        def busy(other: Version) -> bool:
+            since = other.tags.get(_PROMOTING)
+            return bool(since) and abs((_now() - datetime.fromisoformat(since)).total_seconds()) < _SECONDS_TO_PROMOTE
+
+        while True:
+            self.set_version_tags(name, version, {_PROMOTING: _now().isoformat()})
+            try:
+                if not any(busy(other) for other in self.versions(name) if other.number != version):
+                    yield
+                    return
+            finally:
+                with suppress(StoreError):
+                    self._client.delete_model_version_tag(name, str(version), _PROMOTING)
+            # Two that give way to each other must not meet again.
+            time.sleep(random.uniform(0.2, 2))
 
     def rollback(self, name: str) -> int:
         """Give the alias `champion` back to the version that the champion replaced, and return that version.
@@ -578,9 +647,12 @@ class Store:
     def _fetch(self, uri: str, what: str) -> Path:
         with _one_line_errors(f"{what} in {self._where}"):
             import mlflow.artifacts
+            from mlflow.utils.file_utils import get_or_create_tmp_dir
+            from mlflow.utils.uri import is_local_uri
 
-            # What lies on this disk is not copied: its own path comes back.
-            return Path(mlflow.artifacts.download_artifacts(uri, tracking_uri=self._client.tracking_uri))
+            # What lies on this disk is not copied: its own path comes back. What is fetched goes when the process ends.
+            target = None if is_local_uri(uri) else tempfile.mkdtemp(dir=get_or_create_tmp_dir())
+            return Path(mlflow.artifacts.download_artifacts(uri, None, None, target, self._client.tracking_uri))
 
     def _log_model(
         self, run_id: str, path: Path, image_size: int, classes: Sequence[str], training_photos: Collection[str]
@@ -961,8 +1033,21 @@ class _Client:
         method = getattr(self._client, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
+            from mlflow.exceptions import MlflowException
+
             with _one_line_errors(self._where):
-                return method(*arguments, **options)
+                if name.startswith("create_"):
+                    # An answer lost on its way does not say that nothing was made; asked again, a server makes another.
+                    with _asked_once():
+                        return method(*arguments, **options)
+                try:
+                    return method(*arguments, **options)
+                except MlflowException as error:
+                    # MLflow looks whether it has a row (a dataset, an alias), then inserts it: of two who do so at the
+                    # same moment, be it on two machines, one fails. Asked again, it finds the other's row.
+                    if not re.search("unique|duplicate", str(error), re.IGNORECASE):
+                        raise
+                    return method(*arguments, **options)
 
         return call
 
@@ -981,6 +1066,25 @@ class _SavedModel:
 
 
 _REQUIREMENTS = ("tensorflow", "keras", "numpy")
+# What to do where the store fails, by SQLite's and the system's own words.
+_REMEDY = "check that MLFLOW_TRACKING_URI names a store that works"
+_REMEDIES = {
+    "locked": "another program is writing to it: wait until it has ended, or end it, then run again",
+    "is full|No space left|disk I/O error": "make room on the disk, then run again",
+    "readonly|Read-only|Permission denied|unable to open": "give this user the right to write there, then run again",
+}
+_TRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+
+@contextmanager
+def _asked_once() -> Iterator[None]:
+    """MLflow, which reads the variable at each request, asks its server once and not again."""
+    before = os.environ[_TRIES]
+    os.environ[_TRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ[_TRIES] = before
 
 
 @contextmanager
@@ -991,10 +1095,13 @@ def _one_line_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        said = _without_password(str(error).strip().partition("\n")[0])[:500]
+        lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
+        said = _without_password(lines[0] if lines else type(error).__name__)[:500]
         if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             raise _MissingError(f"{where}: {said}: check the name, or run `make run` to log it again") from None
-        raise TouchlineError(f"{where}: {said}: check that MLFLOW_TRACKING_URI names a store that works") from None
+        kind = _ExistsError if getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS" else StoreError
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, said)), _REMEDY)
+        raise kind(f"{where}: {said}: {remedy}") from None
 
 
 def _experiment(client: _Client, name: str, artifacts: str | None, where: str) -> str:
@@ -1002,7 +1109,11 @@ def _experiment(client: _Client, name: str, artifacts: str | None, where: str) -
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.create_experiment(name, artifacts, {MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE, _VIEW_TAG: _VIEW_STATE})
+        tags = {MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE, _VIEW_TAG: _VIEW_STATE}
+        try:
+            return client.create_experiment(name, artifacts, tags)
+        except _ExistsError:  # another machine made it meanwhile
+            experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage != "active":
         raise TouchlineError(
             f"experiment {name} in {where} was deleted: restore it with "
@@ -1026,8 +1137,8 @@ def _own_uri(paths: Paths) -> str:
     return f"sqlite:///{_database(paths).as_posix()}"
 
 
-def server_options(paths: Paths) -> list[str]:
-    """Options of `mlflow server` that make it show this project's store.
+def server_settings(paths: Paths) -> dict[str, str]:
+    """Variables of `mlflow server` that make it show this project's store; all could read a password among its options.
 
     Raises:
         TouchlineError: the store is a server already.
@@ -1035,9 +1146,9 @@ def server_options(paths: Paths) -> list[str]:
     uri = _tracking_uri(paths)
     if uri.startswith("http"):
         raise TouchlineError(f"the store is a server, {_where(uri)}: open that address, or unset MLFLOW_TRACKING_URI")
-    options = ["--backend-store-uri", uri, "--registry-store-uri", _registry_uri(paths)]
+    settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_REGISTRY_STORE_URI": _registry_uri(paths)}
     artifacts = _artifacts_uri(paths, uri)
-    return [*options, "--default-artifact-root", artifacts] if artifacts else options
+    return settings | ({"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts} if artifacts else {})
 
 
 def page(paths: Paths, experiment: str) -> str:
@@ -1082,10 +1193,9 @@ def _check_database(paths: Paths, uri: str) -> None:
         with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
-        raise TouchlineError(
-            f"{database} is not usable ({error}): close what uses it, or move it away and run `make run` "
-            "to log everything again"
-        ) from None
+        otherwise = "close what uses it, or move it away and run `make run` to log everything again"
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, str(error))), otherwise)
+        raise TouchlineError(f"{database} is not usable ({error}): {remedy}") from None
 
 
 def _where(uri: str) -> str:
@@ -1093,7 +1203,8 @@ def _where(uri: str) -> str:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
+    # To the last @: a password may hold one, and a slash.
+    return re.sub(r"//\S*@", "//***@", text)
 
 
 def _quiet_mlflow() -> None:
@@ -1107,7 +1218,7 @@ def _quiet_mlflow() -> None:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         # With MLflow's own figures a server that is down costs four minutes.
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        _TRIES: "2",
     }.items():
         os.environ.setdefault(key, value)
 
@@ -1115,7 +1226,7 @@ def _quiet_mlflow() -> None:
 def this_process() -> dict[str, str]:
     """What `is_alive` knows this process by."""
     process = psutil.Process()
-    return {_HOST: platform.node(), _PID: str(process.pid), _PROCESS_STARTED: repr(process.create_time())}
+    return {_HOST: platform.node(), _PID: str(process.pid), _PROCESS_STARTED: repr(_since_boot(process))}
 
 
 def _execution() -> tuple[str, int]:
@@ -1138,11 +1249,15 @@ def is_alive(tags: Mapping[str, str]) -> bool:
         return True
     try:
         process = psutil.Process(int(tags[_PID]))
-        # Linux tells it from the time of boot, which shifts a little when the clock is set.
-        same = abs(process.create_time() - float(tags[_PROCESS_STARTED])) < 2
+        same = abs(_since_boot(process) - float(tags[_PROCESS_STARTED])) < 2
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _since_boot(process: psutil.Process) -> float:
+    """Seconds from the machine's start to the process's: setting the clock changes the times of both, and not this."""
+    return process.create_time() - psutil.boot_time()
 
 
 def _version(version: "ModelVersion", aliases: Mapping[str, str]) -> Version:

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -124,7 +124,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
     """Write `models/<name>.keras`, `models/<name>.json` and `reports/history/<name>.csv`, and log the run."""
     import pandas as pd
 
-    from touchline.tracking import open_store
+    from touchline.tracking import StoreError, open_store
 
     _refuse_more_machines()
     import_tensorflow()
@@ -142,11 +142,27 @@ def run(paths: Paths, params: Params, name: str) -> None:
     shared = {key: tag for key, tag in record["tags"].items() if key not in {_DVC_EXPERIMENT, _PREFECT_FLOW_RUN}}
     parent = store.execution(shared)
     run_id = store.start(record["run_name"], record["tags"], record["params"], record["dataset"], parent=parent)
-    store.describe(run_id, record["description"])
+    answers = True
+
+    def log(ask: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        # Hours of training are not lost for a store that went away: all that is logged stands in models/ as well, and
+        # `evaluate`, as `touchline registry sync`, logs a run whole that the store has not.
+        nonlocal answers
+        if not answers:
+            return
+        try:
+            ask(run_id, *arguments, **options)
+        except StoreError as error:
+            answers = False
+            say(f"{name}: {error}; the training goes on, and `evaluate` will log it from models/{name}.json")
+            with suppress(StoreError):
+                store.fail(run_id, str(error))
+
+    log(store.describe, record["description"])
     try:
 
         def report(row: dict[str, float]) -> None:
-            store.log_row(run_id, row)
+            log(store.log_row, row)
             metrics = {metric: value for metric, value in row.items() if metric != "epoch"}
             shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
             say(f"{name}: epoch {row['epoch']:.0f}, {shown}" if "strength" not in row else f"{name}: {shown}")
@@ -168,11 +184,11 @@ def run(paths: Paths, params: Params, name: str) -> None:
         if "strength" not in best:
             record["metrics"]["epochs"] = epochs
         record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
-        store.describe(run_id, record["description"])
+        log(store.describe, record["description"])
         record["model_sha256"] = sha256(path)
         record["ended"] = _now()
-        store.finish(
-            run_id,
+        log(
+            store.finish,
             model_path=path,
             image_size=record["image_size"],
             classes=record["classes"],
@@ -181,7 +197,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
             history=record["history"],
         )
     except BaseException as error:
-        store.fail(run_id, str(error) or type(error).__name__)
+        log(store.fail, str(error) or type(error).__name__)
         raise
     history = pd.DataFrame(trained.history)
     history["kept"] = (history["epoch"] == trained.kept).astype(int)
