@@ -1,4 +1,4 @@
-# make run | test | app | mlflow | board | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
+# make run | test | faults | app | mlflow | board | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ export PYTHONUTF8 := 1
 # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test app mlflow board refresh lint lock clean setup
+.PHONY: run test faults app mlflow board refresh lint lock clean setup
 .DEFAULT_GOAL := run
 
 run: setup  ## photos to a registered classifier, then a short table
@@ -27,6 +27,12 @@ run: setup  ## photos to a registered classifier, then a short table
 test: setup  ## every test
 	@ruff check . && ruff format --check .
 	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+faults: setup  ## kill every stage at random moments, tear files, fill disks, lock stores, hand over hostile bytes; a table ends it
+	@echo "killing, tearing and overloading for about an hour on two cores; a table says what came of it"
+	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=5 TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadfile --timeout=1800 \
+		--no-loadscope-reorder tests/test_pipeline_killed.py tests/test_fuzz.py tests/test_faults.py \
+		tests/test_ingest_faults.py tests/test_team.py tests/test_load.py tests/test_security.py
 
 app: setup  ## a page to try the model on photos and to say where it is wrong, until Ctrl-C
 	@touchline registry sync

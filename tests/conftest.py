@@ -1,7 +1,11 @@
 """What the tests share: the shipped params, changed where a test wants it, an empty project to work in, a server."""
 
+import itertools
+import json
+import math
 import os
 import signal
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,12 @@ from servers import Host
 from touchline.params import Params, check, load
 from touchline.paths import Paths
 
-FUZZED = "TOUCHLINE_FUZZ_CASES"  # how many cases, for test_fuzz.py
+# How many cases test_fuzz.py tries, how often test_pipeline_killed.py kills; whether a table ends the tests.
+FUZZED, KILLS, FAULTS = "TOUCHLINE_FUZZ_CASES", "TOUCHLINE_KILLS", "TOUCHLINE_FAULTS"
 # The tests may themselves run inside a DVC stage, a flow or beside a tracking server; their projects are their own.
 for variable in list(os.environ):
     others = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_", "DASK_")
-    if variable.startswith(others) and variable != FUZZED:
+    if variable.startswith(others) and variable not in {FUZZED, KILLS, FAULTS}:
         del os.environ[variable]
 # Who starts the tests in the background of a shell has them, and all they start, deaf to Ctrl-C, which some tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -76,9 +81,43 @@ def host() -> Iterator[Host]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the tests with hostile bytes tried, where they were told how much."""
-    if FUZZED in os.environ:
-        for outcome in ("passed", "failed"):
-            for report in terminalreporter.getreports(outcome):
-                if told := dict(report.user_properties).get("fuzz"):
-                    terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {told}")
+    """What was tried and what came of it, told by the tests with `record_property`, where `make faults` runs them."""
+    if not {FUZZED, FAULTS} & set(os.environ):
+        return
+    # Of the end of each test, when fixtures have told theirs as well; how the test itself ended is another report's.
+    reports = [report for kind in ("", "error") for report in terminalreporter.getreports(kind)]
+    told = [
+        (report, key, value) for report in reports if report.when == "teardown" for key, value in report.user_properties
+    ]
+    failed = {report.nodeid for kind in ("failed", "error") for report in terminalreporter.getreports(kind)}
+    kills = [json.loads(value) for _, key, value in told if key == "kills"]
+    if kills:
+        # Seconds of `dvc repro` that has a stage to make: medians of those after kills, and of those not disturbed.
+        rows = [("kills", "by signal", "losses", "seconds after", "undisturbed")]
+        for stage in dict.fromkeys(kill["stage"] for kill in kills):
+            of_stage = [kill for kill in kills if kill["stage"] == stage]
+            number = ", ".join(f"{kill['signal']} {kill['kills']}" for kill in of_stage)
+            # A stage that ended before every kill was never made good.
+            recovered = list(itertools.chain.from_iterable(kill["recovered"] for kill in of_stage)) or [math.nan]
+            after = statistics.median(recovered)
+            before = statistics.median(kill["undisturbed"] for kill in of_stage)
+            rows.append((stage, number, str(sum(kill["losses"] for kill in of_stage)), f"{after:.1f}", f"{before:.1f}"))
+        rows.append(("all", *(str(sum(kill[key] for kill in kills)) for key in ("kills", "losses")), "", ""))
+        write_rows(terminalreporter, rows)
+    faults = [
+        (*value.split(": ", 1), "failed" if report.nodeid in failed else "passed")
+        for report, key, value in told
+        if key == "fault"
+    ]
+    if faults:
+        write_rows(terminalreporter, [("fault", "what happened", "test"), *sorted(faults)])
+    if cases := [(report.nodeid.rpartition("::")[2], str(value)) for report, key, value in told if key == "fuzz"]:
+        write_rows(terminalreporter, [("hostile bytes", "cases"), *cases])
+
+
+def write_rows(reporter: pytest.TerminalReporter, rows: list[tuple[str, ...]]) -> None:
+    """A table, its first row the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    reporter.write_line("")
+    for row in rows:
+        reporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

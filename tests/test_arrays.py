@@ -101,11 +101,12 @@ def test_other_settings_compute_everything_anew(tmp_path: Path) -> None:
     assert Arrays(tmp_path).settings == {"image_size": 3}
 
 
-def test_rows_whose_settings_are_not_known_are_not_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lose", [Path.unlink, lambda file: file.write_text('{"image_si')], ids=["gone", "torn"])
+def test_rows_whose_settings_are_not_known_are_not_kept(tmp_path: Path, lose: Callable[[Path], object]) -> None:
     # A run with new settings that is killed while it clears the folder can leave rows of the old ones.
     wanted = digests(*range(20))
     arrays.update(tmp_path, SETTINGS, wanted, Computer())
-    (tmp_path / "settings.json").unlink()
+    lose(tmp_path / "settings.json")
     assert arrays.update(tmp_path, {"image_size": 3}, wanted, Computer(factor=2)) == 20
     assert_holds(tmp_path, wanted, factor=2)
 
@@ -149,6 +150,15 @@ def test_a_torn_piece_is_computed_again(tmp_path: Path, tear: Callable[[Path], o
     tear(next(piece for piece in tmp_path.glob("*.npy") if len(np.load(piece)) == 8))
     assert arrays.update(tmp_path, SETTINGS, wanted, Computer()) == 8
     assert_holds(tmp_path, wanted)
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\xff\xfe"])
+@pytest.mark.parametrize("ending", [".npy", ".txt"])
+def test_reading_a_torn_piece_is_one_line(tmp_path: Path, content: bytes, ending: str) -> None:
+    arrays.update(tmp_path, SETTINGS, digests(1, 2), Computer())
+    next(tmp_path.glob(f"*{ending}")).write_bytes(content)
+    with pytest.raises(TouchlineError, match="run `dvc repro`"):
+        Arrays(tmp_path)[digests(1)]
 
 
 def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_torn_model_file_is_one_line(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(TouchlineError, match="is no readable model") as error:
         evaluation.load_model(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-    assert str(error.value).endswith("delete it and run `dvc repro`")
+    assert str(error.value).endswith(files.RENEW)
 
 
 def test_a_missing_model_file_says_how_to_get_it(tmp_path: Path) -> None:

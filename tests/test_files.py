@@ -133,6 +133,7 @@ def test_a_missing_file_says_what_makes_it(tmp_path: Path, read) -> None:
         (files.read_table, b"path,class\n" + b"a,b,c,d\n" * 2 + b"a,b,c\n" + b"a,b,c,d,e\n", "table"),
         (files.read_table, b'path,class\n"a.jpg,rug', "table"),
         (files.read_table, b"path,class\n\xff\xfe,rugby\n", "table"),
+        (files.read_table, b"path,class\na.jpg,rugby\nb.jpg", "table"),
     ],
 )
 def test_a_torn_file_is_one_line(tmp_path: Path, read, content: bytes, what: str) -> None:
@@ -142,7 +143,7 @@ def test_a_torn_file_is_one_line(tmp_path: Path, read, content: bytes, what: str
         read(path)
     message = str(error.value)
     assert message.startswith(f"{path} is not ") and f"readable {what}" in message
-    assert message.endswith("delete it and run `dvc repro`") and "\n" not in message
+    assert message.endswith(files.RENEW) and "\n" not in message
 
 
 def test_the_umask_is_left_as_it_was(tmp_path: Path) -> None:

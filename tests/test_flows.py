@@ -358,6 +358,18 @@ def test_a_flow_run_that_is_killed_takes_its_dvc_and_its_stage_with_it(board):
     assert_is_free_and_runs(board)
 
 
+def test_a_stage_that_is_killed_fails_its_run_in_one_line_and_the_next_run_goes_well(board):
+    board.project.change(LONG)
+    flow_run = board.start_run("training")
+    wait_until_at_work(board, "train cnn")
+    [stage] = [process for command, process in at_work(board).items() if "touchline train cnn" in command]
+    stage.kill()
+    state = board.finished(flow_run)
+    assert state["type"] == "FAILED" and "\n" not in state["message"]
+    assert state["message"].startswith("train@cnn: ") and "exited with -9" in state["message"]
+    assert_is_free_and_runs(board)
+
+
 def test_a_flow_can_be_served_without_a_work_pool(board):
     project = board.project
     script = project.root / "serve.py"

@@ -8,6 +8,7 @@ the rows there are, are kept. Pieces are read memory-mapped, so an array may be 
 import hashlib
 import mmap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from touchline.errors import TouchlineError
-from touchline.files import read_json, remove_partials, replacing, write_json, write_text
+from touchline.files import RENEW, read_json, remove_partials, replacing, write_json, write_text
 
 PIECE = 256
 _SETTINGS = "settings.json"
@@ -39,18 +40,20 @@ class Arrays:
 
     @cached_property
     def _places(self) -> dict[str, tuple["_Piece", int]]:
-        return {
-            digest: (piece, number)
-            for path in sorted(self.folder.glob("*.npy"))
-            for piece in [_Piece.open(path)]
-            for number, digest in enumerate(_digests(path))
-        }
+        places = {}
+        for path in sorted(self.folder.glob("*.npy")):
+            try:
+                piece = _Piece.open(path)
+                places |= {digest: (piece, number) for number, digest in enumerate(_digests(path))}
+            except (FileNotFoundError, ValueError, TypeError, KeyError):  # as NumPy and mmap tell of a torn file
+                raise TouchlineError(f"{path} or its .txt is torn: {RENEW}") from None
+        return places
 
     def __getitem__(self, digests: Sequence[str]) -> np.ndarray:
         """The rows of `digests`, copied into memory in that order: shape (len(digests), *row).
 
         Raises:
-            TouchlineError: a photo is not in the array.
+            TouchlineError: a photo is not in the array, or a piece is torn.
         """
         try:
             places = [self._places[digest] for digest in digests]
@@ -105,7 +108,10 @@ def update(
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
     # The settings are written before any row and go last, so rows without them are of nobody knows what.
-    if not (folder / _SETTINGS).exists() or read_json(folder / _SETTINGS) != settings:
+    known = None
+    with suppress(TouchlineError):
+        known = read_json(folder / _SETTINGS)
+    if known != settings:
         _clear(folder)
     write_json(folder / _SETTINGS, settings)
 

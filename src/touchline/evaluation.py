@@ -11,7 +11,7 @@ import numpy as np
 
 from touchline import compute, explaining, inference, photos, plots
 from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table, replacing, sha256, write_json, write_table
+from touchline.files import RENEW, read_json, read_table, replacing, sha256, write_json, write_table
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.progress import say, track
@@ -38,6 +38,7 @@ def run(paths: Paths, params: Params) -> None:
     test = split[split["subset"] == "test"].reset_index(drop=True)
     labels = _labels(test, params.classes)
     files = [paths.workspace / path for path in test["path"]]
+    curves = _curves(paths, params)
 
     probabilities: dict[str, np.ndarray] = {}
     metrics: dict[str, Any] = {"test_photos": len(test), "models": {}}
@@ -72,7 +73,7 @@ def run(paths: Paths, params: Params) -> None:
         "per_class": _per_class(labels, probabilities, params.classes),
         "slices": _slices(test, labels, probabilities),
         "roc": _roc(labels, probabilities, params.classes),
-        "curves": _curves(paths, params),
+        "curves": curves,
         "gallery": pd.concat(galleries),
     }
     for name, table in tables.items():
@@ -107,7 +108,7 @@ def load_model(path: Path) -> "keras.Model":
         return keras.models.load_model(path, safe_mode=True, compile=False)
     except Exception as error:  # a torn zip, a bad config, a refused layer: Keras raises many kinds
         reason = " ".join(str(error).split())[:200]
-        raise TouchlineError(f"{path} is no readable model ({reason}): delete it and run `dvc repro`") from None
+        raise TouchlineError(f"{path} is no readable model ({reason}): {RENEW}") from None
 
 
 def predict(model: "keras.Model", files: Sequence[Path], what: str = "photos") -> tuple[np.ndarray, float]:

@@ -25,9 +25,25 @@ _TEXT = dict.fromkeys(
     str,
 )  # fmt: skip
 
-# What all readers of a table take for given.
-_NEEDED = {"validated.csv": ("path", "sha256"), "split.csv": ("path", "subset")}
+# What all readers of a table take for given, by its name or its folder's.
+_NEEDED = {
+    "validated.csv": ("path", "sha256"),
+    "rejected.csv": ("path", "class", "reason"),
+    "ledger.csv": ("sha256", "class", "source", "origin", "reason"),
+    "split.csv": ("path", "subset"),
+    "history": ("epoch", "train/accuracy", "train/loss", "validation/accuracy", "validation/loss", "kept"),
+    "predictions.csv": ("path", "class", "model", "predicted", "confidence"),
+    "per_class.csv": ("model", "class", "precision", "recall", "f1", "photos"),
+    "slices.csv": ("model", "by", "slice", "photos", "accuracy", "accuracy_low", "accuracy_high"),
+    "roc.csv": ("model", "class", "false_positive_rate", "true_positive_rate"),
+    "curves.csv": ("model", "subset", "epoch", "strength", "accuracy", "loss", "kept"),
+    "gallery.csv": ("model", "path", "class", "predicted", "confidence"),
+}
 
+
+# DVC takes what nobody may write, as all in its cache, for unchanged: what is torn there comes back, even in place of
+# what a stage has just made.
+RENEW = "delete it and run `dvc repro`; if the same comes back, `chmod -R u+w .dvc/cache` and `dvc repro --force`"
 
 # Temporary files this process is writing, and what guards them.
 _unfinished: set[Path] = set()
@@ -129,7 +145,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
     except (ValueError, RecursionError) as error:
-        raise TouchlineError(f"{path} is not readable JSON ({error}): delete it and run `dvc repro`") from None
+        raise TouchlineError(f"{path} is not readable JSON ({error}): {RENEW}") from None
 
 
 def write_table(path: Path, table: "pd.DataFrame") -> None:
@@ -141,7 +157,7 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
     """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings.
 
     Raises:
-        TouchlineError: the file is missing, empty, not a table, or lacks a column that all its readers need.
+        TouchlineError: the file is missing, empty, cut off, not a table, or lacks a column that its readers need.
     """
     import pandas as pd
 
@@ -150,14 +166,20 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
         if not isinstance(table.index, pd.RangeIndex):
             # pandas would take the first values for names of rows, and every other one for its neighbour's.
             raise ValueError("its rows have more values than its header has columns")
-        if missing := [column for column in _NEEDED.get(path.name, ()) if column not in table.columns]:
+        needed = _NEEDED.get(path.name) or _NEEDED.get(path.parent.name, ())
+        if missing := [column for column in needed if column not in table.columns]:
             raise ValueError(f"it lacks the column {', '.join(missing)}")
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            # pandas would take what is missing of the last row for empty.
+            if file.read() != b"\n":
+                raise ValueError("its last line is cut off")
         return table
     except FileNotFoundError:
         raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise TouchlineError(f"{path} is not a readable table ({reason}): delete it and run `dvc repro`") from None
+        raise TouchlineError(f"{path} is not a readable table ({reason}): {RENEW}") from None
 
 
 def remove_partials(folder: Path, *, below: bool = True) -> None:

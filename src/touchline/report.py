@@ -10,7 +10,7 @@ import numpy as np
 
 from touchline import explaining, pages, photos, plots, running
 from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table, sha256, write_text
+from touchline.files import RENEW, read_json, read_table, sha256, write_text
 from touchline.params import Params
 from touchline.paths import Paths
 from touchline.splitting import SUBSETS
@@ -174,16 +174,24 @@ def _galleries(paths: Paths, gallery: "pd.DataFrame", split: "pd.DataFrame") -> 
     """For each model its photos, mistakes first, and beside each where the model looked."""
     known = split.set_index("path")
     found: dict[str, list[dict[str, Any]]] = {}
-    with np.load(paths.reports / "heats.npz") as heats:
-        for name in heats.files:
-            rows = gallery[gallery["model"] == name].to_dict("records")
-            found[name] = []
-            for said, heat in zip(rows, heats[name], strict=True):
-                row = known.loc[said["path"]].to_dict() | said
-                pixels = _thumbnail(paths, row)
-                warm = plots.jpeg(explaining.warmed(pixels, heat / np.float32(255))) if heat.size else ""
-                found[name].append(_card(row, pixels) | {"heat": warm, "wrong": row["class"] != row["predicted"]})
+    for name, heats in _heats(paths.reports / "heats.npz").items():
+        rows = gallery[gallery["model"] == name].to_dict("records")
+        found[name] = []
+        for said, heat in zip(rows, heats, strict=True):
+            row = known.loc[said["path"]].to_dict() | said
+            pixels = _thumbnail(paths, row)
+            warm = plots.jpeg(explaining.warmed(pixels, heat / np.float32(255))) if heat.size else ""
+            found[name].append(_card(row, pixels) | {"heat": warm, "wrong": row["class"] != row["predicted"]})
     return found
+
+
+def _heats(path: Path) -> dict[str, np.ndarray]:
+    """By model, what `evaluation` found: uint8, shape (photos, height, width)."""
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except Exception as error:  # a torn zip, no zip, an array alone: NumPy raises many kinds
+        raise TouchlineError(f"{path} is no readable archive ({str(error)[:80]}): {RENEW}") from None
 
 
 def _thumbnail(paths: Paths, row: Mapping[str, Any]) -> np.ndarray:

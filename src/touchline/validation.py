@@ -667,9 +667,15 @@ def _publish_data_docs(built: Path, target: Path, outcomes: Sequence[Outcome]) -
         page.write_text(offline(page.read_text(encoding="utf-8"), its_note), encoding="utf-8")
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".data_docs-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".data_docs-", dir=target.parent) as folder:
         # A rename cannot replace a folder that is not empty, and works only within one file system.
-        shutil.copytree(built, Path(folder, "new"))
+        for file in (path for path in built.rglob("*") if path.is_file()):
+            copied = Path(folder, "new", file.relative_to(built))
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            # Not `copytree`, which gathers errors and loses which they are: a full disk is to be told as one.
+            shutil.copyfile(file, copied)
         if target.exists():
             target.rename(Path(folder, "old"))
         Path(folder, "new").rename(target)
