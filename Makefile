@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PORT ?= 5000
+# By each of two signals, of each of nine stages.
+KILLS ?= 5
 
 # Nothing calls home. What runs here uses the venv's programs, whatever is activated.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -30,7 +32,7 @@ test: setup  ## every test
 
 faults: setup  ## kill every stage at random moments, tear files, fill disks, lock stores, hand over hostile bytes; a table ends it
 	@echo "killing, tearing and overloading for about an hour on two cores; a table says what came of it"
-	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=5 TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadfile --timeout=1800 \
+	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=$(KILLS) TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadfile --timeout=1800 \
 		--no-loadscope-reorder tests/test_pipeline_killed.py tests/test_fuzz.py tests/test_faults.py \
 		tests/test_ingest_faults.py tests/test_team.py tests/test_load.py tests/test_security.py
 
