@@ -680,6 +680,8 @@ def _bombs() -> dict[str, bytes]:
         "PNG with two headers, the large one first": _png((30_000, 30_000), (64, 64)),
         "PNG with 100 MB of text": words[:at] + _chunk(b"zTXt", b"a\0\0" + text) + words[at:],
         "PNG with a profile of 100 MB": words[:at] + _chunk(b"iCCP", b"a\0\0" + text) + words[at:],
+        "PNG whose pixels claim 1 GB": words[:at] + bytes([0x3F]) + words[at + 1 :],
+        "PNG with a text that claims 1 GB": words[:-12] + b"\x3f\0\0\0tEXta\0b" + words[-12:],
         "JPEG of 59 megapixels": _saved((7_700, 7_700), "JPEG"),
         "JPEG of 59 megapixels, progressive": _saved((7_700, 7_700), "JPEG", progressive=True),
         "JPEG that claims 65535": bytes(jpeg),

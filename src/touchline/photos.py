@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # What each format that both libraries read calls itself in Pillow, and the ending its files get here.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 _HASH_SIDE = 128
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def flaw(content: bytes) -> str:
     # Bytes may follow the end marker, but not many; a marker in the first half is that of a thumbnail.
     if start.startswith(b"\xff\xd8\xff"):
         whole = content.rfind(b"\xff\xd9", middle) >= 0
-    elif start.startswith(b"\x89PNG\r\n\x1a\n"):
+    elif start.startswith(_PNG):
         whole = content.rfind(b"IEND", middle) >= 0
     elif start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         whole = len(content) >= int.from_bytes(start[4:8], "little") + 8
@@ -162,6 +163,8 @@ def decode(content: bytes, size: int, name: str = "photo") -> np.ndarray:
     """
     import cv2
 
+    if _overstates_a_chunk(content):
+        raise TouchlineError(f"{name} does not decode: it is cut off or damaged")
     flags = _scaled_decoding(content, size)
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
@@ -204,6 +207,21 @@ def _oriented_size(image: "Image") -> tuple[int, int]:
     exif = image.getexif() if "exif" in image.info else {}
     # EXIF orientations 5 to 8 lie on their side.
     return (height, width) if exif.get(0x0112, 1) in {5, 6, 7, 8} else (width, height)
+
+
+def _overstates_a_chunk(content: bytes) -> bool:
+    """True for a PNG with a chunk that claims more bytes than are left: OpenCV would take memory for all it claims."""
+    if not content.startswith(_PNG):
+        return False
+    place = len(_PNG)
+    while place + 8 <= len(content):
+        length, kind = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        if length > len(content) - place - 8:
+            return True
+        if kind == b"IEND":
+            break
+        place += length + 12
+    return False
 
 
 def _scaled_decoding(content: bytes, size: int) -> int:
