@@ -366,7 +366,8 @@ def test_a_stage_that_is_killed_fails_its_run_in_one_line_and_the_next_run_goes_
     stage.kill()
     state = board.finished(flow_run)
     assert state["type"] == "FAILED" and "\n" not in state["message"]
-    assert state["message"].startswith("train@cnn: ") and "exited with -9" in state["message"]
+    # DVC hands a stage to the person's shell: bash becomes the stage, others stay above it and say 128 + 9.
+    assert state["message"].startswith("train@cnn: ") and re.search(r"exited with (-9|137)$", state["message"])
     assert_is_free_and_runs(board)
 
 

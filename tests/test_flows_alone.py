@@ -296,6 +296,7 @@ def test_the_graph_is_dvcs_and_up_to_takes_all_that_a_stage_needs(project):
     [
         ("ERROR: failed to reproduce 'ingest': failed to run: touchline ingest, exited with 2", 2),
         ("ERROR: failed to reproduce 'train@cnn': failed to run: touchline train cnn, exited with -9", -9),
+        ("ERROR: failed to reproduce 'train@cnn': failed to run: touchline train cnn, exited with 137", 137),
         ("ERROR: unexpected error - 'Repo' object has no attribute 'x'", 255),
     ],
 )
