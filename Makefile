@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 PORT ?= 5000
-# By each of two signals, of each of nine stages.
+# By each of two signals, of each of nine stages and of each of five processes under Prefect.
 KILLS ?= 5
 
 # Nothing calls home. What runs here uses the venv's programs, whatever is activated.
@@ -33,7 +33,7 @@ test: setup  ## every test
 faults: setup  ## kill every stage at random moments, tear files, fill disks, lock stores, hand over hostile bytes; a table ends it
 	@echo "killing, tearing and overloading for half an hour and more on two cores; a table says what came of it"
 	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=$(KILLS) TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadfile --timeout=1800 \
-		--no-loadscope-reorder tests/test_pipeline_killed.py tests/test_fuzz.py tests/test_faults.py \
+		--no-loadscope-reorder tests/test_pipeline_killed.py tests/test_flows_killed.py tests/test_fuzz.py tests/test_faults.py \
 		tests/test_ingest_faults.py tests/test_team.py tests/test_load.py tests/test_security.py
 
 app: setup  ## a page to try the model on photos and to say where it is wrong, until Ctrl-C

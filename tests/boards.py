@@ -7,6 +7,7 @@ board.down()
 """
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -96,6 +98,19 @@ class Board:
 
     def process_of(self, words: str) -> psutil.Process:
         (found,) = [process for command, process in self.processes().items() if words in command]
+        return found
+
+    def at_work(self) -> dict[str, psutil.Process]:
+        """DVC and stages at work in the project, or below it, by their command lines."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                command = " ".join(process.cmdline())
+                inside = Path(process.cwd()).is_relative_to(self.project.root)
+                if inside and process.status() != psutil.STATUS_ZOMBIE and re.search("/(dvc|touchline) ", command):
+                    found[command] = process
+            except (psutil.Error, OSError):
+                continue
         return found
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:

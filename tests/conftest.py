@@ -1,12 +1,10 @@
 """What the tests share: the shipped params, changed where a test wants it, an empty project to work in, a server."""
 
-import itertools
 import json
-import math
 import os
 import signal
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +90,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     failed = {report.nodeid for kind in ("failed", "error") for report in terminalreporter.getreports(kind)}
     kills = [json.loads(value) for _, key, value in told if key == "kills"]
     if kills:
-        # Seconds of `dvc repro` that has a stage to make: medians of those after kills, and of those not disturbed.
+        # Medians of the seconds of a `dvc repro` (or flow run) that has a stage to make: after kills, and where nothing
+        # disturbed it, which flow runs are not timed for.
         rows = [("kills", "by signal", "losses", "seconds after", "undisturbed")]
         for stage in dict.fromkeys(kill["stage"] for kill in kills):
             of_stage = [kill for kill in kills if kill["stage"] == stage]
             number = ", ".join(f"{kill['signal']} {kill['kills']}" for kill in of_stage)
-            # A stage that ended before every kill was never made good.
-            recovered = list(itertools.chain.from_iterable(kill["recovered"] for kill in of_stage)) or [math.nan]
-            after = statistics.median(recovered)
-            before = statistics.median(kill["undisturbed"] for kill in of_stage)
-            rows.append((stage, number, str(sum(kill["losses"] for kill in of_stage)), f"{after:.1f}", f"{before:.1f}"))
+            after = median(seconds for kill in of_stage for seconds in kill["recovered"])
+            before = median(kill["undisturbed"] for kill in of_stage if "undisturbed" in kill)
+            rows.append((stage, number, str(sum(kill["losses"] for kill in of_stage)), after, before))
         rows.append(("all", *(str(sum(kill[key] for kill in kills)) for key in ("kills", "losses")), "", ""))
         write_rows(terminalreporter, rows)
     faults = [
@@ -113,6 +110,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         write_rows(terminalreporter, [("fault", "what happened", "test"), *sorted(faults)])
     if cases := [(report.nodeid.rpartition("::")[2], str(value)) for report, key, value in told if key == "fuzz"]:
         write_rows(terminalreporter, [("hostile bytes", "cases"), *cases])
+
+
+def median(seconds: Iterable[float]) -> str:
+    known = list(seconds)
+    return f"{statistics.median(known):.1f}" if known else "-"
 
 
 def write_rows(reporter: pytest.TerminalReporter, rows: list[tuple[str, ...]]) -> None:

@@ -18,7 +18,6 @@ from urllib.request import urlopen
 
 import boards
 import projects
-import psutil
 import pytest
 from projects import REGISTERED, STAGES
 
@@ -97,22 +96,8 @@ def dvcs_graph(root: Path) -> dict[str, set[str]]:
         return {stage.name: {needed.name for needed in graph.successors(stage)} for stage in graph}
 
 
-def at_work(board: boards.Board) -> dict[str, psutil.Process]:
-    """DVC and stages at work in the project, or below it, by their command lines."""
-    found = {}
-    for process in psutil.process_iter():
-        try:
-            command = " ".join(process.cmdline())
-            inside = Path(process.cwd()).is_relative_to(board.project.root)
-            if inside and process.status() != psutil.STATUS_ZOMBIE and re.search("/(dvc|touchline) ", command):
-                found[command] = process
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 def wait_until_at_work(board: boards.Board, stage: str) -> None:
-    boards.wait_for(lambda: any(f"touchline {stage}" in command for command in at_work(board)), 180)
+    boards.wait_for(lambda: any(f"touchline {stage}" in command for command in board.at_work()), 180)
 
 
 def cancel(board: boards.Board, flow_run: str) -> None:
@@ -122,7 +107,7 @@ def cancel(board: boards.Board, flow_run: str) -> None:
 
 def assert_is_free_and_runs(board: boards.Board) -> None:
     """Nothing is left at work, no lock is held, and the next run goes well."""
-    boards.wait_for(lambda: not at_work(board), 60)
+    boards.wait_for(lambda: not board.at_work(), 60)
     put_params_back(board)
     board.project.dvc("status", "ingest")
     flow_run = run_to_the_end(board, "pipeline")
@@ -351,7 +336,7 @@ def test_a_flow_run_that_is_killed_takes_its_dvc_and_its_stage_with_it(board):
     board.project.change(LONG)
     flow_run = board.start_run("training")
     wait_until_at_work(board, "train cnn")
-    [dvc] = [process for command, process in at_work(board).items() if "dvc --wait-for-lock repro" in command
+    [dvc] = [process for command, process in board.at_work().items() if "dvc --wait-for-lock repro" in command
              and "train@cnn" in command]  # fmt: skip
     dvc.parent().kill()
     assert board.finished(flow_run)["type"] == "CRASHED"
@@ -362,7 +347,7 @@ def test_a_stage_that_is_killed_fails_its_run_in_one_line_and_the_next_run_goes_
     board.project.change(LONG)
     flow_run = board.start_run("training")
     wait_until_at_work(board, "train cnn")
-    [stage] = [process for command, process in at_work(board).items() if "touchline train cnn" in command]
+    [stage] = [process for command, process in board.at_work().items() if "touchline train cnn" in command]
     stage.kill()
     state = board.finished(flow_run)
     assert state["type"] == "FAILED" and "\n" not in state["message"]

@@ -6,26 +6,17 @@
 import json
 import os
 import random
-import shutil
 import signal
-import sqlite3
 import time
-import zipfile
 from collections.abc import Callable
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-import numpy as np
 import psutil
 import pytest
-from projects import REGISTERED, STAGES, Project, built, copy, runs, versions
-from ruamel.yaml import YAML
+from losses import champion, lost, torn, unmake
+from projects import STAGES, Project, built, copy, runs, versions
 
-from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table, sha256
 from touchline.paths import Paths
 from touchline.running import costs
 
@@ -36,7 +27,6 @@ KILLS = int(os.environ.get("TOUCHLINE_KILLS", "0"))
 # As many may pile up what they leave before the next `dvc repro` that nobody disturbs.
 IN_A_ROW = 5
 SECONDS_OF_DVC = 3.0  # between a stage's beginning or end and DVC's own
-TABLES = ("data/photos.csv", "data/validated.csv", "data/rejected.csv", "data/split.csv")
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +114,6 @@ def besieged(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def unmake(project: Project, stage: str) -> None:
-    """Take away what a stage wrote and DVC's memory of it, from which DVC would bring it back: it is to run again."""
-    yaml, file = YAML(typ="safe"), project.root / "dvc.lock"
-    content = yaml.load(file)
-    for out in content["stages"].pop(stage, {"outs": []})["outs"]:
-        path = project.root / out["path"]
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    yaml.dump(content, file)
-    shutil.rmtree(project.root / ".dvc/cache/runs", ignore_errors=True)
-
-
 def kill_at_random(project: Project, stage: str, number: signal.Signals, chance: random.Random) -> bool:
     """Send the signal to DVC, to the stage it runs or to both, at any moment of the stage; False if that had ended."""
     output = project.root.parent / "killed.txt"
@@ -173,78 +152,6 @@ def command_of(process: psutil.Process) -> list[str]:
     with suppress(psutil.NoSuchProcess):
         return process.cmdline()
     return []
-
-
-def torn(project: Project) -> list[str]:
-    """Files that are there under their name and not whole."""
-    found = []
-    for path in (path for name in ("data", "models", "reports") for path in (project.root / name).rglob("*")):
-        if path.is_dir() or path.name.startswith("."):
-            continue
-        try:
-            whole = is_whole(path)
-        except (TouchlineError, OSError, ValueError, EOFError, zipfile.BadZipFile):
-            whole = False
-        if not whole:
-            found.append(str(path.relative_to(project.root)))
-    return found
-
-
-def is_whole(path: Path) -> bool:
-    match path.suffix:
-        case ".json":
-            return bool(read_json(path)) or True
-        case ".csv":
-            return path.name == "decisions.csv" or read_table(path) is not None
-        case ".keras" | ".npz":
-            return zipfile.ZipFile(path).testzip() is None
-        case ".npy":
-            return len(np.load(path)) == len(path.with_suffix(".txt").read_text().split())
-        case ".html":
-            return "</html>" in path.read_text()
-    return "photos" not in path.parts or sha256(path).startswith(path.stem)
-
-
-def champion(project: Project) -> tuple[int, bool] | None:
-    """Version of the champion, told by MLflow's tables, and whether its model is the file that was registered."""
-    with closing(sqlite3.connect(project.root / "mlflow/mlflow.db")) as store:
-        row = store.execute(
-            "SELECT v.version, v.source, t.value FROM model_versions v JOIN registered_model_aliases a USING (name, "
-            "version) JOIN model_version_tags t USING (name, version) WHERE a.alias = 'champion' AND v.name = ? AND "
-            "t.key = 'touchline.model_sha256'", (REGISTERED,),
-        ).fetchone()  # fmt: skip
-    return (row[0], sha256(Path(url2pathname(urlsplit(row[1]).path), "data/model.keras")) == row[2]) if row else None
-
-
-def lost(project: Project, undisturbed: Project) -> list[str]:
-    """What `dvc repro` after kills did not bring back as an undisturbed one made it."""
-    found = [f"{name} is torn" for name in torn(project)]
-    found += [
-        f"{path.relative_to(project.root)} is left"
-        for name in ("data", "models", "reports", "mlflow")
-        for kind in (".partial-*", ".data_docs-*")
-        for path in (project.root / name).rglob(kind)
-    ]
-    found += [f"{name} is another" for name in TABLES if not same_bytes(project, undisturbed, name)]
-    ours, theirs = (each.json("reports/metrics.json")["models"] for each in (project, undisturbed))
-    for model in ("cnn", "transfer"):
-        for metric in ("accuracy", "balanced_accuracy", "log_loss"):
-            if ours[model][metric] != pytest.approx(theirs[model][metric], abs=1e-3):
-                found.append(f"{model}: {metric} is {ours[model][metric]}, not {theirs[model][metric]}")
-    decided, better = project.json("reports/registration.json"), undisturbed.json("reports/registration.json")
-    model = project.json(f"models/{better['better_model']}.json")
-    if (decided["better_model"], decided["promoted"]) != (better["better_model"], True):
-        found.append(f"{decided['better_model']} was chosen: {decided['reason']}")
-    [holder] = [version for version in versions(project) if "champion" in version.aliases] or [None]
-    if holder is None or holder.model_sha256 != model["model_sha256"]:
-        found.append("the champion is another model")
-    if left := runs(project, "attributes.status = 'RUNNING'"):
-        found.append(f"{len(left)} runs have not ended")
-    return found
-
-
-def same_bytes(one: Project, other: Project, name: str) -> bool:
-    return (one.root / name).read_bytes() == (other.root / name).read_bytes()
 
 
 @pytest.mark.timeout(3600)
