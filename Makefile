@@ -31,7 +31,7 @@ test: setup  ## every test
 	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: setup  ## kill every stage at random moments, tear files, fill disks, lock stores, hand over hostile bytes; a table ends it
-	@echo "killing, tearing and overloading for half an hour and more on two cores; a table says what came of it"
+	@echo "killing, tearing and overloading for an hour and more on two cores; a table says what came of it"
 	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=$(KILLS) TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadfile --timeout=1800 \
 		--no-loadscope-reorder tests/test_pipeline_killed.py tests/test_flows_killed.py tests/test_fuzz.py tests/test_faults.py \
 		tests/test_ingest_faults.py tests/test_team.py tests/test_load.py tests/test_security.py

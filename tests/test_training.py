@@ -248,6 +248,22 @@ def test_the_loss_that_is_told_is_the_cross_entropy_of_the_right_class(planted: 
     assert trained_cnn.learned_from is planted.train
 
 
+def test_without_patience_all_epochs_run_and_the_last_weights_stay(planted: Planted) -> None:
+    # Validation that is labelled the other way round likes the first epoch best, and stops a training with patience.
+    contrary = replace(planted.validation, labels=1 - planted.validation.labels)
+    settings = ARTICLE.model_copy(update={"patience": 1})
+    stopped, whole = (
+        training.fit(params, PIXELS, planted.arrays, planted.train, contrary, Path(), lambda row: None)
+        for params in (settings, settings.model_copy(update={"patience": 0}))
+    )
+    assert len(stopped.history) < len(whole.history) == ARTICLE.epochs
+    told = [row["validation/loss"] for row in whole.history]
+    assert whole.kept == ARTICLE.epochs - 1 and told[-1] > min(told)
+    probabilities = whole.model.predict(planted.photos[96:], verbose=0)
+    expected = -np.log(probabilities[np.arange(32), contrary.labels]).mean()
+    assert expected == pytest.approx(told[-1], rel=1e-3)
+
+
 def test_the_same_seed_gives_the_same_history(planted: Planted, trained_cnn: Trained) -> None:
     again, other = planted.fit(), planted.fit(CNN.model_copy(update={"seed": 2, "epochs": 1}))
     assert again.history == trained_cnn.history

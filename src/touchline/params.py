@@ -238,7 +238,7 @@ class _Training(_Section):
     learning_rate: Positive
     batch_size: Count
     epochs: Count
-    patience: Count
+    patience: Annotated[int, Field(ge=0)]
     seed: Seed
     precision: Precision = "float32"
 

@@ -1,4 +1,4 @@
-"""The `train` stage: one model of params.yaml, trained on the training photos, stopped by the validation photos.
+"""The `train` stage: one model of params.yaml, trained on the training photos and followed on the validation photos.
 
 The test photos are not looked at here.
 """
@@ -273,7 +273,8 @@ def fit(
             lambda chosen: arrays[_pick(validation.digests, chosen)],
         )
         _fit(model, rows, train, validation, params, remember, params.seed)
-        return Trained(lambda: _finished(model, build), history, _least_loss(history), train)
+        kept = _least_loss(history) if params.patience else len(history) - 1
+        return Trained(lambda: _finished(model, build), history, kept, train)
 
     both = Labelled.together(train, validation)
     head, kept, whole_head = _fit_head(params, arrays, train, both, remember)
@@ -371,7 +372,7 @@ def _fit(
     remember: OnEpoch,
     seed: int,
 ) -> None:
-    """Fit until the validation loss stops falling, and keep the best weights."""
+    """Fit until validation loss stops falling, and keep the best weights; without patience, all epochs and the last."""
     import keras
 
     with model.distribute_strategy.scope():
@@ -388,6 +389,9 @@ def _fit(
             raise Diverged(f"training {model.name}: the loss is no number any more: lower its learning_rate")
         remember(row)
 
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=at_epoch_end)]
+    if params.patience:
+        callbacks.append(keras.callbacks.EarlyStopping("val_loss", patience=params.patience, restore_best_weights=True))
     size, replicas = params.batch_size, model.distribute_strategy.num_replicas_in_sync
     with _errors_of_rows() as telling:
         model.fit(
@@ -398,10 +402,7 @@ def _fit(
             ),
             verbose=0,
             shuffle=False,  # `_dataset` does it
-            callbacks=[
-                keras.callbacks.LambdaCallback(on_epoch_end=at_epoch_end),
-                keras.callbacks.EarlyStopping("val_loss", patience=params.patience, restore_best_weights=True),
-            ],
+            callbacks=callbacks,
         )
 
 
