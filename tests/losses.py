@@ -53,7 +53,7 @@ def torn(project: Project) -> list[str]:
 def is_whole(path: Path) -> bool:
     match path.suffix:
         case ".json":
-            return bool(read_json(path)) or True
+            return read_json(path) is not None
         case ".csv":
             return path.name == "decisions.csv" or read_table(path) is not None
         case ".keras" | ".npz":
@@ -77,7 +77,7 @@ def champion(project: Project) -> tuple[int, bool] | None:
 
 
 def lost(project: Project, undisturbed: Project) -> list[str]:
-    """What `dvc repro` after kills did not bring back as an undisturbed one made it."""
+    """What the run after kills did not bring back as an undisturbed one made it."""
     found = [f"{name} is torn" for name in torn(project)]
     found += [
         f"{path.relative_to(project.root)} is left"
