@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from touchline import audit, compute, features, photos, splitting
-from touchline.params import BackboneFeatures, load
-from touchline.paths import Paths
-from touchline.progress import track
+from touchline.commands import audit
+from touchline.core import parallel
+from touchline.core.params import BackboneFeatures, load
+from touchline.core.paths import Paths
+from touchline.core.progress import track
+from touchline.data import photos
+from touchline.stages import features, split
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARE = 0.05
@@ -36,9 +39,9 @@ def main() -> None:
     files = [arguments.photos / name for name in table["path"]]
     rows = features.pooled(features.pixels(files, backbone.image_size), backbone, PROJECT)
     found = np.stack(list(track(rows, len(files), "computing features")))
-    measured = compute.in_order(lambda path: photos.measure(path, params.validate_.max_megapixels), files)
+    measured = parallel.in_order(lambda path: photos.measure(path, params.validate_.max_megapixels), files)
     hashes = [each.perceptual_hash or "0" for each in track(measured, len(files), "hashing")]
-    alike = splitting.near_duplicates(hashes, params.split.near_duplicate_bits)
+    alike = split.near_duplicates(hashes, params.split.near_duplicate_bits)
     groups = audit.groups(Paths(arguments.photos, arguments.photos), table, alike)
     classes = sorted(set(table["class"]))
     labels = table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy()

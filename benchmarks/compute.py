@@ -28,8 +28,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from touchline import backbones, compute, features, inference, params, photos, validation
-from touchline.quiet import import_tensorflow
+from touchline.core import parallel, params
+from touchline.core.tensorflow import import_tensorflow
+from touchline.data import photos
+from touchline.models import backbones, inference
+from touchline.stages import features, validate
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +55,7 @@ def main() -> None:
     values = params.load(PROJECT / "params.yaml")
     import_tensorflow()
     works: dict[str, tuple[Callable[..., Iterable[Any]], int]] = {
-        "measures": (partial(validation._measured, workspace=Path("/"), max_megapixels=60), 64)
+        "measures": (partial(validate._measured, workspace=Path("/"), max_megapixels=60), 64)
     }
     for name, chosen in values.features.items():
         weights = backbones.identity(chosen, PROJECT) if isinstance(chosen, params.BackboneFeatures) else ""
@@ -67,9 +70,9 @@ def main() -> None:
                 for name, (work, batch) in works.items():
                     items = [str(path) for path in found] if name == "measures" else found
                     warm = items[: batch * max(1, 4 * workers)]
-                    list(compute.spread(work, warm, address, batch))
+                    list(parallel.spread(work, warm, address, batch))
                     began, used = time.perf_counter(), processor_seconds()
-                    made = list(compute.spread(work, items, address, batch))
+                    made = list(parallel.spread(work, items, address, batch))
                     best[name, way] = min(best[name, way], time.perf_counter() - began)
                     processor[name, way] = min(processor[name, way], processor_seconds() - used)
                     assert same(rows.setdefault(name, made), made), f"{name}: {way} gives other results"

@@ -37,8 +37,8 @@ import numpy as np
 import pyarrow
 from pyarrow import csv as arrow_csv
 
-from touchline import download, fetching, params
-from touchline.sources import Candidate, openimages
+from touchline.core import params
+from touchline.sources import Candidate, fetch, http, openimages
 
 PROJECT = Path(__file__).resolve().parent.parent
 OTHERS = ("img2dataset==1.47.0", "boto3==1.44.5")
@@ -74,8 +74,8 @@ def ours(urls: Sequence[str], folder: Path, connections: int) -> int:
     """Download into `folder`; the number of photos that came."""
     settings = shipped().ingest.download.model_copy(update={"connections": connections})
     candidates = (Candidate(label="photo", source="openimages", origin=url.rsplit("/")[-1], url=url) for url in urls)
-    with fetching.Journal(folder / "fetched.jsonl") as journal:
-        outcome = fetching.fill(candidates, {"photo": len(urls)}, lambda _: folder, set(), journal, settings)
+    with fetch.Journal(folder / "fetched.jsonl") as journal:
+        outcome = fetch.fill(candidates, {"photo": len(urls)}, lambda _: folder, set(), journal, settings)
     return outcome.fetched
 
 
@@ -460,7 +460,7 @@ def filter_from_disk(where: str) -> int:
 
 
 def filter_over_http(where: str) -> int:
-    with download.stream(where, shipped().ingest.download) as file:
+    with http.stream(where, shipped().ingest.download) as file:
         return filtered(file, where)
 
 

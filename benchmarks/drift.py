@@ -20,10 +20,14 @@ import cv2
 import numpy as np
 from audit import read
 
-from touchline import compute, drifting, features, heads, photos
-from touchline.params import BackboneFeatures, Params, load
-from touchline.progress import track
+from touchline.commands import drift
+from touchline.core import parallel
+from touchline.core.params import BackboneFeatures, Params, load
+from touchline.core.progress import track
+from touchline.data import photos
+from touchline.models import heads
 from touchline.sources import sample
+from touchline.stages import features
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Of the light that is left.
@@ -62,14 +66,14 @@ def main() -> None:
         balance = heads.balance(labels[training], groups[training], "group")
         return next(heads.path(real.embeddings[training], labels[training], balance, [0.03]))
 
-    def trial(training: np.ndarray, test: np.ndarray, new: np.ndarray | Looked) -> list[drifting.Comparison]:
+    def trial(training: np.ndarray, test: np.ndarray, new: np.ndarray | Looked) -> list[drift.Comparison]:
         """Rows of the real photos, or others in the new ones' place, compared as the command does it."""
         head, others = fitted(training), new if isinstance(new, Looked) else real[new]
-        predicted = [drifting.predicted(head.probabilities(each.embeddings)) for each in (others, real[test])]
-        return drifting.compare(
+        predicted = [drift.predicted(head.probabilities(each.embeddings)) for each in (others, real[test])]
+        return drift.compare(
             side(others, predicted[0]),
             side(real[training], {}),
-            drifting.Side(predicted[1], list(real.hashes[test])),
+            drift.Side(predicted[1], list(real.hashes[test])),
             params.split.near_duplicate_bits,
         )
 
@@ -96,7 +100,7 @@ def main() -> None:
         new = np.isin(groups, chosen[: len(chosen) // 3])
         rest = np.random.default_rng(seed).permutation(np.flatnonzero(~new))
         # A third of the sources may be a handful of photos, or all there are of a class.
-        if new.sum() < drifting.FEWEST or len(set(labels[~new])) < len(CLASSES):
+        if new.sum() < drift.FEWEST or len(set(labels[~new])) < len(CLASSES):
             continue
         if found := trial(rest[len(rest) // 4 :], rest[: len(rest) // 4], np.flatnonzero(new)):
             areas.append(found[0].value)
@@ -116,7 +120,7 @@ def main() -> None:
         scenes = drawn(Path(folder), params)
         show("drawn scenes", trial(*first[:2], look(scenes, params, arguments.cache, "scenes")), params)
     for name, count in Counter(groups).most_common():
-        if count >= drifting.FEWEST:
+        if count >= drift.FEWEST:
             rest = np.flatnonzero(groups != name)
             order = np.random.default_rng(0).permutation(rest)
             cut = len(order) // 4
@@ -124,18 +128,16 @@ def main() -> None:
                  params)  # fmt: skip
 
 
-def side(of: Looked, predicted: dict[str, np.ndarray]) -> drifting.Side:
-    measured = dict(zip(drifting.MEASURES, of.measured.T, strict=True))
-    return drifting.Side({drifting.CONTENT: of.embeddings, **predicted, **measured}, list(of.hashes))
+def side(of: Looked, predicted: dict[str, np.ndarray]) -> drift.Side:
+    measured = dict(zip(drift.MEASURES, of.measured.T, strict=True))
+    return drift.Side({drift.CONTENT: of.embeddings, **predicted, **measured}, list(of.hashes))
 
 
 def surer(head: heads.Head, real: Looked, training: np.ndarray, new: np.ndarray) -> bool:
     """What the command avoids: whether new photos seem to have drifted from those that the head learned from."""
     confidences = head.probabilities(real.embeddings).max(axis=1)
-    sides = [
-        drifting.Side({drifting.CONFIDENCE: confidences[rows]}, list(real.hashes[rows])) for rows in (new, training)
-    ]
-    (found,) = drifting.compare(*sides, drifting.Side({}, []), 6)
+    sides = [drift.Side({drift.CONFIDENCE: confidences[rows]}, list(real.hashes[rows])) for rows in (new, training)]
+    (found,) = drift.compare(*sides, drift.Side({}, []), 6)
     return found.corrected <= 0.01
 
 
@@ -152,7 +154,7 @@ def look(files: list[Path], params: Params, cache: Path | None, name: str) -> Lo
     backbone = next(kind for kind in params.features.values() if isinstance(kind, BackboneFeatures))
     rows = features.pooled(features.pixels(files, backbone.image_size), backbone, PROJECT)
     embeddings = np.stack(list(track(rows, len(files), f"features: {name}")))
-    found = list(track(compute.in_order(measure, files), len(files), f"measuring: {name}"))
+    found = list(track(parallel.in_order(measure, files), len(files), f"measuring: {name}"))
     looked = Looked(embeddings, np.array([row for row, _ in found]), np.array([each for _, each in found]))
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,7 @@ def look(files: list[Path], params: Params, cache: Path | None, name: str) -> Lo
 def measure(file: Path) -> tuple[tuple[float, ...], str]:
     found = photos.measure(file, 1000)
     size = (found.width, found.height, found.width / found.height)
-    return (*size, found.contrast, *drifting.quality(file.read_bytes())), found.perceptual_hash
+    return (*size, found.contrast, *drift.quality(file.read_bytes())), found.perceptual_hash
 
 
 def darkened(file: Path, light: float, target: Path) -> Path:
@@ -182,7 +184,7 @@ def drawn(folder: Path, params: Params) -> list[Path]:
     return files
 
 
-def show(name: str, found: list[drifting.Comparison], params: Params) -> None:
+def show(name: str, found: list[drift.Comparison], params: Params) -> None:
     alarm = [each.what for each in found if each.warns(params.drift)]
     print(f"{name:34} {found[0].value:6.3f} {min(each.corrected for each in found):12.4f} {', '.join(alarm) or 'none'}")
 

@@ -100,8 +100,10 @@ class Ours:
     """A model of a preset: features of all photos once, then for each split a training and a saved file."""
 
     def __init__(self, photos: Photos, folder: Path, preset: str, model: str) -> None:
-        from touchline import arrays, params, presets
-        from touchline import features as stage
+        from touchline.commands import presets
+        from touchline.core import params
+        from touchline.data import feature_store
+        from touchline.stages import features as stage
 
         self.photos, self.folder = photos, folder
         content = presets.applied(params_content(), preset)
@@ -115,14 +117,14 @@ class Ours:
             rows = stage.pixels([photos.files[int(digest)] for digest in digests], self.features.image_size)
             return stage.pooled(rows, self.features, folder) if model == "transfer" else rows
 
-        arrays.update(folder / "features", {}, self.digests, compute)
+        feature_store.update(folder / "features", {}, self.digests, compute)
         self.seconds_features = time.perf_counter() - began
-        self.arrays = arrays.Arrays(folder / "features")
+        self.arrays = feature_store.Arrays(folder / "features")
 
     def trained(self, split: Split, registered: bool = False) -> tuple[Path, float]:
         """The saved model, and seconds."""
-        from touchline import training
-        from touchline.paths import Paths
+        from touchline.core.paths import Paths
+        from touchline.stages import train as training
         from touchline.tracking import open_store
 
         def subset(chosen: np.ndarray) -> training.Labelled:
@@ -147,11 +149,11 @@ class Ours:
         return path, time.perf_counter() - began
 
     def __call__(self, split: Split, first: bool) -> Result:
-        from touchline import evaluation
+        from touchline.stages import evaluate
 
         path, seconds = self.trained(split, registered=first)
         files = [self.photos.files[number] for number in split.test]
-        probabilities, spent = evaluation.predict(evaluation.load_model(path), files)
+        probabilities, spent = evaluate.predict(evaluate.load_model(path), files)
         return probabilities, seconds, 1000 * spent / len(files)
 
 
@@ -165,7 +167,7 @@ class WithKeras:
     @cached_property
     def readable(self) -> list[Path]:
         """The photos, those that TensorFlow does not read copied as PNG."""
-        from touchline import photos
+        from touchline.data import photos
 
         (self.folder / "readable").mkdir()
         found = []
@@ -272,8 +274,8 @@ class Guide(WithKeras):
         import tensorflow as tf
         from keras import layers
 
-        from touchline import backbones
-        from touchline.params import BackboneFeatures
+        from touchline.core.params import BackboneFeatures
+        from touchline.models import backbones
 
         keras.utils.set_random_seed(0)
         began = time.perf_counter()
@@ -310,7 +312,7 @@ class Control:
     seconds_features = 0.0
 
     def __init__(self, photos: Photos, folder: Path) -> None:  # noqa: ARG002
-        from touchline.photos import header
+        from touchline.data.photos import header
 
         self.labels = photos.labels
         sizes = np.array(
@@ -345,13 +347,13 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     began = time.perf_counter()
     if name != "control":
-        from touchline.quiet import import_tensorflow
+        from touchline.core.tensorflow import import_tensorflow
 
         import_tensorflow()
         import mlflow  # noqa: F401
     startup = time.perf_counter() - began
-    from touchline.evaluation import calibration_error
-    from touchline.heads import log_loss
+    from touchline.models.heads import log_loss
+    from touchline.stages.evaluate import calibration_error
 
     photos = Photos.of(options.photos)
     wanted = list(splits(photos, options.seeds, options.test_groups))
@@ -431,23 +433,24 @@ def table(options: argparse.Namespace) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """From files to probabilities with one model: ours, and Keras `predict` on `image_dataset_from_directory`."""
-    from touchline.quiet import import_tensorflow
+    from touchline.core.tensorflow import import_tensorflow
 
     import_tensorflow()
-    from touchline import evaluation, heads, models
-    from touchline.params import BackboneFeatures
+    from touchline.core.params import BackboneFeatures
+    from touchline.models import architectures, heads
+    from touchline.stages import evaluate
 
     photos = Photos.of(options.photos)
     features = BackboneFeatures(backbone="efficientnet_lite0", image_size=IMAGE_SIZE, views=1)
     random = np.random.default_rng(0).normal(size=(1280, 2)).astype(np.float32)
     everything = np.arange(len(photos.files))
     with tempfile.TemporaryDirectory() as folder:
-        model = models.transfer(heads.Head(random, np.zeros(2, np.float32)), features, Path(folder))
+        model = architectures.transfer(heads.Head(random, np.zeros(2, np.float32)), features, Path(folder))
         keras_way = WithKeras(photos, Path(folder))
         test = keras_way.datasets(Split(everything[:2], everything[:2], everything, by_group=False))[2].prefetch(2)
         rates: dict[str, list[float]] = {"ours": [], "keras": []}
         for _ in range(options.seeds):
-            rates["ours"].append(len(everything) / evaluation.predict(model, photos.files)[1])
+            rates["ours"].append(len(everything) / evaluate.predict(model, photos.files)[1])
             model.predict(test.take(1), verbose=0)
             began = time.perf_counter()
             model.predict(test, verbose=0)
@@ -470,7 +473,7 @@ def grow(options: argparse.Namespace) -> None:
 
 
 def grown(options: argparse.Namespace) -> dict[str, float]:
-    from touchline.quiet import import_tensorflow
+    from touchline.core.tensorflow import import_tensorflow
 
     import_tensorflow()
     few = Photos.of(options.photos)

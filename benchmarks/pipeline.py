@@ -23,8 +23,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from touchline import running
-from touchline.paths import Paths
+from touchline.core import stage as running
+from touchline.core.paths import Paths
 
 PROJECT = Path(__file__).resolve().parent.parent
 COPIED = (
@@ -72,7 +72,7 @@ def noop(folder: Path, turns: int = 7) -> None:
     starts = [timed([shutil.which("touchline") or "touchline", "--help"], ours) for _ in range(turns)]
     print(f"touchline --help: median {statistics.median(starts):.2f} s (goal: under 0.5)")
     heavy = "tensorflow", "keras", "mlflow", "great_expectations"
-    code = f"import sys; from touchline import splitting; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys; from touchline.stages import split as splitting; print([name for name in {heavy} if name in sys.modules])"
     print("heavy packages that `split` imports:", run([sys.executable, "-c", code], ours).strip())
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from touchline import photos
-from touchline.inference import BATCH
-from touchline.predicting import UNSURE
+from touchline.commands.predict import UNSURE
+from touchline.data import photos
+from touchline.models.inference import BATCH
 
 PROJECT = Path(__file__).resolve().parent.parent
 KERAS_WAY = """

@@ -26,10 +26,11 @@ import typer
 from filelock import FileLock, Timeout
 
 from flows import BOARD
-from touchline import params, tracking
-from touchline.errors import ParamsError, TouchlineError
-from touchline.files import write_json
-from touchline.paths import Paths
+from touchline import tracking
+from touchline.core import params
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import write_json
+from touchline.core.paths import Paths
 
 POOL = "touchline"
 SERVER, WORKER, MLFLOW = "Prefect's server", "the worker", "MLflow's UI"

@@ -15,8 +15,8 @@ from prefect.states import Completed, Failed, State
 
 from flows import project
 from flows.project import escaped, report_link
-from touchline import params
-from touchline.files import read_json
+from touchline.core import params
+from touchline.core.files import read_json
 
 # Exit codes of `touchline drift`, and the states they end in.
 _STATES = {0: "Completed", 3: "Drift", 4: "TooFew"}

@@ -10,8 +10,9 @@ from prefect.states import State
 
 from flows import project
 from flows.project import escaped, mlflow_link, report_link
-from touchline import params, report
-from touchline.files import read_json
+from touchline.core import params
+from touchline.core.files import read_json
+from touchline.report import page
 
 
 @flow(name="evaluation")
@@ -38,7 +39,7 @@ def show_decision(workspace: Path, _: str) -> None:
     decision = read_json(workspace / "reports/registration.json")
     records = {name: read_json(workspace / f"models/{name}.json") for name in metrics["models"]}
     registered_name = params.load(workspace / "params.yaml").register_.name
-    sentence = report.decision(decision, records[decision["better_model"]]["run_name"], registered_name)
+    sentence = page.decision(decision, records[decision["better_model"]]["run_name"], registered_name)
     lines = [
         f"**{escaped(sentence)}**",
         "",

@@ -8,7 +8,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.states import State
 
 from flows import project, validation
-from touchline.files import read_json, read_table
+from touchline.core.files import read_json, read_table
 
 
 @flow(name="ingestion")

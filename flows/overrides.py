@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from touchline import params
-from touchline.errors import ParamsError
+from touchline.core import params
+from touchline.core.errors import ParamsError
 
 _WHERE = "the run's parameters"
 

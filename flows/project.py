@@ -20,9 +20,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Failed, State
 
 from flows import stages
-from touchline import params
-from touchline.errors import ParamsError, TouchlineError
-from touchline.files import read_json
+from touchline.core import params
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import read_json
 
 # A scheduled run that could not begin in time came upon another one, or the board was off: it is not made up for.
 _LATE_AFTER_SECONDS = float(os.environ.get("TOUCHLINE_LATE_AFTER", "120"))

@@ -25,7 +25,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from prefect.utilities.annotations import quote
 
-from touchline.errors import TouchlineError
+from touchline.core.errors import TouchlineError
 
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture

@@ -8,7 +8,7 @@ from prefect.states import State
 
 from flows import project
 from flows.project import escaped, report_link
-from touchline.files import read_json
+from touchline.core.files import read_json
 
 
 @flow(name="validation")

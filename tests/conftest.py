@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from servers import Host
 
-from touchline.params import Params, check, load
-from touchline.paths import Paths
+from touchline.core.params import Params, check, load
+from touchline.core.paths import Paths
 
 # How many cases test_fuzz.py tries, how often test_pipeline_killed.py kills; whether a table ends the tests.
 FUZZED, KILLS, FAULTS = "TOUCHLINE_FUZZ_CASES", "TOUCHLINE_KILLS", "TOUCHLINE_FAULTS"

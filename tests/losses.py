@@ -18,8 +18,8 @@ import pytest
 from projects import REGISTERED, Project, runs, versions
 from ruamel.yaml import YAML
 
-from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table, sha256
+from touchline.core.errors import TouchlineError
+from touchline.core.files import read_json, read_table, sha256
 
 TABLES = ("data/photos.csv", "data/validated.csv", "data/rejected.csv", "data/split.csv")
 

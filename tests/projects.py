@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from touchline.paths import Paths
+from touchline.core.paths import Paths
 from touchline.tracking import Version, open_store
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Literal, Self
 
 from aiohttp import web
 
-from touchline.params import DownloadParams
+from touchline.core.params import DownloadParams
 
 CHUNK = 64 * 1024
 LOGIN_PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body><h1>Sign in</h1></body></html>\n"

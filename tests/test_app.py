@@ -21,10 +21,12 @@ import pytest
 from PIL import Image
 from test_predicting import CLASSES, COLOURS, SIDE, planted
 
-from touchline import app, files, tracking
-from touchline.errors import TouchlineError
-from touchline.paths import Paths
-from touchline.predicting import Answer
+from touchline import tracking
+from touchline.commands import app
+from touchline.commands.predict import Answer
+from touchline.core import files
+from touchline.core.errors import TouchlineError
+from touchline.core.paths import Paths
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -14,10 +14,11 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_validation import Workspace, flat, noise, params
 
-from touchline import arrays, audit, decisions
-from touchline.errors import TouchlineError
-from touchline.params import BackboneFeatures, Params, check
-from touchline.paths import Paths
+from touchline.commands import audit
+from touchline.core.errors import TouchlineError
+from touchline.core.params import BackboneFeatures, Params, check
+from touchline.core.paths import Paths
+from touchline.data import decisions, feature_store
 
 CHANNELS = 32
 
@@ -164,7 +165,7 @@ class Audited:
         params = self.params(share)
         name = next(key for key, kind in params.features.items() if isinstance(kind, BackboneFeatures))
         of_digest = dict(zip(self.table["sha256"], self.features, strict=True))
-        arrays.update(
+        feature_store.update(
             self.paths.features / name, {}, list(of_digest), lambda wanted: (of_digest[digest] for digest in wanted)
         )
         audit.run(self.paths, params, top, "Ann")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from touchline.augmentation import augment
-from touchline.params import AugmentationParams
+from touchline.core.params import AugmentationParams
+from touchline.models.augmentation import augment
 
 SHIPPED = AugmentationParams(rotation=30, zoom=0.2, shift=0.1, flip=True)
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from touchline import backbones, models, torch_weights
-from touchline.errors import ParamsError, TouchlineError
-from touchline.heads import Head
-from touchline.params import BackboneFeatures
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.params import BackboneFeatures
+from touchline.models import architectures, backbones, torch_weights
+from touchline.models.heads import Head
 
 SHARED = Path(__file__).parents[2] / "shared"
 MOBILENET_FILE = SHARED / "weights/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_224_no_top.h5"
@@ -377,7 +377,7 @@ def test_a_whole_model_of_two_backbones_and_two_views_says_the_same_where_this_p
 ) -> None:
     options = features(["efficientnet_lite0", "efficientnet_lite2"], 64, views=2)
     head = Head(np.random.default_rng(0).normal(0, 0.1, (2560, 3)).astype(np.float32), np.zeros(3, np.float32))
-    model = models.transfer(head, options, tmp_path)
+    model = architectures.transfer(head, options, tmp_path)
     photos = np.concatenate([drawn_photo(64), drawn_photo(64)[:, :, ::-1], drawn_photo(64)[:, ::-1]])
     expected = model.predict(photos, verbose=0)
     # Each of the first two is the mirror image of the other.

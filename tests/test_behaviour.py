@@ -9,9 +9,12 @@ import keras
 import numpy as np
 import pytest
 
-from touchline import backbones, features, heads, models, params, photos
+from touchline.core import params
+from touchline.data import photos
+from touchline.models import architectures, backbones, heads
 from touchline.sources import scenes
 from touchline.sources.sample import encode, sport_of
+from touchline.stages import features
 
 SHARED = Path(__file__).parents[2] / "shared/photos"
 CLASSES = ("rugby", "soccer")
@@ -48,7 +51,7 @@ def model_of(pixels: np.ndarray, labels: np.ndarray) -> keras.Model:
     strengths = [0.01, 0.1, 1.0]
     losses = heads.cross_validated(rows, labels, groups, weights, strengths, 5, 0)
     [head] = heads.path(rows, labels, weights, [strengths[int(np.argmin(losses))]])
-    return models.transfer(head, SHIPPED, Path())
+    return architectures.transfer(head, SHIPPED, Path())
 
 
 @pytest.fixture(scope="module")

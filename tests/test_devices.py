@@ -14,10 +14,10 @@ import keras
 import numpy as np
 import pytest
 
-from touchline import training
-from touchline.errors import ParamsError, TouchlineError
-from touchline.params import Params, check
-from touchline.paths import Paths
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.params import Params, check
+from touchline.core.paths import Paths
+from touchline.stages import train
 
 # Trains on one device, on both, and in another precision; in a process of its own, since
 # devices are divided before TensorFlow first uses them.
@@ -137,7 +137,7 @@ def test_the_precision_of_other_models_stays_as_it_was(ran: Ran) -> None:
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])
 @pytest.mark.parametrize("photos", [19, 64, 73, 97, 200])
 def test_no_replica_is_left_without_a_photo(photos: int, replicas: int) -> None:
-    edges = [0, *training._cuts(photos, 24, replicas), photos]
+    edges = [0, *train._cuts(photos, 24, replicas), photos]
     sizes = np.diff(edges)
     assert sizes.sum() == photos and (sizes[:-1] % replicas == 0).all() and sizes[:-2].max(initial=24) == 24
     # As TensorFlow shares a batch: the same number for each, rounded up, while there are any.
@@ -148,7 +148,7 @@ def test_no_replica_is_left_without_a_photo(photos: int, replicas: int) -> None:
 
 def test_too_few_photos_for_so_many_devices_are_one_line() -> None:
     with pytest.raises(TouchlineError, match="5 photos cannot be shared among 4 devices: set"):
-        training._cuts(5, 24, 4)
+        train._cuts(5, 24, 4)
 
 
 @pytest.mark.parametrize("tasks", [{"worker": ["a:1", "b:1"]}, {"chief": ["a:1"], "worker": ["b:1"]}])
@@ -157,7 +157,7 @@ def test_several_machines_are_refused_before_anything_is_done(
 ) -> None:
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": tasks, "task": {"type": "worker", "index": 0}}))
     with pytest.raises(TouchlineError, match="TF_CONFIG names 2 tasks, but a model is trained on one machine: unset"):
-        training.run(paths, params_with(), "cnn")
+        train.run(paths, params_with(), "cnn")
     assert list(paths.workspace.iterdir()) == []
 
 
@@ -167,13 +167,13 @@ def test_a_tf_config_that_is_none_is_one_line(
 ) -> None:
     monkeypatch.setenv("TF_CONFIG", content)
     with pytest.raises(TouchlineError, match="TF_CONFIG is not what TensorFlow expects"):
-        training.run(paths, params_with(), "cnn")
+        train.run(paths, params_with(), "cnn")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"cluster": {"worker": ["a:1"]}}'])
 def test_one_machine_is_not_refused(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_CONFIG", content)
-    training._refuse_more_machines()
+    train._refuse_more_machines()
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
@@ -182,10 +182,10 @@ def test_a_gpu_that_is_named_and_absent_is_one_line(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(TouchlineError, match="CUDA_VISIBLE_DEVICES is '0,1', but TensorFlow finds 0 GPUs: name"):
-        training.run(paths, params_with(), "cnn")
+        train.run(paths, params_with(), "cnn")
     for hidden in ("", "-1", "-1,0", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        training._refuse_absent_gpus()
+        train._refuse_absent_gpus()
 
 
 def test_a_precision_or_devices_that_are_not_known_name_the_key(shipped: dict) -> None:
@@ -199,7 +199,7 @@ def test_a_precision_or_devices_that_are_not_known_name_the_key(shipped: dict) -
 
 
 def test_tensorflow_takes_a_gpus_memory_as_it_needs_it() -> None:
-    program = "import os; from touchline.quiet import import_tensorflow as go; go();"
+    program = "import os; from touchline.core.tensorflow import import_tensorflow as go; go();"
     program += "print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'])"
     environment = {name: value for name, value in os.environ.items() if name != "TF_FORCE_GPU_ALLOW_GROWTH"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

@@ -69,7 +69,7 @@ def test_the_image_gets_all_that_the_pipeline_reads() -> None:
         "Makefile", "pyproject.toml", "requirements.lock", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md",
         "dvc.yaml", "params.yaml", "prefect.yaml", ".dvcignore", ".dvc/config", ".dvc/plots/roc.json",
         "data/README.md", "data/decisions.csv", "data/incoming/README.md", "mlflow/README.md", "flows/pipeline.py",
-        "src/touchline/templates/report.html", "src/touchline/presets/fast.yaml",
+        "src/touchline/report/templates/report.html", "src/touchline/commands/presets/fast.yaml",
     }  # fmt: skip
     assert needed <= there
     assert {file for file in code if "__pycache__" not in file} <= there

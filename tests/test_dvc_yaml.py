@@ -92,8 +92,8 @@ def command(stage: PipelineStage) -> list[str]:
 
 def test_imports_are_found_wherever_they_stand() -> None:
     tree = ast.parse(
-        "import numpy\nfrom touchline import photos\nimport touchline.arrays\n"
-        "def later():\n    from touchline import errors\n    from touchline.sources.folder import candidates\n"
+        "import numpy\nfrom touchline.data import photos\nimport touchline.data.feature_store\n"
+        "def later():\n    from touchline.core import errors\n    from touchline.sources.folder import candidates\n"
     )
     assert set(imported(tree)) == {"photos", "arrays", "sources.folder", "errors"}
 

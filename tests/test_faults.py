@@ -23,8 +23,8 @@ from ruamel.yaml import YAML
 from test_pipeline_killed import unmake
 
 from touchline import cli, tracking
-from touchline.files import RENEW
-from touchline.paths import Paths
+from touchline.core.files import RENEW
+from touchline.core.paths import Paths
 
 EVERY = "TOUCHLINE_FAULTS" in os.environ  # else only those that cost little
 Record = Callable[[str, Any], None]

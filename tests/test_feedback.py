@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from test_ingestion import ingested, offer, photo
 
-from touchline import ingestion
-from touchline.errors import TouchlineError
-from touchline.params import Params
-from touchline.paths import Paths
+from touchline.core.errors import TouchlineError
+from touchline.core.params import Params
+from touchline.core.paths import Paths
 from touchline.sources import feedback
+from touchline.stages import ingest
 
 ANSWERS = [{"model": "rugby-soccer version 3", "label": "soccer", "probabilities": {"rugby": 0.1, "soccer": 0.9}}]
 
@@ -164,7 +164,7 @@ def test_an_entry_that_was_spoilt_by_hand_is_one_line_that_names_it(
 def test_the_plan_says_how_many_there_are(paths: Paths, both: Params) -> None:
     say(paths, 1, "rugby")
     say(paths, 2, "rugby")
-    planned = ingestion.plan(paths, both)[-1]
+    planned = ingest.plan(paths, both)[-1]
     assert (planned.what, planned.state, planned.licence) == (
         "2 photos given at the page", "there already", feedback.LICENCE
     )  # fmt: skip

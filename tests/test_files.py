@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from touchline import files
-from touchline.errors import TouchlineError
+from touchline.core import files
+from touchline.core.errors import TouchlineError
 
 
 def names_in(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from prefect.blocks.core import Block
 from flows import project as flow_project
 from flows import stages
 from flows.overrides import overridden
-from touchline.errors import ParamsError, TouchlineError
+from touchline.core.errors import ParamsError, TouchlineError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows import drift as flow
 from flows import project as flow_project
-from touchline import params
+from touchline.core import params
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 

@@ -18,8 +18,8 @@ import pytest
 from losses import champion, lost, torn, unmake
 from projects import STAGES, Project, built, copy
 
-from touchline.paths import Paths
-from touchline.running import costs
+from touchline.core.paths import Paths
+from touchline.core.stage import costs
 
 KILLS = int(os.environ.get("TOUCHLINE_KILLS", "0"))
 VICTIMS = ("stage", "DVC", "flow run", "worker", "board")

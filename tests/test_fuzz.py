@@ -37,15 +37,19 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_torch_weights import HEADER, KERNEL, SIX, state_dict, storage
 
-from touchline import decisions, files, photos, predicting, serving, splitting, torch_weights
-from touchline.errors import TouchlineError
-from touchline.fetching import Journal
-from touchline.params import Params, check, load
-from touchline.paths import Paths
-from touchline.predicting import Classifier
+from touchline.commands import predict, serve
+from touchline.commands.predict import Classifier
+from touchline.core import files
+from touchline.core.errors import TouchlineError
+from touchline.core.params import Params, check, load
+from touchline.core.paths import Paths
+from touchline.data import decisions, photos
+from touchline.models import torch_weights
 from touchline.sources import feedback, folder, imagenet, openimages
-from touchline.training import Labelled
-from touchline.validation import _read_photos
+from touchline.sources.fetch import Journal
+from touchline.stages import split
+from touchline.stages.train import Labelled
+from touchline.stages.validate import _read_photos
 
 CASES = int(os.environ.get("TOUCHLINE_FUZZ_CASES", "100"))
 HANG, MEMORY = 2.0, 512  # CPU seconds and MB that one case may cost
@@ -356,7 +360,7 @@ _VALIDATED = [
     for number, row in enumerate(_PHOTOS)
 ]
 _SPLIT = [
-    list(splitting.COLUMNS),
+    list(split.COLUMNS),
     *([path, path.split("/")[2], ("train", "test")[n % 2], "g", digest]
       for n, (path, digest) in enumerate(zip(PATHS, DIGESTS, strict=True))),
 ]  # fmt: skip
@@ -380,7 +384,7 @@ def test_validated_table(watch: Watch, tmp_path: Path, params_with: Callable[...
     paths.validated_table.parent.mkdir(exist_ok=True)
     paths.validated_table.write_bytes(content)
     with watch.case():
-        splitting.run(paths, _little_params())
+        split.run(paths, _little_params())
 
 
 @cache
@@ -593,7 +597,7 @@ def _looked_at(path: Path, content: bytes) -> None:
     if not (found.error or found.bomb):
         assert found.width > 0 and found.height > 0 and len(found.perceptual_hash) == 16
         assert photos.decode(content, SIDE).shape == (SIDE, SIDE, 3)
-    image = predicting.pixels(content, SIDE, 60)
+    image = predict.pixels(content, SIDE, 60)
     assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
 
 
@@ -625,7 +629,7 @@ def _refused_or_whole(watch: Watch, tmp_path: Path, whole: bytes, cut: bytes) ->
     with watch.case():
         if not photos.measure(path, 60).error:
             np.testing.assert_array_equal(photos.decode(cut, SIDE), expected, "measured as whole")
-        np.testing.assert_array_equal(predicting.pixels(cut, SIDE, 60), expected, "judged as whole")
+        np.testing.assert_array_equal(predict.pixels(cut, SIDE, 60), expected, "judged as whole")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -751,9 +755,9 @@ _TYPES = ["", "image/jpeg", "multipart/form-data; boundary=x", "application/json
 
 
 def test_requests(watch: Watch, params_with: Callable[..., Params], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "forward_pass", lambda _: lambda images: np.full((len(images), 2), 0.5, np.float32))
-    limits = serving.Limits(body=20_000)
-    app = serving.application(Classifier(_Model(), CLASSES, "a model"), params_with(), limits)
+    monkeypatch.setattr(serve, "forward_pass", lambda _: lambda images: np.full((len(images), 2), 0.5, np.float32))
+    limits = serve.Limits(body=20_000)
+    app = serve.application(Classifier(_Model(), CLASSES, "a model"), params_with(), limits)
 
     async def ask(client: httpx.AsyncClient, method: str, path: str, body: bytes, kind: str) -> httpx.Response:
         return await client.request(method, path, content=body, headers={"content-type": kind})
@@ -780,7 +784,7 @@ def test_requests(watch: Watch, params_with: Callable[..., Params], monkeypatch:
                     said = answer.json()["detail"]
                     assert isinstance(said, str) and len(said.splitlines()) == 1
                 elif path.startswith("/predict") and method == "POST":
-                    assert predicting.pixels(body, SIDE, 60).shape == (SIDE, SIDE, 3)
+                    assert predict.pixels(body, SIDE, 60).shape == (SIDE, SIDE, 3)
                     assert answer.json()["probabilities"] == {"red": 0.5, "blue": 0.5}
 
         fuzz()

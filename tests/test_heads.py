@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from touchline import heads
-from touchline.heads import Head
+from touchline.models import heads
+from touchline.models.heads import Head
 
 EVEN = np.arange(60) % 2
 ONE_GROUP_EACH = [str(number) for number in range(60)]
@@ -179,7 +179,7 @@ def test_log_loss_is_the_mean_of_minus_log_of_what_the_true_class_was_given() ->
 
 
 def test_the_strength_that_is_chosen_states_its_confidence_better_than_the_largest() -> None:
-    from touchline.evaluation import calibration_error
+    from touchline.stages.evaluate import calibration_error
 
     random = np.random.default_rng(0)
     labels = np.arange(400) % 2

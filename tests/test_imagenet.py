@@ -35,9 +35,9 @@ from imagenet_files import (
 )
 from servers import Fault, Host
 
-from touchline.errors import ParamsError, TouchlineError
-from touchline.files import read_json, write_json
-from touchline.params import ImageNetParams
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import read_json, write_json
+from touchline.core.params import ImageNetParams
 from touchline.sources import Candidate, Planned, imagenet
 
 CLASSES = ["rugby", "soccer"]

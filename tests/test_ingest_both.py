@@ -9,12 +9,13 @@ from imagenet_files import photo, synset, tar_of
 from openimages_files import RUGBY, SOCCER, Shot, publish
 from servers import Host
 
-from touchline import ingestion, plots
-from touchline.errors import TouchlineError
-from touchline.files import read_json, read_table
-from touchline.params import Params, check
-from touchline.paths import Paths
+from touchline.core.errors import TouchlineError
+from touchline.core.files import read_json, read_table
+from touchline.core.params import Params, check
+from touchline.core.paths import Paths
+from touchline.report import plots
 from touchline.sources.imagenet import TERMS
+from touchline.stages import ingest as ingestion
 
 SYNSETS = {"rugby": ["n00470966"], "soccer": ["n00478262", "n04254680"]}
 

@@ -26,7 +26,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 from servers import Fault, Host
 
-from touchline.files import read_table
+from touchline.core.files import read_table
 
 PER_CLASS = 100
 OFFERED = 125

@@ -32,10 +32,10 @@ from openimages_files import (
 )  # fmt: skip
 from servers import Fault, Host
 
-from touchline.download import WrongContent
-from touchline.errors import ParamsError, TouchlineError
-from touchline.params import OpenImagesParams
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.params import OpenImagesParams
 from touchline.sources import Candidate, openimages
+from touchline.sources.http import WrongContent
 
 PHOTOS = "https://photos.example"
 DOWNLOAD = servers.settings()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from conftest import SHIPPED
 
-from touchline import params
-from touchline.errors import ParamsError
-from touchline.params import ArticleParams, BackboneFeatures, CnnParams, HeadParams, PixelFeatures
+from touchline.core import params
+from touchline.core.errors import ParamsError
+from touchline.core.params import ArticleParams, BackboneFeatures, CnnParams, HeadParams, PixelFeatures
 
 GONE = object()
 

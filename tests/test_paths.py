@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from touchline.errors import ParamsError
-from touchline.paths import Paths
+from touchline.core.errors import ParamsError
+from touchline.core.paths import Paths
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from touchline import photos
-from touchline.errors import TouchlineError
+from touchline.core.errors import TouchlineError
+from touchline.data import photos
 
 ORIENTATION = 0x0112
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 160, 30), (30, 30, 200), (120, 120, 120)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from projects import GONE, REGISTERED, STAGES, UP_TO_DATE, Project, aliases, built, ran, runs, versions
 
-from touchline import photos
+from touchline.data import photos
 
 
 @pytest.fixture

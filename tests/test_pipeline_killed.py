@@ -17,8 +17,8 @@ import pytest
 from losses import champion, lost, torn, unmake
 from projects import STAGES, Project, built, copy, runs, versions
 
-from touchline.paths import Paths
-from touchline.running import costs
+from touchline.core.paths import Paths
+from touchline.core.stage import costs
 
 # What a stage says once it is at work; one that is not here says nothing before it is done.
 AT_WORK = {"validate": "reading photos", "train@cnn": "epoch 0", "evaluate": "predicting with cnn"}

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from touchline import params, presets
-from touchline.errors import ParamsError
-from touchline.params import ArticleParams, CnnParams
+from touchline.commands import presets
+from touchline.core import params
+from touchline.core.errors import ParamsError
+from touchline.core.params import ArticleParams, CnnParams
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from touchline import progress
+from touchline.core import progress
 
 
 @pytest.fixture

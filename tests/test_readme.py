@@ -21,8 +21,8 @@ import pytest
 from boards import free_ports
 from ruamel.yaml import YAML
 
-from touchline.params import check
-from touchline.paths import Paths
+from touchline.core.params import check
+from touchline.core.paths import Paths
 from touchline.tracking import CHAMPION, open_store
 
 ROOT = projects.REPOSITORY

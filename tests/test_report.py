@@ -14,9 +14,11 @@ import pandas as pd
 import projects
 import pytest
 
-from touchline import evaluation, files, report, running, training
-from touchline.params import Params
-from touchline.paths import Paths
+from touchline.core import files, stage
+from touchline.core.params import Params
+from touchline.core.paths import Paths
+from touchline.report import page as report
+from touchline.stages import evaluate, train
 
 if TYPE_CHECKING:
     from selenium.webdriver.remote.webdriver import WebDriver
@@ -158,14 +160,14 @@ def test_a_committed_tree_is_called_unchanged_whatever_dvc_lock_holds(
     project.git("clone", "--quiet", str(project.root), str(clone))
     files.write_text(clone / "data/split.csv", "")
     (clone / "dvc.lock").write_text("changed")
-    assert running.code(Paths(clone, clone)) == {"commit": project.git("rev-parse", "HEAD").strip(), "changed": []}
-    assert training._tags(Paths(clone, clone))["touchline.git_dirty"] == "false"
+    assert stage.code(Paths(clone, clone)) == {"commit": project.git("rev-parse", "HEAD").strip(), "changed": []}
+    assert train._tags(Paths(clone, clone))["touchline.git_dirty"] == "false"
     (clone / "a new module.py").write_text("")
     (clone / "params.yaml").write_text("changed")
-    assert sorted(running.code(Paths(clone, clone))["changed"]) == ["a new module.py", "params.yaml"]
-    assert training._tags(Paths(clone, clone))["touchline.git_dirty"] == "true"
+    assert sorted(stage.code(Paths(clone, clone))["changed"]) == ["a new module.py", "params.yaml"]
+    assert train._tags(Paths(clone, clone))["touchline.git_dirty"] == "true"
     shutil.rmtree(clone / ".git")
-    assert running.code(Paths(clone, clone)) == {"commit": "", "changed": []}
+    assert stage.code(Paths(clone, clone)) == {"commit": "", "changed": []}
 
 
 def test_each_photo_of_the_gallery_stands_beside_its_heat(project: projects.Project, page: Page) -> None:
@@ -234,7 +236,7 @@ def test_few_mistakes_are_filled_up_with_the_least_sure_right_answers(params_wit
     probabilities[np.arange(20), answers], probabilities[np.arange(20), 1 - answers] = confidence, 1 - confidence
 
     def chosen(gallery: int) -> list[str]:
-        rows = evaluation._gallery("cnn", test, probabilities, params_with(evaluate={"gallery": gallery}))
+        rows = evaluate._gallery("cnn", test, probabilities, params_with(evaluate={"gallery": gallery}))
         return [path.removesuffix(".jpg") for path in rows["path"]]
 
     assert chosen(12) == ["9", "4", "0", "1", "2", "3"]  # the surest mistake first, then the least sure right ones
@@ -255,7 +257,7 @@ def test_a_model_that_cannot_be_explained_has_a_gallery_without_heat(
     model = keras.Model(photo, keras.layers.Dense(2, activation="softmax")(vector))
     cv2.imwrite(str(paths.workspace / "a.png"), np.zeros((9, 9, 3), np.uint8))
     gallery = pd.DataFrame({"path": ["a.png"], "predicted": ["soccer"]})
-    assert evaluation._heats(model, gallery, ["rugby", "soccer"], paths.workspace).shape == (1, 0, 0)
+    assert evaluate._heats(model, gallery, ["rugby", "soccer"], paths.workspace).shape == (1, 0, 0)
     assert "no heat maps: model" in capsys.readouterr().out
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from touchline.errors import TouchlineError
-from touchline.params import SampleParams
+from touchline.core.errors import TouchlineError
+from touchline.core.params import SampleParams
 from touchline.sources import Candidate
 from touchline.sources.sample import candidates, sport_of
 

@@ -20,11 +20,13 @@ import pytest
 from conftest import SHIPPED, shipped_values
 from PIL import Image
 
-from touchline import evaluation, files, params, predicting
-from touchline.errors import TouchlineError
-from touchline.ingestion import _attribution
-from touchline.paths import Paths
-from touchline.quiet import import_tensorflow
+from touchline.commands import predict
+from touchline.core import files, params
+from touchline.core.errors import TouchlineError
+from touchline.core.paths import Paths
+from touchline.core.tensorflow import import_tensorflow
+from touchline.stages import evaluate
+from touchline.stages.ingest import _attribution
 from touchline.tracking import Store, open_store
 
 REPOSITORY = projects.REPOSITORY
@@ -91,7 +93,7 @@ def test_a_model_that_brings_a_program_is_refused_from_a_file(project: Paths, ca
     files.write_json(path.with_suffix(".json"), {"classes": CLASSES})
     values = params.load(project.workspace / "params.yaml")
 
-    for load in (lambda: evaluation.load_model(path), lambda: predicting.resolve(project, values, "cnn")):
+    for load in (lambda: evaluate.load_model(path), lambda: predict.resolve(project, values, "cnn")):
         with pytest.raises(TouchlineError, match="no readable model") as refused:
             load()
         assert len(str(refused.value).splitlines()) == 1
@@ -114,10 +116,10 @@ def test_a_model_that_is_not_the_one_described_is_refused(project: Paths) -> Non
     record = {"classes": CLASSES, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     files.write_json(path.with_suffix(".json"), record)
     values = params.load(project.workspace / "params.yaml")
-    assert predicting.resolve(project, values, "cnn").classes == CLASSES
+    assert predict.resolve(project, values, "cnn").classes == CLASSES
     _model().save(path)
 
-    for load in (lambda: evaluation.load_model(path), lambda: predicting.resolve(project, values, "cnn")):
+    for load in (lambda: evaluate.load_model(path), lambda: predict.resolve(project, values, "cnn")):
         with pytest.raises(TouchlineError, match=r"is not the file that cnn\.json describes"):
             load()
 
@@ -169,8 +171,8 @@ def test_tables_for_people_hold_no_formulas(text: str) -> None:
     assert all(value == f"'{text}" for value in written.iloc[0])
 
     out = io.StringIO()
-    answer = predicting.Answer(text, text, 0.9, {"a": 0.9, "b": 0.1})
-    predicting._write_csv(out, ["a", "b"], iter([(Path(text), answer)]))
+    answer = predict.Answer(text, text, 0.9, {"a": 0.9, "b": 0.1})
+    predict._write_csv(out, ["a", "b"], iter([(Path(text), answer)]))
     photo, label, guess, *_ = list(csv.reader(io.StringIO(out.getvalue(), newline="")))[1]
     assert {photo, label, guess} == {f"'{text}"}
 

@@ -21,7 +21,7 @@ from boards import free_ports, wait_for
 from projects import UP_TO_DATE, Project, built, copy, ran
 from team import Gate, Team, why_not
 
-from touchline.paths import Paths
+from touchline.core.paths import Paths
 from touchline.tracking import CHALLENGER, CHAMPION, Store, open_store
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())

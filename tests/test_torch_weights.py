@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from touchline import torch_weights
-from touchline.errors import TouchlineError
+from touchline.core.errors import TouchlineError
+from touchline.models import torch_weights
 
 HEADER = pickle.dumps(0x1950A86A20F9469CFC6C) + pickle.dumps(1001) + pickle.dumps({"little_endian": True})
 

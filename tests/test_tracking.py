@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from touchline import tracking
-from touchline.errors import TouchlineError
-from touchline.paths import Paths
+from touchline.core.errors import TouchlineError
+from touchline.core.paths import Paths
 
 EXPERIMENT = "rugby-soccer"
 CLASSES = ["rugby", "soccer"]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from touchline.errors import TouchlineError
+from touchline.core.errors import TouchlineError
 
 # Nothing calls home, and TensorFlow's start-up notes are no news to anyone; whoever wants either sets it before.
 _QUIET = {
@@ -27,13 +27,13 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 # The module that does the work of each stage.
 STAGES = {
-    "ingest": "touchline.ingestion",
-    "validate": "touchline.validation",
-    "split": "touchline.splitting",
-    "features": "touchline.features",
-    "train": "touchline.training",
-    "evaluate": "touchline.evaluation",
-    "register": "touchline.registration",
+    "ingest": "touchline.stages.ingest",
+    "validate": "touchline.stages.validate",
+    "split": "touchline.stages.split",
+    "features": "touchline.stages.features",
+    "train": "touchline.stages.train",
+    "evaluate": "touchline.stages.evaluate",
+    "register": "touchline.stages.register",
 }
 
 
@@ -85,8 +85,9 @@ def _run(stage: str, *arguments: str) -> None:
     """Run a stage, under its lock: `run` of the module that does its work."""
     from importlib import import_module
 
-    from touchline import params, running
-    from touchline.paths import Paths
+    from touchline.core import params
+    from touchline.core import stage as running
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
     values = params.load(paths.workspace / "params.yaml")
@@ -147,8 +148,9 @@ def audit(
     who: Annotated[str, typer.Option(help="your name, for the page's ready lines of data/decisions.csv")] = "",
 ) -> None:
     """Look for likely wrong labels, near-duplicates and outliers among the photos."""
-    from touchline import audit, params
-    from touchline.paths import Paths
+    from touchline.commands import audit
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
     audit.run(paths, params.load(paths.workspace / "params.yaml"), top, who)
@@ -168,12 +170,13 @@ def tune(
     The values of params.yaml are tried first. A run that was broken off goes on where it was. For two trials at a time
     start the command twice: both work on one study.
     """
-    from touchline import params, tuning
-    from touchline.paths import Paths
+    from touchline.commands import tune
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
     values = params.load(paths.workspace / "params.yaml")
-    tuning.run(paths, values, _known(model, "models"), trials, seed, apply=apply)
+    tune.run(paths, values, _known(model, "models"), trials, seed, apply=apply)
 
 
 @app.command()
@@ -194,11 +197,12 @@ def predict(
 
     In a folder, what is no photo is left out. Exit code 1: some could not be read; they are named, the rest is done.
     """
-    from touchline import params, predicting
-    from touchline.paths import Paths
+    from touchline.commands import predict
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
-    predicting.run(paths, params.load(paths.workspace / "params.yaml"), names, model, form.value, explain=explain)
+    predict.run(paths, params.load(paths.workspace / "params.yaml"), names, model, form.value, explain=explain)
 
 
 @app.command()
@@ -213,11 +217,12 @@ def export(
 
     Exit code 1: it answered differently; then nothing is written.
     """
-    from touchline import exporting, params
-    from touchline.paths import Paths
+    from touchline.commands import export
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
-    exporting.run(paths, params.load(paths.workspace / "params.yaml"), model, form.value, output)
+    export.run(paths, params.load(paths.workspace / "params.yaml"), model, form.value, output)
 
 
 @app.command()
@@ -232,12 +237,13 @@ def drift(
     Exit code 0: no drift; 3: drift; 4: too few photos to tell; 1 and 2: they could not be compared. Photos that cannot
     be read are named, and the others compared.
     """
-    from touchline import drifting, params
-    from touchline.paths import Paths
+    from touchline.commands import drift
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
-    outcome = drifting.run(paths, params.load(paths.workspace / "params.yaml"), names or [])
-    raise typer.Exit(drifting.EXIT_CODES[outcome])
+    outcome = drift.run(paths, params.load(paths.workspace / "params.yaml"), names or [])
+    raise typer.Exit(drift.EXIT_CODES[outcome])
 
 
 @app.command()
@@ -281,8 +287,9 @@ def list_versions() -> None:
 @registry.command("sync")
 def sync() -> None:
     """Put runs, version and champion back from the project's files where the store lacks them."""
-    from touchline import params, tracking
-    from touchline.paths import Paths
+    from touchline import tracking
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
     name = params.load(paths.workspace / "params.yaml").register_.name
@@ -298,8 +305,9 @@ def mlflow(
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 5000,
 ) -> None:
     """Open the MLflow UI on the project's store, until Ctrl-C."""
-    from touchline import params, ports, tracking
-    from touchline.paths import Paths
+    from touchline import tracking
+    from touchline.core import params, ports
+    from touchline.core.paths import Paths
 
     ports.bound(host, port).close()
     paths = Paths.here()
@@ -320,11 +328,12 @@ def serve(
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
 ) -> None:
     """Answer over HTTP what is on a photo, until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
-    from touchline import params, serving
-    from touchline.paths import Paths
+    from touchline.commands import serve
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
-    serving.run(paths, params.load(paths.workspace / "params.yaml"), model, host, port)
+    serve.run(paths, params.load(paths.workspace / "params.yaml"), model, host, port)
 
 
 @app.command("app")
@@ -334,8 +343,9 @@ def try_models(
     model: Annotated[str, typer.Option(help="the first to ask, as for `predict` (default: the champion)")] = "",
 ) -> None:
     """Open a page to try the models on photos and to say where they are wrong, until Ctrl-C."""
-    from touchline import app, params, ports
-    from touchline.paths import Paths
+    from touchline.commands import app
+    from touchline.core import params, ports
+    from touchline.core.paths import Paths
 
     ports.bound(host, port).close()
     paths = Paths.here()
@@ -358,18 +368,20 @@ def clean(
     downloads stay, and so does all in DVC's cache that a commit, a branch, a tag or an experiment names. To begin anew
     there is `make clean`, which deletes what the stages made.
     """
-    from touchline import cleaning, params
-    from touchline.paths import Paths
+    from touchline.commands import clean
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     paths = Paths.here()
-    cleaning.run(paths, params.load(paths.workspace / "params.yaml"), days, dry_run=dry_run, yes=yes)
+    clean.run(paths, params.load(paths.workspace / "params.yaml"), days, dry_run=dry_run, yes=yes)
 
 
 @app.command()
 def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -> None:
     """Write a preset's features and models into params.yaml; everything else there stays."""
-    from touchline import params, presets
-    from touchline.paths import Paths
+    from touchline.commands import presets
+    from touchline.core import params
+    from touchline.core.paths import Paths
 
     params.edit(Paths.here().workspace / "params.yaml", lambda content: presets.applied(content, name))
     print(f"params.yaml has the features and models of '{name}': `dvc repro` trains them")
@@ -378,8 +390,8 @@ def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -
 @app.command()
 def summary() -> None:
     """The last run in a table: models, interval, seconds, decision, where to look."""
-    from touchline import summary
-    from touchline.paths import Paths
+    from touchline.commands import summary
+    from touchline.core.paths import Paths
 
     summary.show(Paths.here())
 
@@ -389,11 +401,12 @@ def _plan() -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from touchline import ingestion, params
-    from touchline.paths import Paths
+    from touchline.core import params
+    from touchline.core.paths import Paths
+    from touchline.stages import ingest
 
     paths = Paths.here()
-    planned = ingestion.plan(paths, params.load(paths.workspace / "params.yaml"))
+    planned = ingest.plan(paths, params.load(paths.workspace / "params.yaml"))
     licences = list(dict.fromkeys(row.licence for row in planned))
     table = Table("what", "MB", "state", "licence", title="would be fetched", title_justify="left")
     table.add_column("where", overflow="fold")
@@ -411,8 +424,8 @@ def _plan() -> None:
 
 
 def _store():  # noqa: ANN202 - naming the type would import tracking
-    from touchline import params
-    from touchline.paths import Paths
+    from touchline.core import params
+    from touchline.core.paths import Paths
     from touchline.tracking import open_store
 
     paths = Paths.here()
@@ -422,9 +435,9 @@ def _store():  # noqa: ANN202 - naming the type would import tracking
 
 def _known(name: str, section: str) -> str:
     """`name`, if the section of params.yaml has it."""
-    from touchline import params
-    from touchline.errors import ParamsError
-    from touchline.paths import Paths
+    from touchline.core import params
+    from touchline.core.errors import ParamsError
+    from touchline.core.paths import Paths
 
     known = getattr(params.load(Paths.here().workspace / "params.yaml"), section)
     if name not in known:

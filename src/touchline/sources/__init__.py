@@ -1,7 +1,7 @@
 """Where photos come from: one module a source, each with one function `candidates`.
 
 A source yields `Candidate`s in a stable order and reads a photo's bytes only when asked, or names the URL where they
-are. Fetching, hashing, naming and recording are the work of `touchline.ingestion`.
+are. Fetching, hashing, naming and recording are the work of `touchline.stages.ingest`.
 """
 
 from collections.abc import Callable

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from touchline import photos
-from touchline.errors import TouchlineError
-from touchline.files import read_json, write_bytes, write_json
+from touchline.core.errors import TouchlineError
+from touchline.core.files import read_json, write_bytes, write_json
+from touchline.data import photos
 from touchline.sources import Candidate
 
 LICENCE = "given by the person at the page"

@@ -6,7 +6,7 @@ An optional `manifest.csv` in the folder gives `group`, `licence` and `author` b
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from touchline.errors import ParamsError, TouchlineError
+from touchline.core.errors import ParamsError, TouchlineError
 from touchline.sources import Candidate
 
 _SUBSETS = ("train", "test")

@@ -23,13 +23,13 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from touchline.download import HttpError, WrongContent, head, read_range, to_file
-from touchline.errors import ParamsError, TouchlineError
-from touchline.files import read_json, write_bytes, write_json
-from touchline.params import DownloadParams, ImageNetParams
-from touchline.photos import EXTENSIONS
-from touchline.progress import say
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import read_json, write_bytes, write_json
+from touchline.core.params import DownloadParams, ImageNetParams
+from touchline.core.progress import say
+from touchline.data.photos import EXTENSIONS
 from touchline.sources import Candidate, Planned
+from touchline.sources.http import HttpError, WrongContent, head, read_range, to_file
 
 TERMS = "ImageNet terms: non-commercial research and education, no redistribution"
 

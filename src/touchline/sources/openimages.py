@@ -22,13 +22,12 @@ from textwrap import shorten
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from touchline import download
-from touchline.download import HttpError
-from touchline.errors import ParamsError, TouchlineError
-from touchline.files import write_json
-from touchline.params import DownloadParams, OpenImagesParams
-from touchline.progress import say
-from touchline.sources import Candidate, Planned
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import write_json
+from touchline.core.params import DownloadParams, OpenImagesParams
+from touchline.core.progress import say
+from touchline.sources import Candidate, Planned, http
+from touchline.sources.http import HttpError
 
 LICENCE = "labels CC BY 4.0 (Google LLC); photos listed as CC BY 2.0, each with its author"
 BLOCK = 2**20  # bytes of a CSV file parsed at a time; no row may be longer
@@ -174,7 +173,7 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
             if params.keep_label_files and local.exists():
                 files.append(Planned(what, str(local), local.stat().st_size / 1e6, "there already", LICENCE))
             else:
-                size = download.head(url, settings)
+                size = http.head(url, settings)
                 files.append(Planned(what, url, None if size is None else size / 1e6, "to fetch", LICENCE))
     return files
 
@@ -379,7 +378,7 @@ def _class_names(params: OpenImagesParams, settings: DownloadParams, cache: Path
     names = _kept(path)
     if names is None:
         url = _url(params, _CLASSES)
-        with _answers(), download.stream(url, settings) as file:
+        with _answers(), http.stream(url, settings) as file:
             content = file.read()
         try:
             rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
@@ -401,11 +400,11 @@ def _opened(
     url, local = _url(params, name), _local(params, name, cache)
     with _answers():
         if not params.keep_label_files:
-            with download.stream(url, settings, what=what) as file:
+            with http.stream(url, settings, what=what) as file:
                 yield file, url
             return
         if not local.exists():
-            download.to_file(url, local, settings, is_right=_has_header, what=what)
+            http.to_file(url, local, settings, is_right=_has_header, what=what)
     with local.open("rb") as file:
         yield file, str(local)
 

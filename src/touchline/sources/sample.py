@@ -18,8 +18,8 @@ from functools import partial
 import cv2
 import numpy as np
 
-from touchline.errors import TouchlineError
-from touchline.params import SampleParams
+from touchline.core.errors import TouchlineError
+from touchline.core.params import SampleParams
 from touchline.sources import Candidate
 from touchline.sources.scenes import BALLS, GOALS, SHIRTS, Image, Rng, Sport, draw
 

@@ -1,0 +1,359 @@
+"""`touchline app`: a page to try the models on photos, two side by side, and to say where they are wrong.
+
+A photo's own bytes go through `predicting.pixels` and the forward pass of `predict`, so the page and the command line
+have one answer. Uploads lie in a temporary folder for an hour at most; only what a person sends as a correction stays,
+in the queue of `touchline.sources.feedback`.
+"""
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from touchline.commands.predict import Answer, Classifier, pixels, resolve
+from touchline.core.errors import TouchlineError
+from touchline.core.files import read_table
+from touchline.core.params import Params
+from touchline.core.paths import Paths
+from touchline.data import photos
+from touchline.models import explain as explaining
+from touchline.models.inference import Forward, forward_pass
+from touchline.report import html, plots
+from touchline.sources import feedback
+
+if TYPE_CHECKING:
+    import gradio
+    import pandas as pd
+
+_MAX_MEGABYTES = 20
+# Pixels of the longer side of what is shown of a photo.
+_SIDE = 480
+# Models in memory, photos of each class to try, requests that wait.
+_LOADED, _EXAMPLES, _WAITING = 4, 3, 16
+# Seconds: how often uploads are looked through, and how old they grow.
+_SWEEP, _KEPT = 600, 3600
+_NONE = ""
+_INTRO = Markup("<h1>{}</h1><p>Give a photo, and see what a model makes of it and where it looked.</p>")
+_WRONG = """<h2>Wrong?</h2><p>Say what it is. Only then is the photo kept, in <code>data/feedback</code>: to be learned
+from, and it may be seen in reports. Leave photos of anything else.</p>"""
+_EMPTY = '<p class="aside">Its answer comes here.</p>'
+
+_STYLE = """
+.gradio-container { width: 100%; max-width: 76rem !important; margin: 0 auto; overflow-wrap: anywhere }
+.gradio-container .html-container { padding: 0 }
+.gradio-container h1 { font-size: 1.6rem; font-weight: 700; margin: .5rem 0 }
+.gradio-container h2 { font-size: 1.2rem; font-weight: 700; margin: .5rem 0 }
+#photo img { object-fit: contain }
+.gallery { max-width: 17.5rem }
+.gallery-item img { width: 5rem; height: 5rem; object-fit: cover }
+@media (max-width: 40rem) {
+  #photo { height: 15rem !important }
+  .gallery { max-width: none; flex-wrap: nowrap }
+  .gallery-item img { width: 100%; height: auto; aspect-ratio: 1 }
+}
+#keep { width: fit-content; flex: none }
+.answer .label { font-size: 1.9rem; font-weight: 700; line-height: 1.2; margin: .25rem 0 .5rem }
+.answer .label.unsure { color: #b45309 }
+.dark .answer .label.unsure { color: #fbbf24 }
+.answer .label small { font-size: 1rem; font-weight: 400 }
+.answer dl { margin: 0 0 1rem }
+.answer dl > div { margin: .4rem 0 }
+.answer dt, .answer dd { margin: 0 }
+.answer .best dt { font-weight: 600 }
+.answer dd { display: flex; align-items: center; gap: .75rem }
+.answer .bar { flex: 1; height: .6rem; border-radius: .3rem; background: var(--border-color-primary); overflow: hidden }
+.answer .bar span { display: block; height: 100%; background: #64748b }
+.answer .best .bar span { background: #0072b2 }
+.dark .answer .best .bar span { background: #56b4e9 }
+.answer output { min-width: 4.2rem; text-align: right; font-variant-numeric: tabular-nums }
+.answer figure { margin: 0 }
+.answer img { width: 100%; border-radius: var(--radius-md) }
+.answer figcaption, .aside { font-size: .875rem; opacity: .8; margin: .4rem 0 }
+.aside a { text-decoration: underline }
+.refusal { border-left: .3rem solid #dc2626; padding: .5rem .8rem; background: #dc262614; border-radius: .2rem }
+"""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    classifier: Classifier
+    forward: Forward
+    explain: explaining.Explain | None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said of a photo.
+
+    Attributes:
+        model: what people call it.
+        picture: what it looked at, a JPEG in base64; empty for a model that cannot be explained.
+    """
+
+    model: str
+    answer: Answer
+    picture: str
+
+
+class Models:
+    """The models there are to ask; those asked last stay in memory.
+
+    Args:
+        wanted: the first to ask, see `predicting.resolve`; empty for the champion.
+    """
+
+    def __init__(self, paths: Paths, params: Params, wanted: str = "") -> None:
+        self._paths, self._params, self._wanted = paths, params, wanted
+        self._load = lru_cache(maxsize=_LOADED)(self._load_now)
+        self._offered: dict[str, str] = {}
+
+    def choices(self) -> dict[str, str]:
+        """What `predicting.resolve` takes, to what people read: the one to ask first, then the one to put beside it.
+
+        Raises:
+            TouchlineError: no model was named, and there is no champion.
+        """
+        from touchline.tracking import CHALLENGER, CHAMPION, open_store
+
+        name = self._params.register_.name
+        versions = {str(found.number): found for found in open_store(self._paths, name).versions(name)}
+        alias = {each: number for number, found in versions.items() for each in found.aliases}
+        first = self._wanted or alias.get(CHAMPION)
+        if not first:
+            raise TouchlineError(f"{name} has no champion yet: `make run` trains one, or name a model with --model")
+        model_of = {number: found.tags.get("touchline.model", "") for number, found in versions.items()}
+        words = {first: first} | {
+            number: f"{model_of[number]} (version {number}{_standing(found.aliases)})".strip()
+            for number, found in reversed(versions.items())
+        }
+        words |= {
+            each: f"{each} (models/{each}.keras)"
+            for each in self._params.models
+            if (self._paths.models / f"{each}.keras").is_file()
+        }
+        # Beside the first stands the challenger, or else what the last run trained under another name.
+        other = [each for each in words if each in self._params.models and each != model_of.get(first, first)]
+        order = dict.fromkeys([first, alias.get(CHALLENGER, first), *other, *words])
+        offered = {each: words[each] for each in order}
+        self._offered.update(offered)
+        return offered
+
+    def ask(self, wanted: str, content: bytes) -> Said:
+        """What the model says of the photo in these bytes.
+
+        Args:
+            wanted: a key of what `choices` gave: a browser may send any text, and `resolve` opens files.
+
+        Raises:
+            TouchlineError: there is no such model, or the bytes are no photo that is fit to be judged.
+        """
+        if wanted not in self._offered:
+            raise TouchlineError("there is no such model: load the page again")
+        loaded = self._loaded(wanted)
+        classifier = loaded.classifier
+        try:
+            photo = pixels(content, classifier.side, self._params.validate_.max_megapixels)[None]
+        except TouchlineError as error:
+            raise TouchlineError(f"this file cannot be judged: {str(error).removeprefix('photo ')}") from None
+        answer = Answer.of(loaded.forward(photo)[0], classifier.classes, self._params.predict.min_confidence)
+        picture = ""
+        if loaded.explain:
+            heat = loaded.explain(photo, np.array([classifier.classes.index(answer.guess)]))[0]
+            picture = _picture(content, heat)
+        return Said(classifier.name, answer, picture)
+
+    def warm(self) -> None:
+        """Load the first model, so that what is wrong with it is said before a page is there."""
+        self._loaded(next(iter(self.choices())))
+
+    def _loaded(self, wanted: str) -> _Loaded:
+        # What training wrote anew is another model.
+        file = self._paths.models / f"{wanted}.keras"
+        return self._load(wanted, file.stat().st_mtime_ns if file.is_file() else 0)
+
+    def _load_now(self, wanted: str, _: int) -> _Loaded:
+        classifier = resolve(self._paths, self._params, wanted)
+        try:
+            explain = explaining.explainer(classifier.model)
+        except TouchlineError:
+            explain = None  # and the page says so
+        return _Loaded(classifier, forward_pass(classifier.model, 1), explain)
+
+
+def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C or SIGTERM.
+
+    Raises:
+        TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `predicting.resolve`.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio asks its own server whether it is up, and a proxy of the network would not know it.
+    proxied_not = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = ",".join(filter(None, [proxied_not, "127.0.0.1", "localhost", host]))
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        raise TouchlineError("`touchline app` needs Gradio: pip install 'touchline[app]'") from None
+    models = Models(paths, params, wanted)
+    models.warm()
+    with tempfile.TemporaryDirectory(prefix="touchline-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        built = page(paths, params, models)
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        try:
+            built.launch(
+                server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True,
+                max_file_size=f"{_MAX_MEGABYTES}mb", footer_links=[], run_history=False, ssr_mode=False,
+                enable_monitoring=False, mcp_server=False, pwa=False, inbrowser=False, num_workers=0,
+                css=_STYLE, theme=gradio.themes.Default(
+                    primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
+                    font_mono=["ui-monospace", "monospace"],
+                ),
+            )  # fmt: skip
+        except OSError as error:
+            if "empty port" not in str(error):
+                raise
+            raise TouchlineError(f"{host}:{port} is not free: choose another --port") from None
+        print(f"Try the models: http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+        try:
+            ended.wait()
+        finally:
+            built.close(verbose=False)
+
+
+def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
+    """The page, to be launched."""
+    import gradio
+
+    learns = "feedback" in params.ingest.sources
+
+    def choices() -> tuple[dict[str, Any], dict[str, Any]]:
+        """Choices and value of the two lists of models, as they are now."""
+        offered = [(words, key) for key, words in models.choices().items()]
+        first, second = ([key for _, key in offered] + [_NONE])[:2]
+        return {"choices": offered, "value": first}, {"choices": [*offered, ("none", _NONE)], "value": second}
+
+    def refresh() -> list[gradio.Dropdown]:
+        return [gradio.Dropdown(**each) for each in choices()]
+
+    def answer(photo: str | None, *wanted: str) -> tuple[Any, ...]:
+        said, cards = [], []
+        content = Path(photo).read_bytes() if photo else b""
+        for each in wanted:
+            card = _EMPTY if each else ""
+            if photo and each:
+                try:
+                    said.append(models.ask(each, content))
+                    card = _card(said[-1])
+                except TouchlineError as error:
+                    card = html.render("answer.html", error=error)
+            cards.append(card)
+        kept = (content, [{"model": each.model, **vars(each.answer)} for each in said]) if said else None
+        return *cards, kept, gradio.Column(visible=bool(said)), gradio.Radio(value=None), ""
+
+    def correct(kept: tuple[bytes, list[dict[str, Any]]] | None, label: str | None) -> str:
+        if not kept:
+            return "There is no answer to correct: give a photo first."
+        if label not in params.classes:
+            return "Choose what it is first."
+        try:
+            new = feedback.remember(paths.feedback, kept[0], label, kept[1])
+        except (TouchlineError, OSError) as error:
+            return Markup("It could not be kept: {}").format(error)
+        learned = "the next run learns from it" if learns else (
+            "no run learns from it until ingest.sources in params.yaml names feedback"
+        )  # fmt: skip
+        return Markup("{} as <strong>{}</strong>; {}.").format("Kept" if new else "Kept before", label, learned)
+
+    with gradio.Blocks(title=_title(params), analytics_enabled=False, delete_cache=(_SWEEP, _KEPT)) as built:
+        gradio.HTML(_INTRO.format(_title(params)), js_on_load=None)
+        kept = gradio.State(time_to_live=_KEPT)
+        with gradio.Row(equal_height=False):
+            with gradio.Column(min_width=300):
+                photo = gradio.Image(
+                    label="Photo", type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
+                    webcam_options=gradio.WebcamOptions(mirror=False), buttons=[], height=320, elem_id="photo",
+                    placeholder="# Drop a photo here\nor click to choose one",
+                )  # fmt: skip
+                # Gradio would open it, and fail without a word on what is no photo; its bytes are what counts.
+                photo.preprocess = lambda upload: upload.path if upload else None
+                examples = _examples(paths, params)
+                if len(examples):
+                    gradio.Examples(
+                        [[str(paths.workspace / path)] for path in examples["path"]], photo, label="Or a test photo",
+                        api_visibility="private",
+                    )  # fmt: skip
+                    known = examples[["title", "author", "licence", "landing_page"]].drop_duplicates()
+                    if known.ne("").any(axis=None):
+                        gradio.HTML(html.render("credits.html", credits=known.to_dict("records")), js_on_load=None)
+            with gradio.Column(min_width=300):
+                first = gradio.Dropdown(label="Model", filterable=False, **choices()[0])
+                first_card = gradio.HTML(_EMPTY, js_on_load=None, elem_id="first")
+            with gradio.Column(min_width=300):
+                second = gradio.Dropdown(label="Beside it", filterable=False, **choices()[1])
+                second_card = gradio.HTML(_EMPTY if second.value else "", js_on_load=None, elem_id="second")
+        with gradio.Column(visible=False, elem_id="wrong") as wrong:
+            gradio.HTML(_WRONG, js_on_load=None)
+            label = gradio.Radio(params.classes, label="It is", elem_id="label")
+            button = gradio.Button("Keep the correction", variant="primary", elem_id="keep")
+            outcome = gradio.HTML(js_on_load=None, elem_id="outcome")
+        options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
+        gradio.on(
+            [photo.change, first.input, second.input], answer, [photo, first, second],
+            [first_card, second_card, kept, wrong, label, outcome], show_progress_on=[first_card, second_card],
+            **options,
+        )  # fmt: skip
+        built.load(refresh, None, [first, second], show_progress="hidden", **options)
+        button.click(correct, [kept, label], outcome, show_progress="hidden", **options)
+        built.queue(max_size=_WAITING)
+    return built
+
+
+def _standing(aliases: Sequence[str]) -> str:
+    """The alias that says most; the champion was a challenger before."""
+    from touchline.tracking import CHAMPION
+
+    return "".join(f", {each}" for each in sorted(aliases, key=lambda each: each != CHAMPION)[:1])
+
+
+def _picture(content: bytes, heat: np.ndarray) -> str:
+    """A photo with the heat over it, as a JPEG in base64."""
+    import cv2
+
+    found = photos.header(content)
+    scale = _SIDE / max(found.width, found.height)
+    size = tuple(max(1, round(scale * side)) for side in (found.width, found.height))
+    photo = cv2.resize(photos.decode(content, _SIDE), size, interpolation=cv2.INTER_AREA)
+    return plots.jpeg(explaining.warmed(photo, heat))
+
+
+def _card(said: Said) -> str:
+    return html.render("answer.html", error="", name=said.model, answer=said.answer, picture=said.picture)
+
+
+def _title(params: Params) -> str:
+    *most, last = params.classes
+    return f"{', '.join(most).capitalize()} or {last}?"
+
+
+def _examples(paths: Paths, params: Params) -> "pd.DataFrame":
+    """Photos of the test subset that may be shown, some of each class, with what is known of their authors."""
+    import pandas as pd
+
+    if not (paths.split_table.is_file() and paths.photos_table.is_file()):
+        return pd.DataFrame()
+    split, known = read_table(paths.split_table), read_table(paths.photos_table)
+    known = known.drop_duplicates("path").drop(columns=["class", "subset", "group", "sha256"])
+    test = split[split["subset"] == "test"].merge(known, on="path")
+    there = test["path"].map(lambda path: (paths.workspace / path).is_file())
+    return plots.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)

@@ -1,0 +1,470 @@
+"""`touchline predict`: what a model says of photos, to people and to programs.
+
+A photo is decoded as for training, by `photos.decode`, and goes through the forward pass of `evaluate`; whoever serves
+the model uses `resolve`, `pixels` and `Answer.of` too, so that one photo has one answer.
+"""
+
+import csv
+import errno
+import glob
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+from uuid import uuid4
+
+import numpy as np
+
+from touchline.core import parallel
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import read_json, replacing, write_bytes
+from touchline.core.params import Params
+from touchline.core.paths import Paths
+from touchline.core.progress import track
+from touchline.core.tensorflow import import_tensorflow
+from touchline.data import photos
+from touchline.models.inference import BATCH, Forward, Row, answers, forward_pass
+from touchline.stages.evaluate import load_model
+
+if TYPE_CHECKING:
+    import keras
+
+UNSURE = "unsure"
+STDIN = "-"
+# Behind the whole name: a.jpg and a.png may lie side by side.
+OVERLAY = ".touchline.jpg"
+# A file in a folder is taken for a photo by its content; one so named that is none is worth a word.
+_NAMED_AS_PHOTOS = {
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+}  # fmt: skip
+_FIRST_BYTES = 2**16
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+# The photos of a batch, and what the model says of those that have pixels.
+_Judged = tuple[list[Row[tuple[Path, str | None]]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model that can be asked.
+
+    Attributes:
+        model: uint8 (n, side, side, 3) to probabilities (n, len(classes)).
+        name: what people call it: `rugby-soccer version 3`, `models/cnn.keras`.
+    """
+
+    model: "keras.Model"
+    classes: list[str]
+    name: str
+
+    @property
+    def side(self) -> int:
+        return self.model.input_shape[1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one photo.
+
+    Attributes:
+        label: the guess, or `unsure` where its confidence is too low.
+        guess: the likeliest class.
+        confidence: its probability.
+        probabilities: of each class.
+    """
+
+    label: str
+    guess: str
+    confidence: float
+    probabilities: dict[str, float]
+
+    @classmethod
+    def of(cls, probabilities: np.ndarray, classes: Sequence[str], min_confidence: float) -> "Answer":
+        """The answer that float32 `probabilities`, shape (classes,), come to.
+
+        Raises:
+            TouchlineError: they are no numbers, as those of a model whose training went wrong.
+        """
+        best = int(probabilities.argmax())
+        confidence = float(probabilities[best])
+        if not np.isfinite(confidence):
+            raise TouchlineError("the model answers with no numbers: train it anew, or name another with --model")
+        label = classes[best] if confidence >= min_confidence else UNSURE
+        rounded = [round(float(value), 6) for value in probabilities]
+        return cls(label, classes[best], rounded[best], dict(zip(classes, rounded, strict=True)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Something to read.
+
+    Attributes:
+        listed: it was not named, but lies in a folder that was; then it may be something other than a photo.
+        error: why it cannot be read, where that is known already.
+    """
+
+    path: Path
+    listed: bool = False
+    error: str = ""
+
+
+class _NoPhoto(TouchlineError):
+    """The content of the file is something else."""
+
+
+def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: str, *, explain: bool) -> None:
+    """Write to stdout what a model says of each photo, in the order of `names`; all else goes to stderr.
+
+    Args:
+        names: see `find`.
+        wanted: see `resolve`.
+        form: `table`, `json` (an object a line) or `csv`.
+        explain: draw a heat map beside each photo, `<name>.touchline.jpg`.
+
+    Raises:
+        TouchlineError: at the end, where a photo could not be read or drawn over; each was named when it came.
+    """
+    results = sys.stdout
+    # Names of files are bytes, and leave as they came.
+    results.reconfigure(errors="surrogateescape")
+    with redirect_stdout(sys.stderr):
+        found: Iterable[Found] = find(names)
+        total = None if STDIN in names else len(found := list(found))
+        if total == 0:
+            raise TouchlineError(f"no photo in {', '.join(map(shown, names))}")
+        classifier = resolve(paths, params, wanted)
+        counts, failed = Counter[str](), 0
+        # Few need no bar; and on one terminal a bar would run through lines that come as it moves.
+        few = total is not None and total <= BATCH
+        with_bar = not few and not (results.isatty() and form != "table")
+
+        def answered() -> Iterator[tuple[Path, Answer]]:
+            nonlocal failed
+            outcomes = _answered(paths, classifier, params, found, explain=explain)
+            for outcome in track(outcomes, total, "predicting") if with_bar else outcomes:
+                match outcome:
+                    case Answer() as answer, path:
+                        counts[answer.label] += 1
+                        yield path, answer
+                    case str() as error, path:
+                        failed += 1
+                        print(f"touchline: {shown(path)}: {error}")
+                    case None, _:
+                        counts[""] += 1
+
+        _WRITERS[form](results, classifier.classes, answered())
+        results.flush()
+        left_out = counts.pop("", 0)
+        if (total or 2) > 1:
+            labels = [label for label in dict.fromkeys([*classifier.classes, UNSURE]) if counts[label]]
+            said = ", ".join(f"{label} {counts[label]:,}" for label in labels) or "none"
+            print(f"{classifier.name}: {said}" + (f"; {left_out:,} other files left out" if left_out else ""))
+    if failed:
+        raise TouchlineError(f"{failed:,} failed, named above")
+
+
+def resolve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
+    """The model that is asked for.
+
+    Args:
+        wanted: empty for the champion; else the number of a version, a model of params.yaml, an alias, the id of a run,
+            or a `.keras` file with the `.json` beside it that training writes.
+
+    Raises:
+        ParamsError: `wanted` is none of these.
+        TouchlineError: there is no champion yet, the model or its classes cannot be read, or it is no classifier of
+            square photos.
+    """
+    import_tensorflow()
+    if wanted in params.models:
+        found = _from_file(paths.models / f"{wanted}.keras", paths)
+    elif wanted.endswith(".keras"):
+        found = _from_file(Path(wanted), paths)
+    else:
+        found = _from_store(paths, params, wanted)
+    side, answers = found.model.input_shape, found.model.output_shape
+    if len(side) != 4 or side[1] is None or side[1:] != (side[1], side[1], 3) or answers != (None, len(found.classes)):
+        raise TouchlineError(
+            f"{found.name} takes {side} and answers {answers}: not square RGB photos in and {len(found.classes)} "
+            "probabilities out"
+        )
+    return found
+
+
+def _from_file(path: Path, paths: Paths) -> Classifier:
+    model = load_model(path)
+    record = path.with_suffix(".json")
+    classes = read_json(record).get("classes") if record.is_file() else None
+    if not classes:
+        raise TouchlineError(
+            f"the classes of {path} are not known: put the {record.name} that training wrote beside it"
+        )
+    return Classifier(model, list(classes), paths.relative(path))
+
+
+def _from_store(paths: Paths, params: Params, wanted: str) -> Classifier:
+    from touchline.tracking import CHAMPION, open_store
+
+    name = params.register_.name
+    store = open_store(paths, name)
+    if re.fullmatch(r"[0-9a-f]{32}", wanted):
+        return Classifier(*store.load_with_classes(wanted), f"run {wanted}")
+    if wanted.isdecimal():
+        version = next((each for each in store.versions(name) if each.number == int(wanted)), None)
+    else:
+        version = store.alias(name, wanted or CHAMPION)
+    if version:
+        return Classifier(*store.load_with_classes(version), f"{name} version {version.number}")
+    if not wanted:
+        raise TouchlineError(f"{name} has no champion yet: `make run` trains one, or name a model with --model")
+    raise ParamsError(
+        f"--model {wanted} is no version or alias of {name}, no run, no model of params.yaml "
+        f"({', '.join(params.models)}) and no .keras file"
+    )
+
+
+def find(names: Iterable[str]) -> Iterator[Found]:
+    """What to read, in the order of the names, each folder's in the order of its paths.
+
+    Args:
+        names: files; folders, of which all that is in and below them is meant, without what is hidden and what
+            `--explain` drew; patterns that no shell has filled in, where `**` is any depth; and `-`, which reads names,
+            one a line, from stdin.
+
+    Raises:
+        ParamsError: stdin holds a photo where names are wanted.
+    """
+    for name in names:
+        if name == STDIN:
+            yield from _from_stdin()
+        elif os.path.lexists(name) or not glob.has_magic(name):
+            yield from _at(Path(name))
+        elif matches := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
+            for match in matches:
+                yield from _at(Path(match))
+        else:
+            yield Found(Path(name), error="no file matches")
+
+
+def _from_stdin() -> Iterator[Found]:
+    for number, line in enumerate(sys.stdin.buffer):
+        if number == 0 and photos.flaw(line) in {"", "cut off"}:
+            raise ParamsError(
+                f"{STDIN} reads names of photos, one a line, and stdin holds a photo itself: name its file"
+            )
+        if name := os.fsdecode(line.rstrip(b"\r\n")):
+            yield from _at(Path(name))
+
+
+def _at(path: Path) -> Iterator[Found]:
+    if not path.is_dir():
+        yield Found(path)
+        return
+    unreadable: list[OSError] = []
+    for folder, below, files in os.walk(path, onerror=unreadable.append):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(files):
+            file = Path(folder, name)
+            if not name.startswith(".") and not name.endswith(OVERLAY) and file.is_file():
+                yield Found(file, listed=True)
+        for error in unreadable:
+            yield Found(Path(error.filename), error=error.strerror or "cannot be read")
+        unreadable.clear()
+    for error in unreadable:
+        yield Found(Path(error.filename), error=error.strerror or "cannot be read")
+
+
+def pixels(content: bytes, side: int, max_megapixels: float) -> np.ndarray:
+    """A photo as the model wants it, RGB uint8 (side, side, 3), if it is fit to be judged.
+
+    Raises:
+        TouchlineError: why not. OpenCV fills what is cut off with grey, and a model would judge the grey.
+    """
+    if not content:
+        raise _NoPhoto("empty file")
+    if flaw := photos.flaw(content):
+        raise TouchlineError("cut off") if flaw == "cut off" else _NoPhoto(flaw)
+    header = photos.header(content)
+    # OpenCV opens some that Pillow does not, and then nobody has looked how large they are.
+    if not header.extension:
+        raise TouchlineError("does not decode: its header is damaged")
+    if header.width * header.height > 1e6 * max_megapixels:
+        raise TouchlineError(f"{header.width} x {header.height} pixels are more than validate.max_megapixels")
+    return photos.decode(content, side)
+
+
+def _judged(
+    found: Iterable[Found], forward: Forward, folder: Path, side: int, max_megapixels: float, *, keep: bool
+) -> Iterator[_Judged]:
+    """Of each photo its path and pixels, without pixels why not (None where it is another file that lies about); and
+    what the model says of those that have pixels.
+
+    Args:
+        folder: that relative paths hang on.
+        keep: whether the pixels are wanted afterwards.
+    """
+    read = partial(_read, folder=folder, side=side, max_megapixels=max_megapixels)
+    for batch, probabilities in answers(forward, parallel.in_order(read, found)):
+        yield (batch if keep else [(what, None) for what, _ in batch]), probabilities
+
+
+@contextmanager
+def _forward(paths: Paths, classifier: Classifier, scheduler: str) -> Iterator[tuple[Forward, list[Path]]]:
+    """What asks the model, here or on the workers of a cluster; and the file that these need for it."""
+    if not scheduler:
+        yield forward_pass(classifier.model, 1), []
+        return
+    # Workers may not reach the store; of its own name, so that no worker takes the model of another run for this one.
+    file = paths.locks / f"predict-{uuid4().hex}.keras"
+    with replacing(file, ".keras") as temporary:
+        classifier.model.save(temporary)
+    try:
+        yield partial(_ask, file), [file]
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _ask(file: Path, images: np.ndarray) -> np.ndarray:
+    return parallel.kept(_loaded, file)(images)
+
+
+def _loaded(file: Path) -> Forward:
+    import_tensorflow()
+    return forward_pass(load_model(file), 1)
+
+
+def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[tuple[Path, str | None]]:
+    if found.error:
+        return (found.path, found.error), None
+    try:
+        with (folder / found.path).open("rb") as file:
+            content = file.read(_FIRST_BYTES)
+            # What is no photo by its first bytes may be a film of gigabytes.
+            if photos.flaw(content) in {"", "cut off"}:
+                content += file.read()
+        return (found.path, ""), pixels(content, side, max_megapixels)
+    except _NoPhoto as error:
+        other = found.listed and found.path.suffix.lower() not in _NAMED_AS_PHOTOS
+        return (found.path, None if other else str(error)), None
+    except TouchlineError as error:
+        return (found.path, str(error).removeprefix("photo ")), None
+    except OSError as error:
+        return (found.path, error.strerror or "cannot be read"), None
+    except ValueError:  # a zero byte, which no name has
+        return (found.path, "no name of a file"), None
+
+
+def _answered(
+    paths: Paths, classifier: Classifier, params: Params, found: Iterable[Found], *, explain: bool
+) -> Iterator[tuple[Answer | str | None, Path]]:
+    """The answer for each photo, or why there is none; None for another file that lies about in a folder."""
+    draw = _overlays(classifier) if explain else None
+    scheduler = parallel.scheduler(params)
+    with _forward(paths, classifier, scheduler) as (forward, reads):
+        work = partial(
+            _judged, forward=forward, folder=Path.cwd(), side=classifier.side,
+            max_megapixels=params.validate_.max_megapixels, keep=explain,
+        )  # fmt: skip
+        for batch, probabilities in parallel.spread(work, found, scheduler, BATCH, reads):
+            made = [Answer.of(each, classifier.classes, params.predict.min_confidence) for each in probabilities]
+            readable = [(path, image) for (path, _), image in batch if image is not None]
+            drawn = iter(draw(readable, made) if draw and readable else ())
+            said = iter(made)
+            for (path, error), _ in batch:
+                if error == "":
+                    yield next(said), path
+                    if draw and (failure := next(drawn)):
+                        yield failure, path
+                elif scheduler and error == os.strerror(errno.ENOENT) and path.exists():
+                    raise parallel.not_shared("a Dask worker", path)
+                else:
+                    yield error, path
+
+
+def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]], list[Answer]], Iterator[str]]:
+    """What draws the heat maps of a batch beside its photos, and says of each why that failed, or nothing."""
+    from touchline.models import explain as explaining
+
+    explain = explaining.explainer(classifier.model)
+
+    def draw(of: tuple[Path, Answer, np.ndarray]) -> str:
+        path, answer, heat = of
+        target = path.with_name(path.name + OVERLAY)
+        guess = f"{answer.guess} {answer.confidence:.0%}"
+        try:
+            if target.exists():
+                with target.open("rb") as file:
+                    if not explaining.is_overlay(file.read(_FIRST_BYTES)):
+                        return f"{shown(target)} is no overlay of ours, and stays"
+            caption = guess if answer.label == answer.guess else f"{UNSURE} ({guess})"
+            write_bytes(target, explaining.overlay(path.read_bytes(), heat, caption))
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            return f"no overlay beside it ({error.strerror})"
+        return ""
+
+    def batch(readable: list[tuple[Path, np.ndarray]], answers: list[Answer]) -> Iterator[str]:
+        labels = np.array([classifier.classes.index(answer.guess) for answer in answers])
+        heats = explain(np.stack([image for _, image in readable]), labels)
+        return parallel.in_order(
+            draw, [(path, answer, heat) for (path, _), answer, heat in zip(readable, answers, heats, strict=True)]
+        )
+
+    return batch
+
+
+def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("photo", overflow="fold")
+    for name in ("label", "confidence", *classes):
+        table.add_column(Text(name), justify="left" if name == "label" else "right")
+    for path, answer in answers:
+        label = Text(answer.label, style="yellow" if answer.label == UNSURE else "bold")
+        numbers = (f"{value:.3f}" for value in (answer.confidence, *answer.probabilities.values()))
+        table.add_row(Text(shown(path)), label, *numbers)
+    # Where nobody looks at it, no line is folded: rich would take 80 columns.
+    Console(file=results, width=None if results.isatty() else 10_000).print(table)
+
+
+def _write_json(results: IO[str], _: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:
+    for path, answer in answers:
+        results.write(json.dumps({"photo": str(path), **vars(answer)}, allow_nan=False) + "\n")
+
+
+def _write_csv(results: IO[str], classes: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:
+    def write(values: Sequence[object]) -> None:
+        # Told to end lines with \n alone, csv would put no quotes round a \r, and one name would be two rows.
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(values)
+        results.write(line.getvalue().removesuffix("\r\n") + "\n")
+
+    write(["photo", "label", "guess", "confidence", *(f"probability:{name}" for name in classes)])
+    for path, answer in answers:
+        names = [_no_formula(text) for text in (str(path), answer.label, answer.guess)]
+        write([*names, answer.confidence, *answer.probabilities.values()])
+
+
+_WRITERS = {"table": _write_table, "json": _write_json, "csv": _write_csv}
+
+
+def _no_formula(text: str) -> str:
+    # A spreadsheet runs what begins like a formula.
+    return re.sub(r"^(?=[=+\-@\t\r])", "'", text)
+
+
+def shown(path: Path | str) -> str:
+    """A name as a terminal and a page can show it: control characters would be obeyed, bytes that are no text torn."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in str(path))

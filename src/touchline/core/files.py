@@ -1,0 +1,208 @@
+"""Files that are either whole or not there: everything is written under a temporary name and renamed."""
+
+import hashlib
+import json
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from touchline.core.errors import TouchlineError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+# Names are text even where they look like numbers: a class may be called 1, a group 007.
+_TEXT = dict.fromkeys(
+    (
+        "path", "class", "subset", "source", "group", "sha256", "perceptual_hash", "licence", "author", "origin",
+        "title", "author_page", "landing_page", "retrieved", "model", "predicted", "slice",
+    ),
+    str,
+)  # fmt: skip
+
+# What all readers of a table take for given, by its name or its folder's.
+_NEEDED = {
+    "validated.csv": ("path", "sha256"),
+    "rejected.csv": ("path", "class", "reason"),
+    "ledger.csv": ("sha256", "class", "source", "origin", "reason"),
+    "split.csv": ("path", "subset"),
+    "history": ("epoch", "train/accuracy", "train/loss", "validation/accuracy", "validation/loss", "kept"),
+    "predictions.csv": ("path", "class", "model", "predicted", "confidence"),
+    "per_class.csv": ("model", "class", "precision", "recall", "f1", "photos"),
+    "slices.csv": ("model", "by", "slice", "photos", "accuracy", "accuracy_low", "accuracy_high"),
+    "roc.csv": ("model", "class", "false_positive_rate", "true_positive_rate"),
+    "curves.csv": ("model", "subset", "epoch", "strength", "accuracy", "loss", "kept"),
+    "gallery.csv": ("model", "path", "class", "predicted", "confidence"),
+}
+
+
+# DVC takes what nobody may write, as all in its cache, for unchanged: what is torn there comes back, even in place of
+# what a stage has just made.
+RENEW = "delete it and run `dvc repro`; if the same comes back, `chmod -R u+w .dvc/cache` and `dvc repro --force`"
+
+# Temporary files this process is writing, and what guards them.
+_unfinished: set[Path] = set()
+_guard = threading.Lock()
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it over `path`.
+
+    Args:
+        path: the file to make or replace; its folder is made if missing.
+        suffix: ending of the temporary name, for writers that look at it (Keras wants `.keras`).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, handle = _new_temporary(path, suffix)
+    try:
+        os.close(handle)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        _forget(temporary)
+
+
+class Unsafe:
+    """A file written under a temporary name; `flush` and `settle`, or `give_up`, end it. Many cost less together."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._temporary, self._handle = _new_temporary(path)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+        except BaseException:
+            self.give_up()
+            raise
+
+    def flush(self) -> None:
+        """Make it safe on disk, whatever happens to the machine."""
+        os.fsync(self._handle)
+
+    def settle(self) -> None:
+        """Give it its name, once it is flushed."""
+        try:
+            os.close(self._handle)
+            self._temporary.replace(self._path)
+        finally:
+            _forget(self._temporary)
+
+    def give_up(self) -> None:
+        """Delete it."""
+        os.close(self._handle)
+        _forget(self._temporary)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file as `replacing` does."""
+    file = Unsafe(path, content)
+    try:
+        file.flush()
+    except BaseException:
+        file.give_up()
+        raise
+    file.settle()
+
+
+def _new_temporary(path: Path, suffix: str = "") -> tuple[Path, int]:
+    """A new file beside `path`, and its descriptor, open for writing."""
+    with _guard:
+        temporary = path.parent / f".partial-{os.getpid()}-{secrets.token_hex(6)}{suffix}"
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+        _unfinished.add(temporary)
+    return temporary, handle
+
+
+def _forget(temporary: Path) -> None:
+    temporary.unlink(missing_ok=True)
+    _unfinished.discard(temporary)
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline. NaN is refused: JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises TouchlineError where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
+    except (ValueError, RecursionError) as error:
+        raise TouchlineError(f"{path} is not readable JSON ({error}): {RENEW}") from None
+
+
+def write_table(path: Path, table: "pd.DataFrame") -> None:
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def read_table(path: Path, **options: Any) -> "pd.DataFrame":
+    """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings.
+
+    Raises:
+        TouchlineError: the file is missing, empty, cut off, not a table, or lacks a column that its readers need.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values={}, **{"dtype": _TEXT, **options})
+        if not isinstance(table.index, pd.RangeIndex):
+            # pandas would take the first values for names of rows, and every other one for its neighbour's.
+            raise ValueError("its rows have more values than its header has columns")
+        needed = _NEEDED.get(path.name) or _NEEDED.get(path.parent.name, ())
+        if missing := [column for column in needed if column not in table.columns]:
+            raise ValueError(f"it lacks the column {', '.join(missing)}")
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            # pandas would take what is missing of the last row for empty.
+            if file.read() != b"\n":
+                raise ValueError("its last line is cut off")
+        return table
+    except FileNotFoundError:
+        raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise TouchlineError(f"{path} is not a readable table ({reason}): {RENEW}") from None
+
+
+def remove_partials(folder: Path, *, below: bool = True) -> None:
+    """Delete what killed writers left in `folder`, and below it if so told; what a living process writes stays."""
+    import psutil
+
+    for path in folder.rglob(".partial-*") if below else folder.glob(".partial-*"):
+        writer = path.name.split("-")[1]
+        # A number of an earlier life may be ours today.
+        ours = writer == str(os.getpid())
+        at_work = path in _unfinished if ours else writer.isdecimal() and psutil.pid_exists(int(writer))
+        if not at_work:
+            path.unlink(missing_ok=True)
+
+
+def abandon() -> None:
+    """Delete what this process is writing and let it begin nothing more. For the last moment before it ends itself."""
+    _guard.acquire()
+    for path in list(_unfinished):
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,153 @@
+"""`data/decisions.csv`: what people decided of single photos, a line each; `validate` honours it.
+
+It is written by hand, so whatever is wrong in it is one line that names the file's line.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from touchline.core.errors import TouchlineError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("photo", "decision", "label", "who", "why")
+KINDS = ("keep", "drop", "relabel")
+_DIGEST = re.compile(r"[0-9a-f]{8,64}")
+_PATH = re.compile(r"data/photos/[^/]+/([0-9a-f]{16})\.[a-z]+")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One line of the file.
+
+    Attributes:
+        photo: a path under data/photos, or the first digits of the photo's SHA-256 (8 or more).
+        kind: one of KINDS.
+        label: the new class; empty unless the photo is relabelled.
+        where: file and line, for people.
+    """
+
+    photo: str
+    kind: str
+    label: str
+    who: str
+    why: str
+    where: str
+
+    @property
+    def digest(self) -> str:
+        """The first digits of the photo's SHA-256."""
+        path = _PATH.fullmatch(self.photo)
+        return path[1] if path else self.photo
+
+    @property
+    def reason(self) -> str:
+        """Why a photo that is dropped is rejected."""
+        return "dropped by " + (self.who or "hand") + (f": {self.why}" if self.why else "")
+
+
+def read(path: Path, classes: Sequence[str]) -> list[Decision]:
+    """The decisions in `path`; none where there is no such file.
+
+    Raises:
+        TouchlineError: a line that cannot be followed; named by its number.
+    """
+    name = "/".join(path.parts[-2:])
+    try:
+        # Spreadsheets put a byte order mark in front.
+        content = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError as error:
+        raise TouchlineError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    lines = csv.reader(io.StringIO(content, newline=""), strict=True)
+    try:
+        header = [column.strip() for column in next(lines, [])]
+        if missing := [column for column in COLUMNS if column not in header]:
+            raise TouchlineError(f"{name}, line 1 lacks the column {', '.join(missing)}: it is {','.join(COLUMNS)}")
+        return [
+            _decision(header, [value.strip() for value in values], classes, f"{name}, line {lines.line_num}")
+            for values in lines
+            if any(value.strip() for value in values)
+        ]
+    except csv.Error as error:
+        raise TouchlineError(f"{name}, line {lines.line_num} is no line of a table ({error})") from None
+
+
+def _decision(header: Sequence[str], values: Sequence[str], classes: Sequence[str], where: str) -> Decision:
+    if len(values) != len(header):
+        raise TouchlineError(
+            f"{where} has {len(values)} values, not {len(header)}: put double quotes around what holds a comma"
+        )
+    row = dict(zip(header, values, strict=True))
+    photo = row["photo"].replace("\\", "/").removeprefix("./")
+    photo = photo if "/" in photo else photo.lower()
+    if not (_PATH.fullmatch(photo) or _DIGEST.fullmatch(photo)):
+        raise TouchlineError(
+            f"{where} names the photo {row['photo']!r}; allowed: a path of data/photos.csv, or the first 8 or more "
+            "digits of its sha256"
+        )
+    kind, label = row["decision"].lower(), row["label"]
+    if kind not in KINDS:
+        raise TouchlineError(f"{where} has the decision {row['decision']!r}; allowed: {', '.join(KINDS)}")
+    if kind == "relabel" and label not in classes:
+        raise TouchlineError(f"{where} relabels to {label!r}; allowed: {', '.join(classes)}")
+    if kind != "relabel" and label:
+        raise TouchlineError(f"{where} gives the label {label!r} to a photo it does not relabel: leave it empty")
+    return Decision(photo, kind, label, row["who"], row["why"], where)
+
+
+def match(decisions: Sequence[Decision], photos: "pd.DataFrame") -> tuple[list[Decision | None], list[Decision]]:
+    """Which decision each photo falls under.
+
+    Args:
+        photos: columns path and sha256. Rows of the same bytes (one photo filed twice) fall under one digest together,
+            and under their paths apart.
+
+    Returns:
+        One decision or None a row, and the decisions about photos that are not there.
+
+    Raises:
+        TouchlineError: two decisions about one photo differ, or the first digits are those of several photos.
+    """
+    found: list[Decision | None] = [None] * len(photos)
+    absent = []
+    rows_of_path: dict[str, list[int]] = {}
+    for row, path in enumerate(photos["path"]):
+        rows_of_path.setdefault(path, []).append(row)
+    digests = photos["sha256"].to_numpy()
+    for decision in decisions:
+        if decision.photo != decision.digest:
+            rows = rows_of_path.get(decision.photo, [])
+        else:
+            rows = [row for row, digest in enumerate(digests) if digest.startswith(decision.digest)]
+            if len(set(digests[rows])) > 1:
+                raise TouchlineError(
+                    f"{decision.where} names {decision.photo}, with which the sha256 of several photos begins: "
+                    "write more digits"
+                )
+        if not rows:
+            absent.append(decision)
+        for row in rows:
+            other = found[row]
+            if other and (other.kind, other.label) != (decision.kind, decision.label):
+                raise TouchlineError(
+                    f"{decision.where} says {decision.kind} {decision.label}".rstrip()
+                    + f" of a photo that {other.where} says {other.kind} {other.label}".rstrip()
+                    + " of: delete one of them"
+                )
+            found[row] = other or decision
+    return found, absent
+
+
+def line(photo: str, kind: str, label: str = "", who: str = "", why: str = "") -> str:
+    """A line for the file, quoted where it must be, without a line break."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow((photo, kind, label, who, why))
+    return text.getvalue()

@@ -1,0 +1,183 @@
+"""Arrays of photos on disk, a row a photo, found by the photo's digest.
+
+An array lies in pieces of at most `PIECE` rows: `<name>.npy` with its `<name>.txt`, one digest a line. A piece is
+written whole or not at all and never changed, so a killed run goes on where it stopped, and ten new photos cost ten:
+the rows there are, are kept. Pieces are read memory-mapped, so an array may be larger than memory.
+"""
+
+import hashlib
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from touchline.core.errors import TouchlineError
+from touchline.core.files import RENEW, read_json, remove_partials, replacing, write_json, write_text
+
+PIECE = 256
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A stored array, opened for reading.
+
+    Args:
+        folder: where `update` put it.
+    """
+
+    folder: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the array was made with, as given to `update`."""
+        return read_json(self.folder / _SETTINGS)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple["_Piece", int]]:
+        places = {}
+        for path in sorted(self.folder.glob("*.npy")):
+            try:
+                piece = _Piece.open(path)
+                places |= {digest: (piece, number) for number, digest in enumerate(_digests(path))}
+            except (FileNotFoundError, ValueError, TypeError, KeyError):  # as NumPy and mmap tell of a torn file
+                raise TouchlineError(f"{path} or its .txt is torn: {RENEW}") from None
+        return places
+
+    def __getitem__(self, digests: Sequence[str]) -> np.ndarray:
+        """The rows of `digests`, copied into memory in that order: shape (len(digests), *row).
+
+        Raises:
+            TouchlineError: a photo is not in the array, or a piece is torn.
+        """
+        try:
+            places = [self._places[digest] for digest in digests]
+        except KeyError as error:
+            raise TouchlineError(
+                f"{self.folder} has no row for photo {error.args[0][:16]}: run `dvc repro` (it is older than the split)"
+            ) from None
+        found = np.stack([piece.rows[number] for piece, number in places])
+        for piece, _ in places:
+            piece.release()
+        return found
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece's rows, mapped: its bytes are read from disk where and when they are looked at."""
+
+    rows: np.ndarray
+    bytes: mmap.mmap
+
+    @classmethod
+    def open(cls, path: Path) -> "_Piece":
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read_header[version](file)
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return cls(np.ndarray(shape, dtype, content, offset=file.tell()), content)
+
+    def release(self) -> None:
+        """Give back the pages read so far: held, they would count as this process's memory, photo by photo."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none, and pages them out by itself
+            self.bytes.madvise(mmap.MADV_DONTNEED)
+
+
+def update(
+    folder: Path,
+    settings: dict[str, Any],
+    digests: Sequence[str],
+    compute: Callable[[Sequence[str]], Iterator[np.ndarray]],
+) -> int:
+    """Make the array in `folder` hold exactly the rows of `digests`, keeping those it has.
+
+    Args:
+        settings: what the rows depend on besides the photos; rows made with other settings are not kept.
+        digests: one a photo, no two alike.
+        compute: yields the row of each digest it is given, in order; called once for all rows that are missing.
+
+    Returns:
+        How many rows were computed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    # The settings are written before any row and go last, so rows without them are of nobody knows what.
+    known = None
+    with suppress(TouchlineError):
+        known = read_json(folder / _SETTINGS)
+    if known != settings:
+        _clear(folder)
+    write_json(folder / _SETTINGS, settings)
+
+    kept, loose = _sort_pieces(folder, set(digests))
+    settled = {digest for piece in kept for digest in _digests(piece)}
+    wanted = [digest for digest in digests if digest not in settled]
+    there = {
+        digest: (piece, number)
+        for piece in loose
+        for number, digest in enumerate(_digests(piece))
+        if digest not in settled
+    }
+    if len(loose) == 1 and set(wanted) == set(_digests(loose[0])):
+        kept, loose, wanted = [*kept, *loose], [], []
+    computed = [digest for digest in wanted if digest not in there]
+    fresh = compute(computed) if computed else iter(())
+    for start in range(0, len(wanted), PIECE):
+        chosen = wanted[start : start + PIECE]
+        rows = [_copy_of_row(*there[digest]) if digest in there else next(fresh) for digest in chosen]
+        kept.append(_write_piece(folder, chosen, np.stack(rows)))
+    names = {piece.stem for piece in kept}
+    for path in folder.iterdir():
+        if path.name != _SETTINGS and path.stem not in names:
+            path.unlink()
+    return len(computed)
+
+
+def _sort_pieces(folder: Path, wanted: set[str]) -> tuple[list[Path], list[Path]]:
+    """Pieces to keep as they are (full, all their photos wanted), and pieces whose rows are to be packed anew."""
+    kept, loose, seen = [], [], set[str]()
+    for piece in sorted(folder.glob("*.npy")):
+        try:
+            digests = _digests(piece)
+            whole = len(np.load(piece, mmap_mode="r")) == len(digests)
+        except (OSError, ValueError, EOFError):
+            whole = False
+        if not whole:
+            piece.unlink()  # torn by something other than us, which rename whole files; its rows are computed anew
+        elif len(digests) == PIECE and wanted.issuperset(digests) and seen.isdisjoint(digests):
+            seen.update(digests)
+            kept.append(piece)
+        else:
+            loose.append(piece)
+    return kept, loose
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.glob("*"):
+        if path.name != _SETTINGS:
+            path.unlink()
+    (folder / _SETTINGS).unlink(missing_ok=True)
+
+
+def _write_piece(folder: Path, digests: Sequence[str], rows: np.ndarray) -> Path:
+    content = "".join(f"{digest}\n" for digest in digests)
+    piece = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.npy"
+    # The list goes first: a piece counts once its rows are there.
+    write_text(piece.with_suffix(".txt"), content)
+    with replacing(piece, ".npy") as temporary:
+        np.save(temporary, rows)
+    return piece
+
+
+def _copy_of_row(piece: Path, number: int) -> np.ndarray:
+    return np.load(piece, mmap_mode="r")[number]
+
+
+def _digests(piece: Path) -> list[str]:
+    return piece.with_suffix(".txt").read_text().split()

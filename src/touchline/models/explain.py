@@ -1,0 +1,145 @@
+"""Where in a photo a model found its class: Grad-CAM heat maps, and photos with the heat drawn over them."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from touchline.core.errors import TouchlineError
+from touchline.data import photos
+
+if TYPE_CHECKING:
+    import keras
+
+# Photos uint8 (n, side, side, 3) and their classes (n,) to heat, float32 (n, height, width), 0 to 1.
+Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# Pixels: of the photo's longer side in an overlay, of the caption's height, and of the width it wants.
+_LONGER_SIDE = 720
+_CAPTION, _CAPTION_WIDTH = 40, 280
+# A JPEG comment (ISO/IEC 10918-1, B.2.4.5) right after the start tells our overlays from anybody's photos.
+_NOTE = b"Touchline: what the model looked at"
+_START = b"\xff\xd8\xff\xfe" + (len(_NOTE) + 2).to_bytes(2, "big") + _NOTE
+
+
+def heat_map(model: "keras.Model", photo: np.ndarray, label: int) -> np.ndarray:
+    """`explainer` for one photo, uint8 (side, side, 3), and one class: float32 (height, width), 0 to 1."""
+    return explainer(model)(photo[None], np.array([label]))[0]
+
+
+def explainer(model: "keras.Model") -> Explain:
+    """What tells where in photos a model found a class: Grad-CAM (Selvaraju et al., 2017).
+
+    The feature map is the one that enters the last pooling over all places, or Flatten. Each of its channels is
+    weighted with how much it raises the class, and what speaks against the class is cut off; the largest heat of a
+    photo is 1. Where nothing speaks for the class all is 0.
+
+    Weights are the gradients place by place. After a mean over all places those are the same everywhere, which is
+    Grad-CAM; after Flatten a mean of them would light up places that the dense layer does not look at (HiResCAM,
+    Draelos and Carin, 2020).
+
+    What is derived is the log of the odds, out of the logits: a sure model's softmax has no gradient left in float32,
+    and one logit alone may rise without the class getting likelier.
+
+    Args:
+        model: any functional or sequential one; with several views the first, the photo as it is, is explained.
+
+    Raises:
+        TouchlineError: no layer of it turns a feature map into a vector.
+    """
+    import keras
+    import tensorflow as tf
+
+    graph = keras.Model(model.inputs, model.outputs, name=model.name)
+    maps = _pooled_maps(graph)
+    before, logits_of = _logits(graph)
+    # In two parts, because only what a tape watches has gradients, and a frozen backbone is not watched.
+    body, rest = keras.Model(graph.inputs, maps), keras.Model(maps, before)
+    size = model.input_shape[1]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None,), tf.int64)])
+    def heat(images: Any, labels: Any) -> Any:
+        found = tf.nest.flatten(body(images, training=False))
+        with tf.GradientTape() as tape:
+            tape.watch(found)
+            logits = logits_of(rest(found if len(found) > 1 else found[0], training=False))
+            chosen = tf.one_hot(labels, logits.shape[-1], on_value=True, off_value=False)
+            others = tf.reduce_logsumexp(tf.where(chosen, -np.inf, logits), axis=1)
+            odds = tf.reduce_sum(tf.where(chosen, logits, 0.0), axis=1) - others
+        raised = tf.nn.relu(tf.reduce_sum(tape.gradient(odds, found)[0] * found[0], axis=-1))
+        return tf.math.divide_no_nan(raised, tf.reduce_max(raised, axis=(1, 2), keepdims=True))
+
+    return lambda images, labels: heat(tf.constant(images), tf.constant(labels, tf.int64)).numpy()
+
+
+def overlay(content: bytes, heat: np.ndarray, caption: str) -> bytes:
+    """A photo with the heat over it and a caption under it, as a JPEG that `is_overlay` knows.
+
+    Args:
+        content: bytes of the photo's file.
+        heat: float32 (height, width), 0 to 1, of the whole photo, whatever its aspect.
+
+    Raises:
+        TouchlineError: the bytes are no readable photo.
+    """
+    import cv2
+
+    found = photos.header(content)
+    scale = _LONGER_SIDE / max(found.width, found.height, 1)
+    width, height = (max(1, round(scale * side)) for side in (found.width, found.height))
+    photo = cv2.resize(photos.decode(content, max(width, height)), (width, height), interpolation=cv2.INTER_AREA)
+    canvas = np.full((height + _CAPTION, max(width, _CAPTION_WIDTH), 3), 255, np.uint8)
+    canvas[:height, :width] = warmed(photo, heat)
+    cv2.putText(canvas, caption, (8, height + 28), (30, 30, 30), cv2.FontFace("sans"), 20)
+    image = cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
+    return _START + cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()[2:]
+
+
+def warmed(photo: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A photo in grey with the heat over it in colours: RGB, uint8, shape (height, width, 3).
+
+    Args:
+        photo: RGB, uint8, shape (height, width, 3).
+        heat: float32, 0 to 1, of the whole photo, in any size.
+    """
+    import cv2
+
+    height, width = photo.shape[:2]
+    warm = np.clip(cv2.resize(heat, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)[..., None]
+    colours = cv2.cvtColor(cv2.applyColorMap(np.uint8(255 * warm), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    # Without its colours a photo stays readable, and green grass is not taken for heat or the lack of it.
+    grey = cv2.cvtColor(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return np.uint8((1 - 0.6 * warm) * grey + 0.6 * warm * colours)
+
+
+def is_overlay(start: bytes) -> bool:
+    """Whether a file that begins so was drawn by `overlay`."""
+    return start.startswith(_START)
+
+
+def _pooled_maps(graph: "keras.Model") -> list[Any]:
+    """The feature maps (symbolic tensors) that the last pooling over all places is given, one a view."""
+    from keras import layers
+
+    kinds = (layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D, layers.Flatten)
+    own = {id(node) for nodes in graph._nodes_by_depth.values() for node in nodes}
+    for layer in reversed(graph.layers):
+        if isinstance(layer, kinds):
+            # A layer that was called more than once has no one `input`; its nodes know each call, of other graphs too.
+            maps = [node.input_tensors[0] for node in layer._inbound_nodes if id(node) in own]
+            if len(maps[0].shape) == 4:
+                return maps
+    raise TouchlineError(f"model {graph.name} cannot be explained: none of its layers pools or flattens a feature map")
+
+
+def _logits(graph: "keras.Model") -> tuple[Any, Callable[[Any], Any]]:
+    """A symbolic tensor of the model, and what makes logits of its values."""
+    import keras
+    from keras import layers
+
+    last = graph.layers[-1]
+    is_softmax = getattr(last, "activation", None) is keras.activations.softmax
+    if isinstance(last, layers.Dense) and is_softmax:
+        return last.input, lambda values: keras.ops.matmul(values, last.kernel) + (last.bias if last.use_bias else 0.0)
+    if isinstance(last, layers.Softmax) or is_softmax:
+        return last.input, lambda values: values
+    return graph.output, lambda values: keras.ops.log(keras.ops.maximum(values, keras.backend.epsilon()))

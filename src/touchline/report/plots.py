@@ -1,0 +1,346 @@
+"""Figures of a run: files in `reports/figures` for MLflow and DVC, SVG and small photos for the report."""
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from touchline.core.files import replacing
+from touchline.core.params import Params
+from touchline.core.paths import Paths
+from touchline.data import photos
+from touchline.models import explain
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours can be told apart by people who see fewer of them.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_CURVES = {"accuracy": "share of photos", "loss": "nats a photo"}
+_THUMBNAIL = 160
+_PHOTOS_A_CLASS = 6
+_PANEL = (4.6, 3.2)  # inches
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 110,
+    # Text stays text, in the fonts of whoever reads it; equal figures are equal files.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "touchline",
+}
+
+
+def draw(
+    paths: Paths,
+    params: Params,
+    split: "pd.DataFrame",
+    tables: Mapping[str, "pd.DataFrame"],
+    heats: Mapping[str, np.ndarray],
+) -> dict[str, Path]:
+    """Draw every figure into `reports/figures`: photos as JPEG, the rest as PNG.
+
+    Args:
+        split: rows of `data/split.csv` with their `source`.
+        tables: what evaluation wrote, by name: predictions, curves, roc, gallery.
+        heats: by model, where it looked in its photos of the gallery: uint8, shape (photos, height, width).
+
+    Returns:
+        The path of each figure by its name.
+    """
+    folder = paths.reports / "figures"
+    figures: dict[str, Callable[[Figure], None]] = {
+        "class_counts": lambda figure: _class_counts(figure, split, params.classes),
+        "random_photos": lambda figure: _random_photos(figure, split, params, paths.workspace),
+        "learning_curves": lambda figure: _learning_curves(figure, tables["curves"]),
+        "confusion": lambda figure: _confusion(figure, tables["predictions"], params.classes),
+        "roc": lambda figure: _in_a_row(figure, _roc_panels(tables["roc"])),
+        "calibration": lambda figure: _in_a_row(figure, [_calibration_panel(tables["predictions"], params)]),
+        "mistakes": lambda figure: _mistakes(figure, tables, heats, paths.workspace),
+    }
+    made = {}
+    for name, fill in figures.items():
+        # Photos as PNG take six times the room.
+        suffix = ".jpg" if name in {"random_photos", "mistakes"} else ".png"
+        made[name] = folder / f"{name}{suffix}"
+        with replacing(made[name], suffix) as temporary:
+            _save(fill, temporary)
+    return made
+
+
+def svgs(params: Params, tables: Mapping[str, "pd.DataFrame"]) -> dict[str, list[str]]:
+    """Figures for a page, as inline SVG in the page's own colours: `currentColor` and `var(--colour-0)` to 5.
+
+    Args:
+        tables: predictions, curves, roc.
+
+    Returns:
+        By kind (curves, roc, calibration), one figure after the other.
+    """
+    curves = tables["curves"].groupby("model", sort=False)
+    kinds = {
+        "curves": [partial(_curve, of_model=part, value=value) for _, part in curves for value in _CURVES],
+        "roc": _roc_panels(tables["roc"]),
+        "calibration": [_calibration_panel(tables["predictions"], params)],
+    }
+    return {
+        kind: [svg(panel, f"{kind}-{number}") for number, panel in enumerate(panels)] for kind, panels in kinds.items()
+    }
+
+
+def shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
+    """The rows whose photos may be seen by others: figures are passed on, and ImageNet's photos may not be."""
+    return rows if params.ingest.imagenet.share else rows[rows["source"] != "imagenet"]
+
+
+def random_photos(split: "pd.DataFrame", params: Params, most: int = _PHOTOS_A_CLASS) -> Iterator["pd.DataFrame"]:
+    """For each class, rows of `split` drawn at random from those that may be shown; always the same ones."""
+    rows = shown(split, params)
+    for label in params.classes:
+        members = rows[rows["class"] == label]
+        yield members.sample(min(most, len(members)), random_state=params.split.seed)
+
+
+def small(path: Path, width: float, height: float, longer_side: int) -> np.ndarray:
+    """A photo at its own aspect, RGB, uint8, shape (rows, columns, 3).
+
+    Args:
+        width, height: of the photo, in any unit.
+
+    Raises:
+        TouchlineError: the file is missing or no readable photo.
+    """
+    import cv2
+
+    # Photos are read squashed to a square; a person wants to see them as they are.
+    scale = longer_side / max(width, height)
+    size = (max(1, round(scale * width)), max(1, round(scale * height)))
+    return cv2.resize(photos.read(path, longer_side), size, interpolation=cv2.INTER_AREA)
+
+
+def jpeg(pixels: np.ndarray) -> str:
+    """Pixels, RGB, uint8, shape (rows, columns, 3), as a JPEG in base64."""
+    import cv2
+
+    _, content = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return base64.b64encode(content).decode()
+
+
+def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Iterable[str]) -> None:
+    from touchline.stages.split import SUBSETS
+
+    figure.set_size_inches(7, 0.8 + 0.5 * len(list(classes)))
+    axes = figure.subplots()
+    left = np.zeros(len(list(classes)))
+    for colour, subset in zip(COLOURS, SUBSETS, strict=False):
+        counts = np.array([((split["subset"] == subset) & (split["class"] == label)).sum() for label in classes])
+        bars = axes.barh(list(classes), counts, left=left, color=colour, label=subset)
+        axes.bar_label(bars, labels=[f"{count:,}" for count in counts], label_type="center", color="white")
+        left += counts
+    axes.set(title="Photos by class and subset", xlabel="photos")
+    axes.invert_yaxis()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _random_photos(figure: "Figure", split: "pd.DataFrame", params: Params, workspace: Path) -> None:
+    figure.set_size_inches(1.5 * _PHOTOS_A_CLASS, 1.75 * len(params.classes))
+    grid = figure.subplots(len(params.classes), _PHOTOS_A_CLASS, squeeze=False)
+    for row, label, chosen in zip(grid, params.classes, random_photos(split, params), strict=True):
+        for axes, path in _padded(row, chosen["path"]):
+            axes.imshow(photos.read(workspace / path, _THUMBNAIL))
+        row[0].set_title(label, fontsize=10)
+    figure.suptitle("Photos drawn at random", x=0.01, ha="left", fontweight="bold")
+
+
+def _learning_curves(figure: "Figure", curves: "pd.DataFrame") -> None:
+    models = list(dict.fromkeys(curves["model"]))
+    figure.set_size_inches(9, 3.4 * len(models))
+    grid = figure.subplots(len(models), len(_CURVES), squeeze=False)
+    for row, model in zip(grid, models, strict=True):
+        for axes, value in zip(row, _CURVES, strict=True):
+            _curve(axes, curves[curves["model"] == model], value)
+
+
+def _curve(axes: "Axes", of_model: "pd.DataFrame", value: str) -> None:
+    # A head that is fine-tuned goes on by epochs, which have no strength.
+    by_strength = of_model["strength"].notna().all()
+    steps = of_model["strength"] if by_strength else of_model["epoch"] + 1
+    for colour, subset in zip(COLOURS, ("train", "validation"), strict=False):
+        part = of_model["subset"] == subset
+        axes.plot(steps[part], of_model.loc[part, value], ".-" if by_strength else "-", color=colour, label=subset)
+    axes.axvline(steps[of_model["kept"] == 1].iloc[0], color="grey", linewidth=1, linestyle=":", label="kept")
+    axes.set(title=f"{of_model['model'].iloc[0]}: {value}", ylabel=f"{value} ({_CURVES[value]})")
+    if by_strength:
+        axes.set(xscale="log", xlabel="C (the smaller, the smaller the weights)")
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    # Curves may be anywhere, so the legend is below them.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+
+
+def _confusion(figure: "Figure", predictions: "pd.DataFrame", classes: list[str]) -> None:
+    models = list(dict.fromkeys(predictions["model"]))
+    side = max(2.6, 0.9 * len(classes))
+    figure.set_size_inches((side + 0.9) * len(models), side + 0.6)
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        counts, shares = confusion(predictions[predictions["model"] == model], classes)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(counts):
+            share = shares[row, column]
+            axes.text(
+                column,
+                row,
+                f"{count}\n{share:.0%}",
+                ha="center",
+                va="center",
+                color="white" if share > 0.5 else "black",
+            )
+        places = range(len(classes))
+        axes.set(title=model, xlabel="predicted", ylabel="true class")
+        axes.set_xticks(places, classes)
+        axes.set_yticks(places, classes, rotation=90, va="center")
+        axes.spines[:].set_visible(False)
+
+
+def confusion(of_model: "pd.DataFrame", classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Photos by true class (rows) and predicted class (columns), and their shares of the true class."""
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(of_model["class"], of_model["predicted"], labels=classes)
+    return counts, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _roc_panels(roc: "pd.DataFrame") -> list[Callable[["Axes"], None]]:
+    """With two classes all models in one, with more one a model."""
+    if roc["class"].nunique() == 1:
+        return [partial(_roc, roc=roc, title="ROC on the test photos")]
+    return [
+        partial(_roc, roc=part, title=f"{model}: ROC on the test photos")
+        for model, part in roc.groupby("model", sort=False)
+    ]
+
+
+def _roc(axes: "Axes", roc: "pd.DataFrame", title: str) -> None:
+    for number, ((model, label), part) in enumerate(roc.groupby(["model", "class"], sort=False)):
+        area = np.trapezoid(part["true_positive_rate"], part["false_positive_rate"])
+        axes.plot(
+            part["false_positive_rate"], part["true_positive_rate"], color=COLOURS[number % len(COLOURS)],
+            label=f"{model}, {label}: area {area:.3f}",
+        )  # fmt: skip
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":", label="chance")
+    axes.set(title=title, xlabel="false positive rate", ylabel="true positive rate")
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+
+
+def _calibration_panel(predictions: "pd.DataFrame", params: Params) -> Callable[["Axes"], None]:
+    return partial(_calibration, predictions=predictions, bins=params.evaluate.calibration_bins)
+
+
+def _calibration(axes: "Axes", predictions: "pd.DataFrame", bins: int) -> None:
+    import pandas as pd
+
+    for colour, (model, part) in zip(COLOURS, predictions.groupby("model", sort=False), strict=False):
+        binned = part.assign(right=part["class"] == part["predicted"]).groupby(
+            pd.cut(part["confidence"], np.linspace(0, 1, bins + 1)), observed=True
+        )
+        confidence, right = binned["confidence"].mean(), binned["right"].mean()
+        axes.plot(confidence, right, "-", color=colour, label=model)
+        # A bin of three photos says little, and looks it.
+        axes.scatter(confidence, right, s=10 + 200 * binned.size() / len(part), color=colour, alpha=0.6)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":", label="perfect")
+    lowest = 1 / predictions["class"].nunique()
+    axes.set(
+        title="Calibration on the test photos",
+        xlabel="confidence (mean of the bin; dots grow with its photos)",
+        ylabel="accuracy (share of photos)",
+    )
+    axes.set(xlim=(lowest * 0.95, 1.03))
+    axes.legend(frameon=False)
+
+
+def _mistakes(
+    figure: "Figure", tables: Mapping[str, "pd.DataFrame"], heats: Mapping[str, np.ndarray], workspace: Path
+) -> None:
+    predictions, gallery = tables["predictions"], tables["gallery"]
+    models, columns = list(dict.fromkeys(predictions["model"])), 4
+    lines = {model: max(1, -(-int((gallery["model"] == model).sum()) // columns)) for model in models}
+    figure.set_size_inches(3.2 * columns, 2.15 * sum(lines.values()) + 0.3 * len(models))
+    parts = np.atleast_1d(figure.subfigures(len(models), 1, height_ratios=list(lines.values())))
+    for part, model in zip(parts, models, strict=True):
+        wrong = (predictions["model"] == model) & (predictions["class"] != predictions["predicted"])
+        part.suptitle(
+            f"{model}: {wrong.sum()} mistakes, the most confident first, and where it looked",
+            x=0.01, ha="left", fontweight="bold",
+        )  # fmt: skip
+        cells = part.subplots(lines[model], columns, squeeze=False).ravel()
+        rows = gallery[gallery["model"] == model].to_dict("records")
+        for axes, (row, heat) in _padded(cells, zip(rows, heats[model], strict=True)):
+            photo = photos.read(workspace / row["path"], _THUMBNAIL)
+            looked = [explain.warmed(photo, heat / np.float32(255))] if heat.size else []
+            axes.imshow(np.hstack([photo, *looked]))
+            right = row["class"] == row["predicted"]
+            words = "right, but unsure" if right else f"taken for {row['predicted']}"
+            axes.set_title(f"{row['class']}\n{words} ({row['confidence']:.0%})", fontsize=8, fontweight="normal")
+
+
+def _padded(cells: Iterable["Axes"], items: Iterable[Any]) -> Iterator[tuple["Axes", Any]]:
+    """Each item with its cell, which shows nothing but what is drawn into it; so do the cells left over."""
+    items = iter(items)
+    for axes in cells:
+        axes.axis("off")
+        for item in items:
+            yield axes, item
+            break
+
+
+def _in_a_row(figure: "Figure", panels: list[Callable[["Axes"], None]]) -> None:
+    figure.set_size_inches(5.4 * len(panels), 4)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes)
+
+
+def svg(panel: Callable[["Axes"], None], prefix: str) -> str:
+    """A panel as an `<svg>` element, in the page's own colours; its ids begin with `prefix`, for a page has several."""
+
+    def fill(figure: "Figure") -> None:
+        figure.set_size_inches(*_PANEL)
+        panel(figure.subplots())
+
+    buffer = io.StringIO()
+    _save(fill, buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue()
+    drawn = text[text.index("<svg") :]
+    for old, new in [
+        (' id="', f' id="{prefix}-'), ("url(#", f"url(#{prefix}-"), ('xlink:href="#', f'xlink:href="#{prefix}-'),
+        ("#000000", "currentColor"),
+        *((colour.lower(), f"var(--colour-{number})") for number, colour in enumerate(COLOURS)),
+    ]:  # fmt: skip
+        drawn = drawn.replace(old, new)
+    return drawn
+
+
+def _save(fill: Callable[["Figure"], None], target: Any, **options: Any) -> None:
+    """Draw a figure and write it. Not pyplot's: that keeps figures, and wants a screen."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure()
+        FigureCanvasAgg(figure)
+        fill(figure)
+        # Class names are text, whatever dollar signs they hold.
+        for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+            text.set_parse_math(False)
+        figure.savefig(target, **options)

@@ -1,0 +1,269 @@
+"""The `register` stage: the better model becomes a version of the registered model, and champion if it has earned it.
+
+Selection is made on validation; the test photos only report and gate. An experiment says what it would have done and
+moves nothing.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from touchline.core.files import read_json, read_table, write_json
+from touchline.core.params import Params, RegisterParams
+from touchline.core.paths import Paths
+from touchline.core.progress import say
+from touchline.core.tensorflow import import_tensorflow
+from touchline.report import page as report
+from touchline.stages import evaluate
+from touchline.tracking import CHALLENGER, CHAMPION, Store, Version, open_store
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Champion and challenger on the same photos, which neither was trained on.
+
+    Attributes:
+        photos: how many; the accuracies are of these.
+    """
+
+    photos: int
+    champion: float
+    challenger: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the challenger becomes champion, and the one sentence that says why."""
+
+    promote: bool
+    reason: str
+
+
+def run(paths: Paths, params: Params) -> None:
+    """Register the better model, move the aliases, and write `reports/registration.json` and `reports/report.html`."""
+    metrics = read_json(paths.reports / "metrics.json")
+    records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
+    speeds = read_json(paths.reports / "evaluation.json")
+    better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
+    store = open_store(paths, params.register_.name)
+    run_ids = {name: store.ensure(record, paths.models / f"{name}.keras") for name, record in records.items()}
+
+    while True:
+        champion = store.alias(params.register_.name, CHAMPION)
+        duel = None
+        if champion and champion.model_sha256 != records[better]["model_sha256"]:
+            duel = _duel(paths, params, store, champion, records[better])
+        decision = decide(better, metrics, params.register_, champion, duel, records[better])
+        outcome: dict[str, Any] = {
+            "better_model": better,
+            "why_better": why_better,
+            "promoted": decision.promote,
+            "reason": decision.reason,
+            "champion_before": champion.number if champion else None,
+            "duel": asdict(duel) if duel else None,
+            "experiment": os.environ.get("DVC_EXP_NAME"),
+            "run_ids": run_ids,
+            "registered": None,
+        }
+        if outcome["experiment"]:
+            outcome["promoted"] = False
+            verb = "would" if decision.promote else "would not"
+            outcome["reason"] = f"an experiment moves no alias; this one {verb} have become champion: {decision.reason}"
+            break
+        outcome["registered"] = _register(
+            store, params, records, better, run_ids[better], metrics, why_better, decision
+        )
+        version = outcome["registered"]["version"]
+        if not decision.promote or store.replace(params.register_.name, champion, version):
+            break
+        say("another machine has made a champion meanwhile: that one is to be compared with")
+    store.conclude(run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
+    page = report.write(paths, params, metrics, speeds, records, outcome)
+    store.log_report(run_ids[better], page)
+    # Last: what this file says has been done.
+    write_json(paths.reports / "registration.json", outcome)
+    say(f"better model: {better} ({why_better})")
+    say(f"champion: {outcome['reason']}")
+
+
+def choose(validation: Mapping[str, Mapping[str, float]], speeds: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+    """The model that is better on validation; of equals the faster one.
+
+    Args:
+        validation: by model, `validation/accuracy`.
+        speeds: by model, `milliseconds_a_photo`.
+
+    Returns:
+        The model's name and why.
+    """
+    ranked = sorted(
+        validation, key=lambda name: (-validation[name]["validation/accuracy"], speeds[name]["milliseconds_a_photo"])
+    )
+    best = validation[ranked[0]]["validation/accuracy"]
+    equals = [name for name in ranked if validation[name]["validation/accuracy"] == best]
+    if len(ranked) == 1:
+        return ranked[0], "the only model"
+    if len(equals) > 1:
+        return ranked[0], f"validation accuracy {best:.3f}, as {' and '.join(equals[1:])}, and faster"
+    second = validation[ranked[1]]["validation/accuracy"]
+    return ranked[0], f"validation accuracy {best:.3f}, {ranked[1]} {second:.3f}"
+
+
+def decide(
+    model: str,
+    metrics: Mapping[str, Any],
+    params: RegisterParams,
+    champion: Version | None,
+    duel: Duel | None,
+    record: Mapping[str, Any],
+) -> Decision:
+    """Whether the better model becomes champion.
+
+    Args:
+        metrics: `reports/metrics.json`.
+        champion: the version that holds the alias, if any.
+        duel: champion against it; None if there is no champion, it is the champion, or its classes are others.
+        record: `models/<name>.json` of the better model.
+    """
+    accuracy = metrics["models"][model]["accuracy"]
+    if champion and champion.model_sha256 == record["model_sha256"]:
+        return Decision(True, f"{model} already is the champion, version {champion.number}")
+    if accuracy < params.min_accuracy:
+        return Decision(
+            False, f"{model}: test accuracy {accuracy:.3f} is under register.min_accuracy {params.min_accuracy}"
+        )
+    for name, baseline in metrics["baselines"].items():
+        if accuracy <= baseline["accuracy"]:
+            return Decision(
+                False,
+                f"{model}: test accuracy {accuracy:.3f} does not beat baseline {name}, {baseline['accuracy']:.3f}",
+            )
+    for test in metrics["mcnemar"]:
+        other = _clearly_better(test, model, params.significance)
+        if other:
+            return Decision(
+                False, f"{other} is clearly better than {model} on the test photos (McNemar p = {test['p_value']:.3f})"
+            )
+    if champion is None:
+        return Decision(True, f"{model} is the first champion: test accuracy {accuracy:.3f} beats every baseline")
+    if duel is None:
+        return Decision(
+            False, f"the champion, version {champion.number}, knows other classes: compare them by hand, then promote"
+        )
+    if duel.photos < params.min_shared_photos:
+        return Decision(
+            False,
+            f"only {duel.photos} test photos were unseen by both {model} and the champion, version {champion.number} "
+            f"(register.min_shared_photos {params.min_shared_photos}): keep the split, or promote by hand",
+        )
+    verb = "at least equals" if duel.challenger >= duel.champion else "does not reach"
+    return Decision(
+        duel.challenger >= duel.champion,
+        f"{model} with accuracy {duel.challenger:.3f} {verb} the champion, version {champion.number}, with "
+        f"{duel.champion:.3f}, on {duel.photos} test photos that neither was trained on",
+    )
+
+
+def _clearly_better(test: Mapping[str, Any], model: str, significance: float) -> str | None:
+    """The other model of a paired test if it is significantly better than `model`."""
+    if model not in test["models"] or test["p_value"] >= significance:
+        return None
+    first_wins = test["only_first_right"] > test["only_second_right"]
+    winner = test["models"][0 if first_wins else 1]
+    return winner if winner != model else None
+
+
+def _duel(paths: Paths, params: Params, store: Store, champion: Version, record: Mapping[str, Any]) -> Duel | None:
+    name = params.register_.name
+    if json.loads(champion.tags.get("touchline.classes", "null")) != list(params.classes):
+        return None
+    split = read_table(paths.split_table)
+    seen = store.training_photos(name, champion.number) | set(record["training_photos"])
+    shared = split[(split["subset"] == "test") & ~split["sha256"].isin(seen)]
+    if len(shared) < params.register_.min_shared_photos:
+        return Duel(len(shared), 0.0, 0.0)
+    files = [paths.workspace / path for path in shared["path"]]
+    truth = [params.classes.index(label) for label in shared["class"]]
+    import_tensorflow()
+    contestants = {
+        "champion": store.load(name, champion.number),
+        "challenger": evaluate.load_model(paths.models / f"{record['model']}.keras"),
+    }
+    accuracies = {
+        role: float((evaluate.predict(model, files, role)[0].argmax(axis=1) == truth).mean())
+        for role, model in contestants.items()
+    }
+    return Duel(len(shared), **accuracies)
+
+
+def _register(
+    store: Store,
+    params: Params,
+    records: Mapping[str, Mapping[str, Any]],
+    better: str,
+    run_id: str,
+    metrics: Mapping[str, Any],
+    why_better: str,
+    decision: Decision,
+) -> dict[str, Any]:
+    """Make the version, unless this very model is one already, and move the alias `challenger` to it."""
+    name = params.register_.name
+    record, found = records[better], metrics["models"][better]
+    tags = {
+        "touchline.model": record["model"],
+        "test/accuracy": found["accuracy"],
+        "validation/accuracy": record["metrics"]["validation/accuracy"],
+        "touchline.reason": decision.reason,
+        "touchline.classes": json.dumps(record["classes"]),
+    }
+    # The list of versions shows the beginning, as plain text.
+    verdict = "Became champion" if decision.promote else "Did not become champion"
+    description = (
+        f"{verdict} when it was registered: {decision.reason}.\n\n{record['description']}\n\n"
+        f"**Data**: split `{record['dataset']['digest']}`; classes, in order: {', '.join(record['classes'])}.\n\n"
+        f"**Chosen** for its {why_better}.\n\n{_side_by_side(records, metrics)}"
+    )
+    same = [known for known in store.versions(name) if known.model_sha256 == record["model_sha256"]]
+    version = same[-1].number if same else store.register(name, run_id, tags, description)
+    # Why a champion became one is worth more than that it still is.
+    if same and CHAMPION not in same[-1].aliases:
+        store.describe_version(name, version, tags, description)
+    store.set_alias(name, CHALLENGER, version)
+    return {
+        "model": record["model"],
+        "model_sha256": record["model_sha256"],
+        "version": version,
+        "aliases": [CHALLENGER, CHAMPION] if decision.promote else [CHALLENGER],
+        "tags": tags,
+        "description": description,
+    }
+
+
+def _concluded(
+    params: Params, records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], outcome: Mapping[str, Any]
+) -> str:
+    """What came of an execution of the pipeline, for the page of its run; the list of runs shows the beginning."""
+    registered = outcome["registered"]
+    version = f" It is version {registered['version']} of {params.register_.name}." if registered else ""
+    verdict = "Champion" if outcome["promoted"] else "No new champion"
+    return (
+        f"{verdict}: {outcome['reason']}.\n\n"
+        f"**Better model**: {records[outcome['better_model']]['run_name']}, {outcome['why_better']}.{version}\n\n"
+        f"{_side_by_side(records, metrics)}"
+    )
+
+
+def _side_by_side(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
+    """The models as a table in Markdown."""
+    photos = f"{metrics['test_photos']:,} test photos"
+    rows = [f"| model | validation accuracy | accuracy on {photos} (95 % interval) | log loss |", "|---|---|---|---|"]
+    for name, record in records.items():
+        found = metrics["models"][name]
+        rows.append(
+            f"| {record['run_name']} | {record['metrics']['validation/accuracy']:.3f} "
+            f"| {found['accuracy']:.3f} ({found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}) "
+            f"| {found['log_loss']:.3f} |"
+        )
+    return "\n".join(rows)

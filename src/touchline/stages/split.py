@@ -1,0 +1,245 @@
+"""The `split` stage: which photos train, which choose between models, and which judge.
+
+Photos that belong together (near-duplicates, one group) stay on one side. With `method: hash` a photo's subset is a
+function of its group and the seed alone, so that new photos move no old one.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from touchline.core.errors import TouchlineError
+from touchline.core.files import read_table, write_json, write_table
+from touchline.core.params import Params, SplitParams
+from touchline.core.paths import Paths
+from touchline.core.progress import say
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUBSETS = ("train", "validation", "test")
+COLUMNS = ("path", "class", "subset", "group", "sha256")
+_PAIRS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class Move:
+    """A photo that its near-duplicates keep out of the subset it would be in alone."""
+
+    path: str
+    alone: str
+    subset: str
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A photo left out because a near-duplicate of it lies in a subset nearer to training."""
+
+    path: str
+    subset: str
+    other: str
+    other_subset: str
+
+
+def run(paths: Paths, params: Params) -> None:
+    """Write `data/split.csv` and `reports/split.json`.
+
+    Raises:
+        TouchlineError: a class has no photo in a subset, or the options do not fit the groups there are.
+    """
+    photos = read_table(paths.validated_table, dtype=str)
+    if missing := {"class", "group", "subset", "perceptual_hash"} - set(photos.columns):
+        raise TouchlineError(
+            f"{paths.validated_table} lacks the column {', '.join(sorted(missing))}: run `dvc repro -f -s validate`"
+        )
+    if not photos["perceptual_hash"].str.fullmatch("[0-9a-f]{16}").all():
+        raise TouchlineError(
+            f"{paths.validated_table} holds no perceptual hash in a row: run `dvc repro -f -s validate`"
+        )
+    split, moves, conflicts = assign(photos, params.split)
+    write_table(paths.split_table, split.sort_values(["subset", "class", "path"])[list(COLUMNS)])
+    counts = {
+        subset: {
+            label: int(((split["subset"] == subset) & (split["class"] == label)).sum()) for label in params.classes
+        }
+        for subset in SUBSETS
+    }
+    report = {
+        "photos": len(split),
+        "groups": int(split["group"].nunique()),
+        "counts": counts,
+        "shares": {subset: round(float((split["subset"] == subset).mean()), 4) for subset in SUBSETS},
+        "moved_by_merging": [vars(move) for move in moves],
+        "left_out": [vars(conflict) for conflict in conflicts],
+    }
+    write_json(paths.reports / "split.json", report)
+    for subset in SUBSETS:
+        by_class = ", ".join(f"{label} {count:,}" for label, count in counts[subset].items())
+        say(f"{subset:>10}: {report['shares'][subset]:6.1%} ({by_class})")
+    say(f"    groups: {report['groups']:,}")
+    for move in moves:
+        say(f"     moved: {move.path} from {move.alone} to {move.subset}, to stay with its near-duplicate")
+    for conflict in conflicts:
+        say(f"  left out: {conflict.path} ({conflict.subset}) nearly equals {conflict.other} ({conflict.other_subset})")
+    empty = [f"{subset} has no {label}" for subset in SUBSETS for label, count in counts[subset].items() if not count]
+    if empty:
+        raise TouchlineError(
+            f"split: {'; '.join(empty)}: add photos, change split.seed, or for few large groups set "
+            "split.method: stratified, or split.by_group: false"
+        )
+
+
+def assign(photos: "pd.DataFrame", params: SplitParams) -> tuple["pd.DataFrame", list[Move], list[Conflict]]:
+    """Give each photo its subset.
+
+    Args:
+        photos: columns path, class, sha256, perceptual_hash, group, subset (a split given by the source, or empty).
+        params: the `split` section.
+
+    Returns:
+        The photos with `subset` (one of SUBSETS) and `group` (never empty) filled in, without those left out; what
+        near-duplicates moved (with `method: hash` no other photo can be elsewhere than before photos were added); and
+        the conflicts that left photos out.
+    """
+    unknown = set(params.test_groups) - set(photos["group"])
+    if unknown:
+        raise TouchlineError(
+            f"split.test_groups: no photo is of group {', '.join(sorted(unknown))}: see data/photos.csv"
+        )
+    pairs = near_duplicates(photos["perceptual_hash"], params.near_duplicate_bits)
+    split, conflicts = _without_conflicts(_with_subsets(photos, pairs, params), pairs)
+    if params.method != "hash" or params.exact:
+        return split, [], conflicts
+    alone = _with_subsets(photos, [], params)["subset"][split.index]
+    rows = zip(split["path"], alone, split["subset"], strict=True)
+    return split, [Move(path, before, now) for path, before, now in rows if before != now], conflicts
+
+
+def _with_subsets(photos: "pd.DataFrame", pairs: list[tuple[int, int]], params: SplitParams) -> "pd.DataFrame":
+    """The photos with `group` and `subset` filled in."""
+    given = photos["subset"]
+    grouped = _grouped(photos, pairs, params.by_group)
+    test = given.eq("test") | grouped["group"].isin(params.test_groups)
+    # Photos that come with a split, or beside named test groups, have their test subset already.
+    if not (given.ne("").any() or params.test_groups):
+        test = _carve(grouped, params.test_share, params, salt="test")
+    rest = grouped if params.validation_by_group else _grouped(photos, pairs, by_group=False)
+    validation = _carve(rest[~test], params.validation_share, params, salt="validation")
+    validation = validation.reindex(photos.index, fill_value=False)
+    return grouped.assign(subset=np.select([test, validation], ["test", "validation"], "train"))
+
+
+def near_duplicates(hashes: Sequence[str], bits: int) -> list[tuple[int, int]]:
+    """Pairs of positions whose 64-bit hashes differ in at most `bits` bits, the smaller position first.
+
+    Hashes are compared in blocks, so memory does not grow with the square of the photos.
+    """
+    values = np.array([int(value, 16) for value in hashes], dtype=np.uint64)
+    rows = max(1, _PAIRS_AT_ONCE // max(1, len(values)))
+    pairs = []
+    for start in range(0, len(values), rows):
+        block = values[start : start + rows]
+        near = np.bitwise_count(block[:, None] ^ values[None, start:]) <= bits
+        for row, column in np.argwhere(np.triu(near, 1)):
+            pairs.append((start + int(row), start + int(column)))
+    return pairs
+
+
+def _grouped(photos: "pd.DataFrame", pairs: list[tuple[int, int]], by_group: bool) -> "pd.DataFrame":
+    """The photos with `group`, their own where they have one, else their near-duplicates' common one, and with `key`.
+
+    Two named groups are not joined by a pair of near-duplicates between them: with few large groups all would soon be
+    one. `_without_conflicts` looks after such pairs.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    named = photos["group"].ne("").to_numpy() & by_group
+    free = [(a, b) for a, b in pairs if not (named[a] or named[b])]
+    first, second = np.array(free, dtype=int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(photos), len(photos)))
+    _, component = connected_components(graph, directed=False)
+    shas = photos["sha256"].str[:16]
+    # A cluster is called after its smallest digest; which subset it gets hangs on its photos' keys, not on that name.
+    names = shas.groupby(component).transform("min")
+    return photos.assign(group=np.where(named, photos["group"], names), key=np.where(named, photos["group"], shas))
+
+
+def _carve(photos: "pd.DataFrame", share: float, params: SplitParams, salt: str) -> "pd.Series":
+    """True for the photos that make up `share` of `photos`, by whole groups."""
+    import pandas as pd
+
+    if params.method == "stratified":
+        return _stratified(photos, share, params.seed, salt)
+    position = _position(photos, params, salt)
+    if not params.exact:
+        return position < share
+    chosen = pd.Series(False, index=photos.index)
+    for _, members in photos.groupby("class"):
+        ranked = position[members.index].sort_values(kind="stable")
+        # Whole groups go in while the class has room, so that the cut is exact wherever groups are single photos.
+        room = round(share * len(members))
+        for _, group in members.loc[ranked.index].groupby("group", sort=False):
+            if len(group) <= room:
+                chosen[group.index] = True
+                room -= len(group)
+    # A group with photos of two classes goes where the first class put it.
+    return chosen.groupby(photos["group"]).transform("any")
+
+
+def _position(photos: "pd.DataFrame", params: SplitParams, salt: str) -> "pd.Series":
+    """A number in [0, 1) for each photo, equal within a group, from its key and the seed.
+
+    Of a cluster of near-duplicates the largest number counts: when a new photo joins an old one, the pair can only move
+    away from the low end, which is the test subset's, so nothing a model was trained on ever becomes a test photo.
+    """
+    import pandas as pd
+
+    numbers = [
+        int.from_bytes(hashlib.sha256(f"{params.seed}:{salt}:{key}".encode()).digest()[:8], "big") / 2**64
+        for key in photos["key"]
+    ]
+    return pd.Series(numbers, index=photos.index).groupby(photos["group"]).transform("max")
+
+
+def _stratified(photos: "pd.DataFrame", share: float, seed: int, salt: str) -> "pd.Series":
+    import pandas as pd
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    folds = max(2, round(1 / share))
+    groups, most = photos["group"].nunique(), photos["class"].value_counts().max()
+    if min(groups, most) < folds:
+        raise TouchlineError(
+            f"split: {groups} groups with at most {most} photos a class cannot give a {salt} share of {share}: "
+            "add photos, name split.test_groups, or set split.by_group: false"
+        )
+    seed = int.from_bytes(hashlib.sha256(f"{seed}:{salt}".encode()).digest()[:4], "big")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    candidates = [chosen for _, chosen in splitter.split(photos, photos["class"], photos["group"])]
+    # Folds of few large groups are uneven: take the one nearest to the share asked for, with every class in it.
+    classes = photos["class"].to_numpy()
+
+    def unevenness(chosen: np.ndarray) -> float:
+        shares = [np.isin(np.flatnonzero(classes == label), chosen).mean() for label in np.unique(classes)]
+        return max(abs(found - share) for found in shares) + sum(found in (0.0, 1.0) for found in shares)
+
+    best = min(candidates, key=unevenness)
+    mask = np.zeros(len(photos), bool)
+    mask[best] = True
+    return pd.Series(mask, index=photos.index)
+
+
+def _without_conflicts(photos: "pd.DataFrame", pairs: list[tuple[int, int]]) -> tuple["pd.DataFrame", list[Conflict]]:
+    """Leave out, of near-duplicates in different subsets, the one farther from training."""
+    subsets = photos["subset"].to_numpy()
+    names = photos["path"].to_numpy()
+    conflicts: dict[int, Conflict] = {}
+    for pair in pairs:
+        kept, dropped = sorted(pair, key=lambda position: SUBSETS.index(subsets[position]))
+        if subsets[kept] != subsets[dropped]:
+            conflicts.setdefault(dropped, Conflict(names[dropped], subsets[dropped], names[kept], subsets[kept]))
+    keep = ~np.isin(np.arange(len(photos)), list(conflicts))
+    return photos[keep], [conflicts[position] for position in sorted(conflicts)]

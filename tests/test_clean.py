@@ -1,0 +1,439 @@
+"""`touchline clean` on a project that was worked in for long: what goes, what never does, and what happens half-way."""
+
+import hashlib
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+from filelock import FileLock
+from projects import REGISTERED, UP_TO_DATE, Project, built, copy
+from ruamel.yaml import YAML
+
+from touchline.core.files import write_text
+from touchline.core.paths import Paths
+from touchline.tracking import open_store
+
+DATASET = {"name": "split", "digest": "0" * 32, "source": "data/split.csv", "counts": {}}
+LONG_AGO = datetime.now() - timedelta(days=100)
+FLOW_RUNS = """
+import asyncio
+from prefect.server import models, schemas
+from prefect.server.database import provide_database_interface
+
+async def main():
+    database = provide_database_interface()
+    await database.create_db()
+    async with database.session_context(begin_transaction=True) as session:
+        flow = await models.flows.create_flow(session, schemas.core.Flow(name="pipeline"))
+        for name in ("old", "young"):
+            state = schemas.states.Completed()
+            run = schemas.core.FlowRun(flow_id=flow.id, name=name, state=state)
+            await models.flow_runs.create_flow_run(session, run)
+
+asyncio.run(main())
+"""
+
+
+def sql(database: Path, statement: str, *values: object) -> list[tuple]:
+    with closing(sqlite3.connect(database)) as connection:
+        found = connection.execute(statement, values).fetchall()
+        connection.commit()
+        return found
+
+
+def store_of(project: Project):
+    return open_store(Paths(project.root, project.root), REGISTERED)
+
+
+def logged(project: Project, name: str, *, old: bool = True, model: bool = False, **more: str) -> str:
+    """A run with an artifact, and with a model's files if so told; ended long ago, or now."""
+    store = store_of(project)
+    parent = more.pop("parent", None)
+    run_id = store.start(name, {"touchline.git_dirty": "false", **more}, {}, DATASET, parent=parent)
+    figure = project.root.parent / "figure.png"
+    figure.write_bytes(b"a figure" * 1000)
+    store.log_evaluation(run_id, {}, {"figure": figure})
+    if model:
+        from mlflow.entities import LoggedModelOutput
+
+        client = store._client
+        made = client.create_logged_model(store.experiment_id, "model", run_id)
+        client.log_model_artifact(made.model_id, str(figure))
+        client.finalize_logged_model(made.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
+        store.set_tags(run_id, {"touchline.model_sha256": hashlib.sha256(name.encode()).hexdigest()})
+    store.end(run_id, {"objective": 1.0})
+    if old:
+        age(project, run_id)
+    return run_id
+
+
+def age(project: Project, run_id: str) -> None:
+    milliseconds = int(LONG_AGO.timestamp() * 1000)
+    sql(project.root / "mlflow/mlflow.db", "UPDATE runs SET end_time = ? WHERE run_uuid = ?", milliseconds, run_id)
+
+
+def run_names(project: Project) -> set[str]:
+    return {name for (name,) in sql(project.root / "mlflow/mlflow.db", "SELECT name FROM runs")}
+
+
+def mlflow_folders(project: Project) -> set[str]:
+    """Ids of runs and models that have a folder."""
+    found = (project.root / "mlflow/artifacts").rglob("artifacts")
+    return {path.parent.name for path in found if path.is_dir()}
+
+
+def cached(project: Project) -> set[str]:
+    return {path.parent.name + path.name for path in (project.root / ".dvc/cache/files/md5").rglob("??/*")}
+
+
+def output_of(project: Project, file: str) -> str:
+    return hashlib.md5((project.root / file).read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def tree(root: Path) -> dict[str, str]:
+    """What every file holds, by its path."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in root.rglob("*")
+        # Python's, not ours; written by whoever imports.
+        if "__pycache__" not in path.parts
+    }
+
+
+class Littered:
+    """A project with all that a long life leaves behind; the names say what shall become of it."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        flow_runs = self._flow_runs()
+        self._dvc()
+        self._mlflow()
+        self._studies()
+        self._files()
+        assert flow_runs.wait(300) == 0
+        moment = str(LONG_AGO)
+        sql(project.root / ".prefect/prefect.db", "UPDATE flow_run SET end_time = ? WHERE name = 'old'", moment)
+
+    def _flow_runs(self) -> subprocess.Popen[bytes]:
+        home = self.project.root / ".prefect"
+        home.mkdir()
+        environment = self.project.environment() | {"PREFECT_HOME": str(home)}
+        return subprocess.Popen([sys.executable, "-c", FLOW_RUNS], env=environment, cwd=self.project.root)
+
+    def _dvc(self) -> None:
+        """Splits by other seeds: one committed on a branch, one of an experiment, one that is nobody's."""
+        project = self.project
+        project.dvc("exp", "run", "--queue", "--name", "kept", "--set-param", "split.seed=2", "split")
+        project.dvc("exp", "run", "--run-all")
+        (tip,) = re.findall(r"^(\w+) refs/exps/../\w{38}/kept$", project.git("show-ref"), flags=re.MULTILINE)
+        lock = YAML(typ="safe").load(project.git("show", f"{tip}:dvc.lock"))
+        of_experiment = lock["stages"]["split"]["outs"][0]["md5"]
+        project.git("checkout", "--quiet", "-b", "other")
+        project.change({"split.seed": 3})
+        project.dvc("repro", "split")
+        project.commit("another seed")
+        of_branch = output_of(project, "data/split.csv")
+        project.git("checkout", "--quiet", "main")
+        project.change({"split.seed": 4})
+        project.dvc("repro", "split")
+        self.of_nobody = [output_of(project, file) for file in ("data/split.csv", "reports/split.json")]
+        project.git("checkout", "--quiet", ".")
+        project.dvc("checkout")
+        seeds = {of_experiment, of_branch, self.of_nobody[0], output_of(project, "data/split.csv")}
+        assert len(seeds) == 4 and seeds <= cached(project)
+
+    def _mlflow(self) -> None:
+        project = self.project
+        project.touchline("registry", "sync")
+        for (run_id,) in sql(project.root / "mlflow/mlflow.db", "SELECT run_uuid FROM runs"):
+            age(project, run_id)
+        self.of_models = run_names(project)
+        store = store_of(project)
+        replaced = logged(project, "stays: the version a champion replaced", model=True)
+        store.promote(REGISTERED, store.register(REGISTERED, replaced, {}, "once champion"))
+        store.promote(REGISTERED, 1)
+        bare = logged(project, "stays: a version with no alias", model=True)
+        store.register(REGISTERED, bare, {}, "never champion")
+        logged(project, "stays: young", old=False, model=True)
+        logged(project, "stays: of an experiment", **{"touchline.dvc_experiment": "kept"})
+        parent = logged(project, "stays: parent of a young one")
+        logged(project, "stays: young child", old=False, parent=parent)
+        logged(project, "goes: old", model=True)
+        parent = logged(project, "goes: old parent")
+        logged(project, "goes: old child", parent=parent)
+        logged(project, "goes: of an experiment that was removed", **{"touchline.dvc_experiment": "gone"})
+        store.delete([logged(project, "goes: deleted by a person", old=False, model=True)], [])
+        foreign = store._client.create_run(store.experiment_id, run_name="stays: of another tool")
+        store._client.set_terminated(foreign.info.run_id, "FINISHED")
+        age(project, foreign.info.run_id)
+
+    def _studies(self) -> None:
+        import optuna
+
+        storage = f"sqlite:///{self.project.root}/mlflow/tuning.db"
+        for name in ("old", "young"):
+            study = optuna.create_study(storage=storage, study_name=name)
+            study.tell(study.ask(), 1.0)
+        self.trials = 2
+        sql(
+            self.project.root / "mlflow/tuning.db",
+            "UPDATE trials SET datetime_start = ?, datetime_complete = ? WHERE study_id = 1",
+            str(LONG_AGO), str(LONG_AGO),
+        )  # fmt: skip
+
+    def _files(self) -> None:
+        root = self.project.root
+        gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+        self.going = [
+            root / f"data/photos/rugby/.partial-{gone.stdout.strip()}-0123456789ab",
+            root / f"reports/.partial-{gone.stdout.strip()}-0123456789ab.json",
+            root / "data/features/unnamed/settings.json",
+            root / "data/features/unnamed/0123456789abcdef.npy",
+            root / ".dvc/tmp/exps/standalone/tmpkilled/data/split.csv",
+        ]
+        self.staying = [
+            root / f"models/.partial-{os.getpid()}-0123456789ab.keras",
+            root / "data/imagenet/n00470966.tar",
+            root / "data/openimages/labels.csv",
+            root / "data/fetched.jsonl",
+            root / "data/incoming/rugby/mine.jpg",
+        ]
+        for path in [*self.going, *self.staying]:
+            write_text(path, "content")
+
+    def check_clean(self) -> None:
+        """All that was to go is gone, and nothing else."""
+        project, root = self.project, self.project.root
+        assert cached(project) == self.cached_before - set(self.of_nobody)
+        assert run_names(project) == {name for name in self.names_before if not name.startswith("goes")}
+        assert self.of_models <= run_names(project)
+        ids = {row[0] for row in sql(root / "mlflow/mlflow.db", "SELECT run_uuid FROM runs")}
+        models = {row[0] for row in sql(root / "mlflow/mlflow.db", "SELECT model_id FROM logged_models")}
+        assert len(models) == 5  # two of models/, two of versions, the young one's
+        assert mlflow_folders(project) - models <= ids and models <= mlflow_folders(project)
+        assert sql(root / "mlflow/tuning.db", "SELECT study_name FROM studies") == [("young",)]
+        assert sql(root / ".prefect/prefect.db", "SELECT name FROM flow_run") == [("young",)]
+        assert not [path for path in self.going if path.exists()]
+        assert not [path for path in self.staying if not path.exists()]
+        assert not list((root / "data/features").glob("unnamed"))
+        # Photos, tables and decisions are what they were.
+        data = {path: digest for path, digest in tree(root / "data").items() if "unnamed" not in path}
+        assert data == {path: digest for path, digest in self.data_before.items() if path in data}
+        lost = set(self.data_before) - set(data)
+        assert all("unnamed" in path or ".partial-" in path for path in lost)
+        # The experiment is there, and so is all it needs.
+        assert project.dvc("exp", "list", "--name-only").split() == ["kept"]
+        for revision in ("other", "main"):
+            project.git("checkout", "--quiet", revision)
+            # It fails where the cache lacks an object.
+            shutil.rmtree(root / "reports")
+            project.dvc("checkout", "--force")
+
+
+@pytest.fixture(scope="module")
+def littered_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Littered, Path]:
+    folder = tmp_path_factory.mktemp("littered; $(id)")
+    littered = Littered(copy(built(tmp_path_factory).untouched, folder / "the project"))
+    littered.cached_before = cached(littered.project)
+    littered.names_before = run_names(littered.project)
+    littered.data_before = tree(littered.project.root / "data")
+    shutil.copytree(littered.project.root, folder / "kept", symlinks=True)
+    return littered, folder / "kept"
+
+
+@pytest.fixture
+def littered(littered_once: tuple[Littered, Path]) -> Littered:
+    """The same for each test, and in one place: MLflow knows its artifacts by absolute paths."""
+    littered, kept = littered_once
+    root = littered.project.root
+    for path in [*(path for path in root.iterdir() if path.name != "mlflow"), root / "mlflow/artifacts"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # Written over, not replaced: MLflow in this process keeps its database open.
+    shutil.copytree(kept, root, symlinks=True, dirs_exist_ok=True)
+    return littered
+
+
+def lines(output: str) -> dict[str, tuple[str, str]]:
+    """How many and whether they go, by what; out of a wide table."""
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    return {what: (count, verdict) for what, count, _, verdict, _ in cells}
+
+
+def test_a_dry_run_says_what_would_go_and_changes_nothing(littered: Littered) -> None:
+    project = littered.project
+    before = tree(project.root)
+    command = [sys.executable, "-X", "importtime", "-m", "touchline.cli", "clean", "--dry-run"]
+    said = project.run(*command, COLUMNS="200")
+    assert tree(project.root) == before
+    imported = {line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import time:")}
+    assert imported and not imported & {"tensorflow", "keras", "mlflow", "optuna", "prefect"}
+    found = lines(said)
+    assert {what: count for what, (count, verdict) in found.items() if verdict == "would go"} == {
+        "objects in DVC's cache": "2",
+        "leftovers of experiments": "2",
+        "runs in MLflow": "5",
+        "studies of tune": "1",
+        "flow runs of the board": "1",
+        "folders of features": "1",
+        "half-written files": "2",
+    }
+    assert found["experiments of DVC"] == ("1", "stays")
+    assert found["folders of features, the rest"] == ("2", "stays")
+    assert found["runs in MLflow, the rest"] == (str(len(littered.names_before) - 5), "stays")
+
+
+def test_what_nothing_needs_goes_and_all_else_still_works(littered: Littered) -> None:
+    project = littered.project
+    said = project.run("touchline", "clean", "--yes", COLUMNS="200")
+    assert "deleted: runs in MLflow" in said and "MB freed" in said
+    littered.check_clean()
+    assert project.dvc("queue", "status").count("kept") == 0
+    assert "version 2 of rugby-soccer is champion again" in project.touchline("rollback")
+    again = project.run("touchline", "clean", "--yes", COLUMNS="200")
+    assert "nothing to delete" in again
+    assert not [what for what, (_, verdict) in lines(again).items() if verdict == "goes"]
+    # The store needs nothing put back, and the stages have nothing to do.
+    assert project.touchline("registry", "sync") == ""
+
+
+def test_killed_twice_in_its_middle_it_is_made_good_by_the_next_run(littered: Littered) -> None:
+    project = littered.project
+    unneeded = project.root / f".dvc/cache/files/md5/{littered.of_nobody[0][:2]}/{littered.of_nobody[0][2:]}"
+    deleted = "SELECT 1 FROM runs WHERE lifecycle_stage = 'deleted' AND name = 'goes: old'"
+    for is_half_way in (
+        lambda: not unneeded.exists(),
+        lambda: sql(project.root / "mlflow/mlflow.db", deleted) or "goes: old" not in run_names(project),
+    ):
+        with psutil.Popen(
+            ["touchline", "clean", "--yes"],
+            cwd=project.root, env=project.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            wait_until(is_half_way)
+            process.kill()
+        assert process.returncode == -9
+    # What was begun by the killed one may still be at its end.
+    wait_until(lambda: "is at work" not in project.touchline("clean", "--yes", exit_code=None), 120)
+    littered.check_clean()
+
+
+def wait_until(is_so: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "lock,name",
+    [(".dvc/tmp/touchline/train@cnn.lock", "stage train@cnn"), (".prefect/board.lock", "the board"),
+     (".prefect/flow.lock", "a flow")],
+)  # fmt: skip
+def test_it_is_refused_while_a_stage_a_flow_or_a_board_is_at_work(littered: Littered, lock: str, name: str) -> None:
+    before = tree(littered.project.root)
+    with FileLock(littered.project.root / lock):
+        said = littered.project.touchline("clean", "--yes", exit_code=1)
+    assert said.startswith(f"touchline: {name} is at work: wait") and said.count("\n") == 1
+    after = tree(littered.project.root)
+    assert {path for path, digest in before.items() if after.get(path) != digest} == set()
+
+
+def test_it_is_refused_while_dvc_or_a_training_is_at_work(littered: Littered, tmp_path: Path) -> None:
+    project = littered.project
+    program = tmp_path / "dvc"
+    program.write_text("import time; time.sleep(600)")
+    with subprocess.Popen([sys.executable, program, "push"], cwd=project.root / "data") as process:
+        try:
+            said = project.touchline("clean", "--yes", exit_code=1)
+        finally:
+            process.kill()
+    assert re.match(rf"touchline: `dvc push` \(process {process.pid}\) is at work: wait", said)
+    # This process is alive, and so is its run.
+    store_of(project).start("tune cnn trial 3", {}, {}, DATASET)
+    said = project.touchline("clean", "--yes", exit_code=1)
+    assert said.startswith("touchline: the MLflow run tune cnn trial 3 is at work: wait")
+
+
+def test_it_asks_and_where_nobody_can_answer_it_does_nothing(littered: Littered) -> None:
+    before = tree(littered.project.root)
+    said = littered.project.touchline("clean", exit_code=2)
+    assert said == "touchline: there is nobody to ask: look with --dry-run, then say --yes\n"
+    assert tree(littered.project.root) == before
+
+
+def test_a_copy_of_the_project_does_not_delete_the_artifacts_of_the_first(littered: Littered, tmp_path: Path) -> None:
+    before = tree(littered.project.root / "mlflow")
+    copied = Project(tmp_path / "a copy")
+    shutil.copytree(littered.project.root, copied.root, symlinks=True)
+    said = copied.run("touchline", "clean", "--yes", COLUMNS="300")
+    assert lines(said)["runs in MLflow"] == ("5", "stays") and "was copied or moved" in said
+    assert tree(littered.project.root / "mlflow") == before
+    assert run_names(copied) == littered.names_before
+
+
+def test_a_store_that_is_a_server_is_left_to_whoever_keeps_it(littered: Littered) -> None:
+    address = "http://me:secret@127.0.0.1:9/"
+    said = littered.project.run("touchline", "clean", "--dry-run", MLFLOW_TRACKING_URI=address, COLUMNS="300")
+    assert lines(said)["runs in MLflow"] == ("0", "stays")
+    assert "whoever keeps it runs `mlflow gc`" in said and "secret" not in said
+
+
+def test_a_version_whose_run_was_deleted_holds_all_of_mlflow_back(littered: Littered) -> None:
+    project = littered.project
+    database = project.root / "mlflow/mlflow.db"
+    ((run_id,),) = sql(database, "SELECT run_uuid FROM runs WHERE name = 'stays: the version a champion replaced'")
+    store_of(project).delete([run_id], [])
+    before = mlflow_folders(project)
+    said = project.run("touchline", "clean", "--yes", COLUMNS="300")
+    assert f"version 2 of {REGISTERED} needs {run_id}, which was deleted" in said
+    assert mlflow_folders(project) == before
+    assert not (project.root / "data/features/unnamed").exists()
+
+
+def test_a_commit_that_dvc_cannot_read_holds_the_cache_back(littered: Littered) -> None:
+    project = littered.project
+    (project.root / "dvc.yaml").write_text("stages: [")
+    project.commit("a broken dvc.yaml")
+    project.git("checkout", "--quiet", "HEAD~", "--", "dvc.yaml")
+    said = project.touchline("clean", "--yes", exit_code=1)
+    assert "failed: ERROR" in said and said.count("\n") == 1
+    assert cached(project) == littered.cached_before
+
+
+def test_a_store_that_a_killed_writer_left_half_way_is_mended_when_it_is_opened(littered: Littered) -> None:
+    database = littered.project.root / "mlflow/mlflow.db"
+    names = run_names(littered.project)
+    writer = (
+        "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('PRAGMA cache_size = 1');"
+        "c.execute('UPDATE runs SET name = name || hex(zeroblob(4000))');"
+        "c.execute('UPDATE tags SET value = value || hex(zeroblob(2000))'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", writer, database])
+    assert Path(f"{database}-journal").stat().st_size
+    said = littered.project.touchline("clean", "--dry-run", exit_code=1)
+    assert "`touchline registry list` mends" in said
+    assert "champion" in littered.project.touchline("registry", "list")
+    assert run_names(littered.project) == names
+
+
+def test_an_archive_without_git_is_cleaned_too(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    project = copy(built(tmp_path_factory).untouched, tmp_path / "an archive")
+    shutil.rmtree(project.root / ".git")
+    project.dvc("config", "--local", "core.no_scm", "true")
+    stray = project.root / ".dvc/cache/files/md5/aa/bbccddeeff00112233445566778899"
+    write_text(stray, "nobody's")
+    said = project.run("touchline", "clean", "--yes", COLUMNS="200")
+    assert lines(said)["objects in DVC's cache"] == ("1", "goes") and not stray.exists()
+    shutil.rmtree(project.root / "reports")
+    project.dvc("checkout")
+    assert UP_TO_DATE in project.dvc("status")

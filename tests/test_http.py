@@ -1,0 +1,576 @@
+"""The downloader against a server that breaks off, stalls, refuses, changes its files and sends login pages."""
+
+import asyncio
+import base64
+import errno
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+import pytest
+import servers
+from servers import Fault, Host, Stored
+
+from touchline.core.errors import TouchlineError
+from touchline.sources import http
+from touchline.sources.http import HttpError, Unavailable, WrongContent
+
+CONTENT = random.Random(7).randbytes(3_000_000)
+OTHER = random.Random(8).randbytes(2_500_000)
+NOWHERE = "http://127.0.0.1:9"  # the port of `discard`, where nothing listens
+
+
+settings = partial(servers.settings, tries=3)
+
+
+def streamed(url: str, **changes: Any) -> bytes:
+    with http.stream(url, settings(**changes)) as file:
+        return file.read()
+
+
+def ranges(host: Host, path: str = "/x") -> list[str]:
+    return [request.range for request in host.requests if request.path == path]
+
+
+def statuses(host: Host, path: str = "/x") -> list[int]:
+    return [request.status for request in host.requests if request.path == path]
+
+
+def one_line(error: Exception) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class WeaklyTagged(Stored):
+    """A file whose server promises only that another version means much the same."""
+
+    @property
+    def etag(self) -> str:
+        return f'W/"{hashlib.md5(self.content).hexdigest()}"'
+
+
+@pytest.mark.parametrize("hashed", [False, True, "two"])
+def test_a_stream_comes_whole_in_one_request(host: Host, hashed: Any) -> None:
+    host.put("/x", CONTENT, hash=hashed)
+    assert streamed(f"{host.url}/x") == CONTENT
+    assert ranges(host) == [""]
+
+
+def test_a_stream_is_read_bit_by_bit_as_a_file_is(host: Host) -> None:
+    host.put("/x", CONTENT, hash=True)
+    with http.stream(f"{host.url}/x", settings()) as file:
+        assert file.readable() and file.read(10) == CONTENT[:10]
+        buffer = bytearray(100_000)
+        assert file.readinto(buffer) == 100_000 and buffer == CONTENT[10:100_010]
+        assert file.read() == CONTENT[100_010:]
+        assert file.read(1) == b""
+
+
+def test_an_empty_file_is_an_empty_stream(host: Host) -> None:
+    host.put("/x", b"", hash=True)
+    assert streamed(f"{host.url}/x") == b""
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.cut(after=1_000_000), Fault.stall(after=1_000_000, seconds=60)], ids=["cut off", "stalled"]
+)
+def test_a_stream_goes_on_where_it_broke(host: Host, fault: Fault) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[fault, fault])
+    assert streamed(f"{host.url}/x", read_timeout=0.3) == CONTENT
+    assert ranges(host) == ["", "bytes=1000000-", "bytes=2000000-"]
+    conditions = [request.headers.get("If-Range") for request in host.requests]
+    assert conditions[0] is None and conditions[1] == conditions[2] != ""
+
+
+def test_a_busy_server_is_asked_again(host: Host) -> None:
+    busy = Fault.status(503, retry_after=0)
+    host.put("/x", CONTENT, hash=True, faults=[busy, Fault.cut(after=1_000_000), busy, Fault.status(429, 0)])
+    assert streamed(f"{host.url}/x", tries=3) == CONTENT
+    assert statuses(host) == [503, 200, 503, 429, 206]
+    assert ranges(host)[2:] == ["bytes=1000000-"] * 3
+
+
+def test_tries_are_counted_anew_after_each_byte_that_came(host: Host) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=250_000)] * 11)
+    assert streamed(f"{host.url}/x", tries=2) == CONTENT
+    assert ranges(host) == ["", *(f"bytes={250_000 * number}-" for number in range(1, 12))]
+
+
+def test_no_more_tries_than_allowed_where_nothing_comes(host: Host) -> None:
+    host.put("/x", CONTENT, faults=[Fault.cut(after=1_000_000), Fault.status(500, retry_after=0).always()])
+    with pytest.raises(Unavailable) as caught:
+        streamed(f"{host.url}/x", tries=3)
+    assert "/x cannot be read (answers 500; 3 tries)" in one_line(caught.value)
+    assert statuses(host) == [200, 500, 500, 500]
+
+
+@pytest.mark.parametrize("hashed", ["wrong", "two"])
+def test_a_stream_that_is_not_what_its_server_promised_fails_at_its_end(host: Host, hashed: Any) -> None:
+    host.put("/x", CONTENT, hash=hashed)
+    if hashed == "two":
+        # The hash of one file and the bytes of another.
+        host._stored["/x"] = replace(host._stored["/x"], content=OTHER[:1] + CONTENT[1:])
+    with http.stream(f"{host.url}/x", settings()) as file:
+        file.read(100)
+        with pytest.raises(WrongContent, match="MD5") as caught:
+            file.read()
+    assert one_line(caught.value)
+
+
+def test_a_file_that_changes_while_it_is_streamed_is_an_error(host: Host) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000), Fault.changed(OTHER)])
+    with pytest.raises(WrongContent, match="has changed while it was read"):
+        streamed(f"{host.url}/x")
+
+
+def test_a_change_shows_too_where_the_server_does_not_look_at_if_range(host: Host) -> None:
+    host.put("/x", CONTENT, faults=[Fault.cut(after=1_000_000)])
+    host.latency = 0.5  # the file has changed before the second answer, however busy this machine is
+    with http.stream(f"{host.url}/x", settings()) as file:
+        file.read(10)
+        stored = host._stored["/x"]
+        # A weak tag goes into no If-Range: what is left is to compare the answers.
+        host._stored["/x"] = WeaklyTagged(CONTENT[::-1], stored.size, stored.md5, False, stored.content_type)
+        with pytest.raises(WrongContent, match="has changed while it was read"):
+            file.read()
+
+
+def test_a_weak_etag_is_no_obstacle_to_going_on(host: Host) -> None:
+    host.put("/x", CONTENT)
+    stored, cut = host._stored["/x"], Fault.cut(after=1_000_000)
+    host._stored["/x"] = WeaklyTagged(CONTENT, stored.size, stored.md5, False, stored.content_type, deque([cut, cut]))
+    assert streamed(f"{host.url}/x") == CONTENT
+    assert ranges(host) == ["", "bytes=1000000-", "bytes=2000000-"]
+    assert not any("If-Range" in request.headers for request in host.requests)
+
+
+def test_a_server_that_sends_another_range_is_not_believed(host: Host) -> None:
+    host.put("/x", CONTENT, faults=[Fault.cut(after=1_000_000), Fault.other_range()])
+    with pytest.raises(WrongContent, match="range of bytes asked for"):
+        streamed(f"{host.url}/x")
+
+
+def test_a_table_is_read_from_a_stream_that_breaks(host: Host) -> None:
+    table = b"number,word\n" + b"".join(b"%d,row\n" % number for number in range(300_000))
+    cuts = [Fault.cut(after=700_000), Fault.status(503, retry_after=0), Fault.cut(after=900_000)]
+    host.put("/x", table, hash=True, faults=cuts)
+    with http.stream(f"{host.url}/x", settings()) as file:
+        numbers = [number for batch in pyarrow.csv.open_csv(file) for number in batch["number"].to_pylist()]
+    assert numbers == list(range(300_000))
+
+
+@pytest.mark.parametrize(
+    "hashed, faults, error",
+    [("wrong", [], WrongContent), (True, [Fault.cut(after=2_000_000), Fault.status(404)], HttpError)],
+)
+def test_who_reads_a_table_from_a_stream_sees_what_went_wrong(
+    host: Host, hashed: Any, faults: list[Fault], error: type[TouchlineError]
+) -> None:
+    host.put("/x", b"number\n" + b"".join(b"%d\n" % number for number in range(500_000)), hash=hashed, faults=faults)
+    with http.stream(f"{host.url}/x", settings()) as file, pytest.raises(error):
+        list(pyarrow.csv.open_csv(file))
+
+
+# In a process of its own: a thread that hangs would keep it from ending.
+CLOSED_EARLY = """
+import sys, threading, time
+import pyarrow.csv
+from touchline import download
+from touchline.params import DownloadParams
+
+settings = DownloadParams.model_validate_json(sys.argv[2])
+for _ in range(3):
+    with download.stream(sys.argv[1], settings) as file:
+        file.read(10)
+    with download.stream(sys.argv[1], settings) as file:
+        batches = pyarrow.csv.open_csv(file)
+        next(iter(batches))
+        # Arrow reads ahead on a thread of its own, which by now waits for the server if that is slow.
+        time.sleep(0.3)
+    del batches
+print("closed", [thread.name for thread in threading.enumerate() if not thread.daemon])
+"""
+
+
+@pytest.mark.parametrize(
+    "faults", [[], [Fault.stall(after=8_000_000, seconds=60).always()]], ids=["flowing", "stalled"]
+)
+def test_a_stream_closed_early_leaves_no_thread_hanging(host: Host, faults: list[Fault]) -> None:
+    host.put("/x", b"number\n" + b"".join(b"%d\n" % number for number in range(4_000_000)), faults=faults)
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED_EARLY, f"{host.url}/x", settings(read_timeout=60.0).model_dump_json()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed ['MainThread']\n", "")
+    wait_until(lambda: host._open == 0, "the server to see its connections closed")
+
+
+def test_a_file_is_kept_whole_under_its_own_name(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, hash=True)
+    path = tmp_path / "new/folder/x.tar"
+    http.to_file(f"{host.url}/x", path, settings())
+    assert path.read_bytes() == CONTENT
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_file_is_kept(host: Host, tmp_path: Path) -> None:
+    host.put("/x", b"", hash=True)
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == b""
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_file_goes_on_where_it_broke(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000), Fault.status(503, 0), Fault.cut(after=10)])
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert ranges(host) == ["", "bytes=1000000-", "bytes=1000000-", "bytes=1000010-"]
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from touchline import download
+from touchline.params import DownloadParams
+
+place = {"offset": int(sys.argv[4]), "size": int(sys.argv[5]) or None}
+download.to_file(sys.argv[1], Path(sys.argv[2]), DownloadParams.model_validate_json(sys.argv[3]), **place)
+"""
+
+
+def killed_in_the_middle(host: Host, path: Path, offset: int = 0, size: int = 0) -> int:
+    """Download `/x` in a process that is killed -9 once the server has stalled; bytes of the part it leaves."""
+    part = path.with_name(path.name + ".part")
+    place = [str(offset), str(size)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", FETCH, f"{host.url}/x", path, settings().model_dump_json(), *place]
+    )
+    try:
+        wait_until(lambda: part.exists() and part.stat().st_size >= 500_000, "the file to grow")
+    finally:
+        process.kill()
+        process.wait()
+    assert not path.exists()
+    return part.stat().st_size
+
+
+@pytest.mark.parametrize("offset, size", [(0, 0), (100_000, 2_500_000)], ids=["whole", "a range"])
+def test_the_next_process_asks_only_for_the_rest(host: Host, tmp_path: Path, offset: int, size: int) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[Fault.stall(after=2_000_000, seconds=60)])
+    there = killed_in_the_middle(host, tmp_path / "x", offset, size)
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings(), offset=offset, size=size or None)
+    end = offset + size if size else len(CONTENT)
+    assert (tmp_path / "x").read_bytes() == CONTENT[offset:end]
+    assert ranges(host)[1:] == [f"bytes={offset + there}-{end - 1 if size else ''}"]
+    assert statuses(host)[1:] == [206]
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_file_that_has_changed_since_the_kill_is_fetched_from_its_start(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[Fault.stall(after=2_000_000, seconds=60)])
+    killed_in_the_middle(host, tmp_path / "x")
+    host.put("/x", OTHER, hash=True)
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == OTHER
+    assert statuses(host)[1:] == [200]
+
+
+def test_the_part_of_another_place_is_no_beginning(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, faults=[Fault.stall(after=2_000_000, seconds=60)])
+    killed_in_the_middle(host, tmp_path / "x")
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings(), offset=1_000, size=5_000)
+    assert (tmp_path / "x").read_bytes() == CONTENT[1_000:6_000]
+
+
+def left_behind(path: Path, url: str, content: bytes, **changes: Any) -> None:
+    """What a killed download of CONTENT leaves."""
+    facts = {
+        "place": {"url": url, "offset": 0, "size": None},
+        "etag": f'"{hashlib.md5(CONTENT).hexdigest()}"',
+        "total": len(CONTENT),
+        "md5": base64.b64encode(hashlib.md5(CONTENT).digest()).decode(),
+    }
+    path.with_name(path.name + ".part").write_bytes(content)
+    path.with_name(path.name + ".part.json").write_text(json.dumps(facts | changes))
+
+
+def test_a_process_killed_after_the_last_byte_leaves_nothing_to_ask_for(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, hash=True)
+    left_behind(tmp_path / "x", f"{host.url}/x", CONTENT)
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert host.requests == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+@pytest.mark.parametrize(
+    "content, changes",
+    [
+        (CONTENT + b"more", {}),  # longer than the file
+        (CONTENT[:1000], {"etag": ""}),  # nobody can say of which file it is
+        (b"", {}),
+    ],
+)
+def test_a_part_of_no_use_is_thrown_away(host: Host, tmp_path: Path, content: bytes, changes: dict[str, str]) -> None:
+    host.put("/x", CONTENT, hash=True)
+    left_behind(tmp_path / "x", f"{host.url}/x", content, **changes)
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert ranges(host) == [""]
+
+
+@pytest.mark.parametrize("facts", ["", "[]", "null", '{"place": 1}', '{"etag": "x"}'])
+def test_facts_torn_by_a_crash_mean_from_the_start(host: Host, tmp_path: Path, facts: str) -> None:
+    host.put("/x", CONTENT)
+    left_behind(tmp_path / "x", f"{host.url}/x", CONTENT[:100])
+    (tmp_path / "x.part.json").write_text(facts)
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_a_part_with_damaged_bytes_is_found_out_by_its_hash_and_not_gone_on_from_again(
+    host: Host, tmp_path: Path
+) -> None:
+    host.put("/x", CONTENT, hash=True)
+    left_behind(tmp_path / "x", f"{host.url}/x", bytes(1000))
+    with pytest.raises(WrongContent, match="MD5"):
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert list(tmp_path.iterdir()) == []
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_a_login_page_is_not_taken_for_the_file(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, faults=[Fault.html()])
+    asked = []
+
+    def is_right(start: bytes) -> bool:
+        asked.append(len(start))
+        return start.startswith(CONTENT[:20])
+
+    with pytest.raises(WrongContent, match="a web page came in its place") as caught:
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=is_right)
+    assert one_line(caught.value) and list(tmp_path.iterdir()) == []
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=is_right)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert len(asked) == 2 and asked[1] >= 512
+
+
+def test_a_login_page_in_place_of_the_rest_is_not_taken_for_the_file_either(host: Host, tmp_path: Path) -> None:
+    """Who has begun a file with a session that has ended since gets 200 and a page, as if the file had changed."""
+    host.put("/x", CONTENT, faults=[Fault.html()])
+    left_behind(tmp_path / "x", f"{host.url}/x", CONTENT[:1_000_000])
+    with pytest.raises(WrongContent, match="a web page came in its place"):
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=lambda start: start == CONTENT[:20])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_bytes_are_looked_at_where_they_come_in_drops_and_from_two_files(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, faults=[Fault.cut(after=100), Fault.changed(OTHER)])
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=OTHER.startswith)
+    assert (tmp_path / "x").read_bytes() == OTHER
+
+
+@pytest.mark.parametrize(
+    "offset, size, expected",
+    [(0, 10, CONTENT[:10]), (7, None, CONTENT[7:]), (2_999_990, 100, CONTENT[-10:]), (5, 1, CONTENT[5:6])],
+)
+def test_a_piece_of_a_file(host: Host, tmp_path: Path, offset: int, size: int | None, expected: bytes) -> None:
+    # The hash is that of the whole file, and says nothing of a piece.
+    host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=1)])
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings(), offset=offset, size=size)
+    assert (tmp_path / "x").read_bytes() == expected
+
+
+def test_a_server_without_ranges_sends_the_file_again(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000), Fault.no_ranges()])
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert statuses(host) == [200, 200]
+
+
+def test_a_server_without_ranges_cannot_send_a_piece(host: Host, tmp_path: Path) -> None:
+    host.put("/x", CONTENT, faults=[Fault.no_ranges().always()])
+    with pytest.raises(WrongContent, match="answers a range of bytes with the whole file"):
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings(), offset=10, size=10)
+    with pytest.raises(WrongContent, match="does not answer with the range"):
+        http.read_range(f"{host.url}/x", 10, 10, settings())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["the facts", "the bytes"])
+def test_a_full_disk_is_said_at_once_and_what_came_is_kept(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    host.put("/x", CONTENT)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if where == "the facts":
+        monkeypatch.setattr(http, "write_json", full)
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert len(host.requests) == 1 and not (tmp_path / "x").exists()
+    monkeypatch.undo()
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_a_range_and_the_size_of_all(host: Host) -> None:
+    host.put("/x", CONTENT, faults=[Fault.status(503, retry_after=0), Fault.reset()])
+    assert http.read_range(f"{host.url}/x", 500, 1_000, settings()) == (CONTENT[500:1_500], len(CONTENT))
+    assert http.read_range(f"{host.url}/x", 2_999_999, 1_000, settings()) == (CONTENT[-1:], len(CONTENT))
+    assert ranges(host) == ["bytes=500-1499"] * 3 + ["bytes=2999999-3000998"]
+
+
+def test_a_range_that_is_not_the_one_asked_for_is_refused(host: Host) -> None:
+    host.put("/x", CONTENT, faults=[Fault.other_range()])
+    with pytest.raises(WrongContent, match="does not keep to the range"):
+        http.read_range(f"{host.url}/x", 500, 1_000, settings())
+    with pytest.raises(HttpError) as caught:
+        http.read_range(f"{host.url}/x", 3_000_000, 1, settings())
+    assert caught.value.status == 416
+
+
+def test_the_size_of_a_file_where_the_server_tells(host: Host) -> None:
+    host.put("/x", CONTENT)
+    assert http.head(f"{host.url}/x", settings()) == len(CONTENT)
+    assert http.head(f"{host.url}/none", settings()) is None
+    assert http.head(f"{NOWHERE}/x", settings()) is None
+    assert http.head("http://[", settings()) is None
+    assert {request.method for request in host.requests} == {"HEAD"}
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451])
+def test_a_final_answer_is_asked_for_once(host: Host, tmp_path: Path, status: int) -> None:
+    host.put("/x", CONTENT, faults=[Fault.status(status).always()])
+    for fetch in (
+        lambda: streamed(f"{host.url}/x"),
+        lambda: http.to_file(f"{host.url}/x", tmp_path / "x", settings()),
+        lambda: http.read_range(f"{host.url}/x", 0, 10, settings()),
+    ):
+        before = len(host.requests)
+        with pytest.raises(HttpError) as caught:
+            fetch()
+        assert (caught.value.status, caught.value.url) == (status, f"{host.url}/x")
+        assert one_line(caught.value) == f"{host.url}/x answers {status}"
+        assert len(host.requests) == before + 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_an_answer_that_may_change_is_asked_for_again(host: Host, status: int) -> None:
+    host.put("/x", CONTENT, faults=[Fault.status(status, retry_after=0)])
+    assert streamed(f"{host.url}/x") == CONTENT
+    assert statuses(host) == [status, 200]
+
+
+def seconds_between(host: Host) -> float:
+    first, second = host.requests
+    return second.time - first.time
+
+
+@pytest.mark.parametrize("in_seconds", [True, False], ids=["seconds", "a date"])
+def test_a_server_says_when_to_come_again(host: Host, in_seconds: bool) -> None:
+    # Both are far from the first pause of its own, 1 s; a date has whole seconds.
+    moment = format_datetime(datetime.now(UTC) + timedelta(seconds=4), usegmt=True)
+    host.put("/x", CONTENT, faults=[Fault.status(429, retry_after=2 if in_seconds else moment)])
+    assert streamed(f"{host.url}/x") == CONTENT
+    assert seconds_between(host) >= 2
+
+
+@pytest.mark.parametrize(
+    "value, seconds",
+    [
+        ("0", 0),
+        ("2.5", 2.5),
+        ("-3", 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("", None),
+        ("soon", None),
+        ("nan", 0),
+    ],
+)
+def test_what_retry_after_may_say(value: str, seconds: float | None) -> None:
+    assert http._retry_after(value) == seconds
+
+
+def test_a_pause_asked_for_has_an_end() -> None:
+    """Nobody waits for a day because a server says so."""
+    slept = []
+
+    async def pause() -> None:
+        async def note(seconds: float) -> None:
+            slept.append(seconds)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(http.asyncio, "sleep", note)
+            await http._pause(http.Broken("answers 503", pause=86_400.0), 1, "http://x", settings(tries=9))
+            for tries in range(1, 9):
+                await http._pause(http.Broken("timed out"), tries, "http://x", settings(tries=9))
+
+    asyncio.run(pause())
+    asked, *own = slept
+    assert asked == 60
+    assert all(0.75 * 2**k <= seconds <= 1.25 * 2**k for k, seconds in enumerate(own[:6]))
+    assert own[7] == 60
+
+
+def test_a_server_that_says_nothing_is_given_up(host: Host) -> None:
+    host.put("/x", CONTENT, faults=[Fault.stall(after=0, seconds=60).always()])
+    with pytest.raises(Unavailable, match="timed out; 1 tries") as caught:
+        streamed(f"{host.url}/x", read_timeout=0.2, tries=1)
+    assert caught.value.kind == "timed out"
+
+
+def test_a_reset_connection_is_another_try(host: Host) -> None:
+    host.put("/x", CONTENT, hash=True, faults=[Fault.reset()])
+    assert streamed(f"{host.url}/x") == CONTENT
+    assert statuses(host) == [0, 200]
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable) as caught:
+        http.to_file(f"{NOWHERE}/x", tmp_path / "x", settings(tries=1))
+    said = "cannot be read (no connection: Connection refused; 1 tries): look at the network, then run again"
+    assert str(caught.value) == f"{NOWHERE}/x {said}"
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://", "no-scheme/x"])
+def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
+    with pytest.raises(TouchlineError, match="is no URL") as caught:
+        streamed(url)
+    assert one_line(caught.value) and not isinstance(caught.value, Unavailable)
+
+
+def test_a_redirect_is_followed(host: Host) -> None:
+    host.put("/x", b"", faults=[Fault.redirect(f"{host.url}/y").always()])
+    host.put("/y", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000)])
+    assert streamed(f"{host.url}/x") == CONTENT
+    assert ranges(host, "/y") == ["", "bytes=1000000-"]

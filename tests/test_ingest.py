@@ -1,0 +1,290 @@
+"""Photos of one's own folder, through the `ingest` stage, into data/photos and its table."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from touchline.core import files
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.params import Params
+from touchline.core.paths import Paths
+from touchline.sources import Candidate, sample
+from touchline.stages import ingest
+
+ParamsWith = Callable[..., Params]
+
+
+def photo(seed: int, file_format: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 36, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, file_format)
+    return file.getvalue()
+
+
+def offer(paths: Paths, contents: dict[str, bytes]) -> None:
+    """Put files into the folder that photos are taken from."""
+    for name, content in contents.items():
+        path = paths.project / "incoming" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def ingested(paths: Paths, params: Params) -> pd.DataFrame:
+    ingest.run(paths, params)
+    return files.read_table(paths.photos_table, dtype={"group": str, "author": str, "licence": str, "subset": str})
+
+
+@pytest.fixture
+def params(params_with: ParamsWith) -> Params:
+    return params_with(ingest={"sources": ["folder"], "folder": "incoming"})
+
+
+def stored(paths: Paths) -> dict[str, int]:
+    """Every file under data/photos with the time of its last change."""
+    return {paths.relative(path): path.stat().st_mtime_ns for path in paths.photos.rglob("*") if path.is_file()}
+
+
+def test_a_photo_is_filed_under_its_class_by_the_digest_of_its_bytes(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    table = ingested(paths, params)
+    assert tuple(table.columns) == ingest.COLUMNS
+    digest = hashlib.sha256(photo(1)).hexdigest()
+    row = table.set_index("origin").loc["rugby/a.jpg"]
+    assert row.path == f"data/photos/rugby/{digest[:16]}.jpg"
+    assert (row["class"], row.source, row.sha256) == ("rugby", "folder", digest)
+    assert (row.bytes, row.width, row.height) == (len(photo(1)), 36, 24)
+    assert (row.licence, row.author, row.group, row.subset) == ("", "", "", "")
+    assert (paths.workspace / row.path).read_bytes() == photo(1)
+    assert set(stored(paths)) == set(table["path"])
+
+
+def test_nested_folders_are_gone_through_and_hidden_files_left_out(paths: Paths, params: Params) -> None:
+    offer(
+        paths,
+        {
+            "rugby/2019/final/a.jpg": photo(1),
+            "rugby/b.jpg": photo(2),
+            "rugby/.DS_Store": b"x",
+            "rugby/.cache/c.jpg": photo(3),
+            "soccer/d.jpg": photo(4),
+            "cricket/e.jpg": photo(5),  # no class of ours
+        },
+    )
+    assert list(ingested(paths, params)["origin"]) == ["rugby/2019/final/a.jpg", "rugby/b.jpg", "soccer/d.jpg"]
+
+
+def test_a_split_that_comes_with_the_photos_is_kept(paths: Paths, params: Params) -> None:
+    names = ["train/rugby/a.jpg", "train/soccer/b.jpg", "test/rugby/c.jpg", "test/soccer/d.jpg"]
+    offer(paths, {name: photo(number) for number, name in enumerate(names)})
+    table = ingested(paths, params)
+    assert list(table["origin"]) == names
+    assert list(table["subset"]) == ["train", "train", "test", "test"]
+    assert list(table["class"]) == ["rugby", "soccer", "rugby", "soccer"]
+
+
+def test_classes_may_be_called_train_and_test(paths: Paths, params_with: ParamsWith) -> None:
+    params = params_with(classes=["train", "test"], ingest={"sources": ["folder"], "folder": "incoming"})
+    offer(paths, {"train/steam.jpg": photo(1), "test/tube.jpg": photo(2)})
+    table = ingested(paths, params)
+    assert list(table["class"]) == ["train", "test"] and set(table["subset"]) == {""}
+
+
+def test_a_manifest_gives_group_licence_and_author(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a b.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    (paths.project / "incoming/manifest.csv").write_text(
+        'file,author,group,licence,camera\nrugby/a b.jpg,"Smith, J.",007,CC0,Leica\nrugby/gone.jpg,Nobody,1,CC0,Leica\n'
+    )
+    table = ingested(paths, params).set_index("class")
+    assert tuple(table.loc["rugby", ["group", "licence", "author"]]) == ("007", "CC0", "Smith, J.")
+    assert tuple(table.loc["soccer", ["group", "licence", "author"]]) == ("", "", "")
+
+
+@pytest.mark.parametrize(
+    "content, says", [("", "is not a readable table"), ("name,group\nrugby/a.jpg,1\n", "has no column `file`")]
+)
+def test_a_manifest_that_cannot_be_used_is_an_error(paths: Paths, params: Params, content: str, says: str) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    (paths.project / "incoming/manifest.csv").write_text(content)
+    with pytest.raises(TouchlineError, match=says) as error:
+        ingest.run(paths, params)
+    assert "\n" not in str(error.value)
+
+
+def test_the_content_names_the_file_not_its_name(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1, "PNG"), "rugby/page.jpg": b"<html>404</html>", "soccer/no-name": photo(2)})
+    table = ingested(paths, params).set_index("origin")
+    endings = {origin: Path(path).suffix for origin, path in table["path"].items()}
+    # What is no photo is kept for validation to reject, with its reason.
+    assert endings == {"rugby/a.jpg": ".png", "rugby/page.jpg": ".bin", "soccer/no-name": ".jpg"}
+    assert table.loc["rugby/page.jpg", "width"] == 0
+
+
+def test_an_exact_duplicate_in_one_class_is_two_rows_of_one_file(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "rugby/copy.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    table = ingested(paths, params)
+    assert list(table["origin"]) == ["rugby/a.jpg", "rugby/copy.jpg", "soccer/b.jpg"]
+    assert table["path"].nunique() == len(stored(paths)) == 2
+
+
+def test_one_photo_in_two_classes_is_two_files_of_one_digest(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/a.jpg": photo(1)})
+    table = ingested(paths, params)
+    assert table["sha256"].nunique() == 1
+    assert len(stored(paths)) == 2
+
+
+def test_names_that_a_shell_would_run_go_through_whole(paths: Paths, params_with: ParamsWith) -> None:
+    classes = ["; rm -rf x", "soccer & 'friends'"]
+    params = params_with(classes=classes, ingest={"sources": ["folder"], "folder": "incoming"})
+    names = ["; rm -rf x/$(id).jpg", '; rm -rf x/`id`,"a".jpg', "soccer & 'friends'/--help\n.jpg"]
+    offer(paths, {name: photo(number) for number, name in enumerate(names)})
+    table = ingested(paths, params)
+    assert sorted(table["origin"]) == sorted(names)
+    assert set(table["class"]) == set(classes)
+    assert all((paths.workspace / path).is_file() for path in table["path"])
+
+
+@pytest.mark.parametrize(
+    "there, says",
+    [
+        ([], r"ingest\.folder: .*incoming is no folder: put photos into .*/<class>/ or name another one"),
+        (["rugby/a.jpg"], r"class 'soccer' has no folder in .*incoming \(there: rugby\): add it, or change `classes`"),
+        (["train/rugby/a.jpg", "train/soccer/a.jpg"], r"has train/ but no test/: add it, or put classes on top"),
+        (["train/rugby/a.jpg", "test/rugby/a.jpg"], r"class 'soccer' has no folder in .*train \(there: rugby\)"),
+    ],
+)
+def test_a_folder_that_is_missing_is_named(paths: Paths, params: Params, there: list[str], says: str) -> None:
+    offer(paths, dict.fromkeys(there, photo(1)))
+    with pytest.raises(ParamsError, match=says) as error:
+        ingest.run(paths, params)
+    assert "\n" not in str(error.value)
+
+
+def test_empty_folders_offer_no_photo(paths: Paths, params: Params) -> None:
+    for label in params.classes:
+        (paths.project / "incoming" / label).mkdir(parents=True)
+    with pytest.raises(TouchlineError, match="the sources folder offer no photo: see `ingest`"):
+        ingest.run(paths, params)
+
+
+def test_an_experiment_takes_photos_from_the_project_not_from_its_copy(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    copy = Paths(paths.project / ".dvc/tmp/exps/abc", paths.project)
+    copy.workspace.mkdir(parents=True)
+    ingest.run(copy, params)
+    assert len(stored(copy)) == 2 and not paths.photos.exists()
+
+
+def test_a_second_run_rewrites_no_photo(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    first = ingested(paths, params)
+    before = stored(paths)
+    offer(paths, {"rugby/c.jpg": photo(3)})
+    second = ingested(paths, params)
+    assert before.items() < stored(paths).items()
+    pd.testing.assert_frame_equal(second[second["origin"] != "rugby/c.jpg"].reset_index(drop=True), first)
+
+
+def test_a_photo_torn_by_a_killed_run_is_fetched_again(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    path = paths.workspace / ingested(paths, params)["path"][0]
+    path.write_bytes(photo(1)[:100])
+    (path.parent / ".partial-xyz").write_bytes(b"half")
+    ingested(paths, params)
+    assert path.read_bytes() == photo(1)
+    assert len(stored(paths)) == 2
+
+
+def test_a_photo_no_longer_offered_goes(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "rugby/b.jpg": photo(2), "soccer/c.jpg": photo(3)})
+    ingested(paths, params)
+    assert len(stored(paths)) == 3
+    (paths.project / "incoming/rugby/b.jpg").unlink()
+    table = ingested(paths, params)
+    assert list(table["origin"]) == ["rugby/a.jpg", "soccer/c.jpg"]
+    assert set(stored(paths)) == set(table["path"])
+
+
+def test_a_class_no_longer_named_leaves_no_folder(paths: Paths, params: Params, params_with: ParamsWith) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2), "hockey/c.jpg": photo(3)})
+    ingested(paths, params)
+    folder = {"sources": ["folder"], "folder": "incoming"}
+    ingested(paths, params_with(classes=["hockey", "soccer"], ingest=folder))
+    assert sorted(path.name for path in paths.photos.iterdir()) == ["hockey", "soccer"]
+
+
+def test_a_limit_a_class_takes_the_first_and_replaces_what_was_rejected(paths: Paths, params_with: ParamsWith) -> None:
+    params = params_with(ingest={"sources": ["folder"], "folder": "incoming", "per_class": 2})
+    names = [f"{label}/{number}.jpg" for label in ("rugby", "soccer") for number in range(4)]
+    offer(paths, {name: photo(number) for number, name in enumerate(names)})
+    assert list(ingested(paths, params)["origin"]) == ["rugby/0.jpg", "rugby/1.jpg", "soccer/0.jpg", "soccer/1.jpg"]
+
+    # As validation writes it; the same name in another class, or of another source, is another photo.
+    ledger = pd.DataFrame(
+        [("rugby", "folder", "rugby/0.jpg"), ("soccer", "sample", "soccer/0.jpg"), ("rugby", "folder", "soccer/1.jpg")],
+        columns=["class", "source", "origin"],
+    )
+    files.write_table(paths.ledger, ledger.assign(sha256="", reason="empty file"))
+    assert list(ingested(paths, params)["origin"]) == ["rugby/1.jpg", "rugby/2.jpg", "soccer/0.jpg", "soccer/1.jpg"]
+
+
+def test_two_sources_add_up(paths: Paths, params_with: ParamsWith) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    sources = {"sources": ["folder", "sample"], "folder": "incoming", "sample": {"per_class": 10, "seed": 1}}
+    table = ingested(paths, params_with(ingest={**sources, "per_class": 5}))
+    assert table.groupby(["class", "source"]).size().to_dict() == {
+        ("rugby", "folder"): 1,
+        ("rugby", "sample"): 4,
+        ("soccer", "folder"): 1,
+        ("soccer", "sample"): 4,
+    }
+
+
+def test_no_offer_is_drawn_once_there_is_no_room_for_it(
+    paths: Paths, params_with: ParamsWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offers(*_: object) -> Iterator[Candidate]:
+        for number, label in enumerate(["rugby", "rugby", "rugby", "soccer", "soccer"]):
+            yield Candidate(label, "sample", f"{label}/{number}", lambda number=number: photo(number))
+        pytest.fail("was asked for more than there is room for")
+
+    monkeypatch.setattr(sample, "candidates", offers)
+    table = ingested(paths, params_with(ingest={"sources": ["sample"], "per_class": 2}))
+    assert list(table["origin"]) == ["rugby/0", "rugby/1", "soccer/3", "soccer/4"]
+
+
+def test_a_folder_that_brings_its_split_is_not_left_out_because_another_source_filled_the_classes(
+    paths: Paths, params_with: ParamsWith
+) -> None:
+    names = [
+        f"{subset}/{label}/{n}.jpg" for subset in ("train", "test") for label in ("rugby", "soccer") for n in range(3)
+    ]
+    offer(paths, {name: photo(number) for number, name in enumerate(names)})
+    sources = {"sources": ["sample", "folder"], "folder": "incoming", "sample": {"per_class": 10, "seed": 1}}
+    table = ingested(paths, params_with(ingest={**sources, "per_class": 2}))
+    counts = table.groupby(["source", "subset", "class"]).size().to_dict()
+    places = [("sample", ""), ("folder", "train"), ("folder", "test")]
+    assert counts == {(*place, label): 2 for place in places for label in ("rugby", "soccer")}
+
+
+def test_a_limit_holds_for_each_subset_of_a_folder_that_brings_its_split(paths: Paths, params_with: ParamsWith) -> None:
+    names = [
+        f"{subset}/{label}/{n}.jpg" for subset in ("train", "test") for label in ("rugby", "soccer") for n in range(3)
+    ]
+    offer(paths, {name: photo(number) for number, name in enumerate(names)})
+    params = params_with(ingest={"sources": ["folder"], "folder": "incoming", "per_class": 2})
+    counts = ingested(paths, params).groupby(["subset", "class"]).size()
+    assert counts.to_dict() == {(subset, label): 2 for subset in ("train", "test") for label in ("rugby", "soccer")}
+
+
+def test_a_stray_file_among_the_photos_stops_nothing(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/1.jpg": photo(1), "soccer/2.jpg": photo(2)})
+    paths.photos.mkdir(parents=True)
+    (paths.photos / ".DS_Store").write_bytes(b"left by a file manager")
+    assert len(ingested(paths, params)) == 2

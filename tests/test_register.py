@@ -1,0 +1,120 @@
+"""Which model is registered, and whether it becomes champion: every answer of the two functions that decide."""
+
+from typing import Any
+
+import pytest
+
+from touchline.core.params import RegisterParams
+from touchline.stages.register import Decision, Duel, choose, decide
+from touchline.tracking import Version
+
+PARAMS = RegisterParams(name="rugby-soccer", min_accuracy=0.6, min_shared_photos=30, significance=0.05)
+CHAMPION = Version("rugby-soccer", 3, "run", "models:/m", "", {"touchline.model_sha256": "old"}, ("champion",))
+
+
+def test_the_model_that_is_better_on_validation_is_chosen_whatever_the_test_photos_say() -> None:
+    validation = {"cnn": {"validation/accuracy": 0.8}, "transfer": {"validation/accuracy": 0.9}}
+    test = {
+        "cnn": {"accuracy": 0.99, "milliseconds_a_photo": 1.0},
+        "transfer": {"accuracy": 0.5, "milliseconds_a_photo": 9.0},
+    }
+    assert choose(validation, test) == ("transfer", "validation accuracy 0.900, cnn 0.800")
+
+
+def test_of_equals_the_faster_one_is_chosen() -> None:
+    validation = {name: {"validation/accuracy": 0.9} for name in ("cnn", "transfer", "vgg")}
+    validation["vgg"]["validation/accuracy"] = 0.7
+    test = {name: {"milliseconds_a_photo": time} for name, time in (("cnn", 9.0), ("transfer", 2.0), ("vgg", 1.0))}
+    assert choose(validation, test) == ("transfer", "validation accuracy 0.900, as cnn, and faster")
+
+
+def test_the_only_model_is_chosen() -> None:
+    found = choose({"cnn": {"validation/accuracy": 0.4}}, {"cnn": {"milliseconds_a_photo": 1.0}})
+    assert found == ("cnn", "the only model")
+
+
+def metrics(accuracy: float = 0.9, p_value: float = 0.5, only: tuple[int, int] = (5, 4), **baselines: float) -> dict:
+    """Of the models cnn and transfer, transfer the one in question."""
+    return {
+        "models": {"transfer": {"accuracy": accuracy}, "cnn": {"accuracy": 0.7}},
+        "baselines": {name: {"accuracy": found} for name, found in ({"majority_class": 0.5} | baselines).items()},
+        "mcnemar": [
+            {
+                "models": ["cnn", "transfer"],
+                "only_first_right": only[0],
+                "only_second_right": only[1],
+                "p_value": p_value,
+            }
+        ],
+    }
+
+
+def decided(
+    found: dict[str, Any], champion: Version | None = CHAMPION, duel: Duel | None = None, sha256: str = "new"
+) -> Decision:
+    return decide("transfer", found, PARAMS, champion, duel, {"model_sha256": sha256})
+
+
+def test_the_first_champion_needs_no_duel() -> None:
+    decision = decided(metrics(), champion=None)
+    assert decision == Decision(True, "transfer is the first champion: test accuracy 0.900 beats every baseline")
+
+
+def test_the_champion_stays_champion() -> None:
+    # Even with bad figures: what is champion already is not deposed by registering it again.
+    decision = decided(metrics(accuracy=0.1), sha256="old")
+    assert decision == Decision(True, "transfer already is the champion, version 3")
+
+
+@pytest.mark.parametrize("champion", [None, CHAMPION])
+@pytest.mark.parametrize(
+    "found, says",
+    [
+        (metrics(accuracy=0.59), "test accuracy 0.590 is under register.min_accuracy 0.6"),
+        (metrics(size_and_aspect=0.9), "test accuracy 0.900 does not beat baseline size_and_aspect, 0.900"),
+        (metrics(colour_histogram=0.95), "test accuracy 0.900 does not beat baseline colour_histogram, 0.950"),
+        (metrics(p_value=0.01, only=(20, 4)), "cnn is clearly better than transfer on the test photos"),
+    ],
+)
+def test_who_fails_a_gate_is_no_champion_even_if_there_is_none(
+    found: dict[str, Any], says: str, champion: Version | None
+) -> None:
+    decision = decided(found, champion, Duel(100, champion=0.1, challenger=0.9))
+    assert not decision.promote and says in decision.reason
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        metrics(accuracy=0.6),  # the floor itself will do
+        metrics(p_value=0.01, only=(4, 20)),  # it is the clearly better one
+        metrics(p_value=0.05, only=(20, 4)),  # the other is better, but not clearly
+    ],
+)
+def test_who_passes_every_gate_is_champion(found: dict[str, Any]) -> None:
+    assert decided(found, champion=None).promote
+
+
+def test_a_test_between_two_other_models_is_no_gate() -> None:
+    found = metrics()
+    found["mcnemar"] = [{"models": ["cnn", "vgg"], "only_first_right": 20, "only_second_right": 4, "p_value": 0.001}]
+    assert decided(found, champion=None).promote
+
+
+@pytest.mark.parametrize(
+    "duel, promote, says",
+    [
+        (Duel(40, champion=0.8, challenger=0.85), True, "0.850 at least equals the champion, version 3, with 0.800"),
+        (Duel(40, champion=0.8, challenger=0.8), True, "0.800 at least equals the champion, version 3, with 0.800"),
+        (Duel(40, champion=0.85, challenger=0.8), False, "0.800 does not reach the champion, version 3, with 0.850"),
+        (Duel(30, champion=0.8, challenger=0.9), True, "on 30 test photos that neither was trained on"),
+        (Duel(29, champion=0.0, challenger=0.0), False, "only 29 test photos were unseen by both transfer and"),
+        (None, False, "the champion, version 3, knows other classes: compare them by hand, then promote"),
+    ],
+)
+def test_a_challenger_must_at_least_equal_the_champion_on_enough_photos_unseen_by_both(
+    duel: Duel | None, promote: bool, says: str
+) -> None:
+    decision = decided(metrics(), CHAMPION, duel)
+    assert decision.promote is promote
+    assert says in decision.reason and "\n" not in decision.reason

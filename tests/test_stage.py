@@ -1,0 +1,125 @@
+"""One process a stage, and none that outlives the DVC that started it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from touchline.core import stage as running
+from touchline.core.errors import TouchlineError
+from touchline.core.paths import Paths
+
+# A stage that says who it is and then works for longer than any test waits.
+STAGE = """
+import os, sys, time
+from pathlib import Path
+from touchline import running
+from touchline.paths import Paths
+root = Path(sys.argv[1])
+with running.stage(Paths(root, root), "train@cnn"):
+    (root / "pid").write_text(str(os.getpid()))
+    (root / "pid").rename(root / "started")
+    time.sleep(60)
+"""
+# As DVC does it: a shell runs the stage's command. The `;` keeps the shell from becoming the command.
+DVC = """
+import subprocess, sys
+subprocess.run(["/bin/sh", "-c", f'"{sys.executable}" "$0" "$1"; true', *sys.argv[1:]])
+"""
+
+
+def wait_for(condition, seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def start_stage(root: Path, *, by_dvc: bool) -> tuple[subprocess.Popen, psutil.Process]:
+    """The process that the test started, and the stage's own."""
+    (root / "stage.py").write_text(STAGE)
+    (root / "dvc.py").write_text(DVC)
+    script = ["dvc.py", "stage.py"] if by_dvc else ["stage.py"]
+    environment = os.environ | ({"DVC_STAGE": "train@cnn"} if by_dvc else {})
+    outer = subprocess.Popen([sys.executable, *(str(root / name) for name in script), str(root)], env=environment)
+    assert wait_for((root / "started").exists), "the stage did not start"
+    return outer, psutil.Process(int((root / "started").read_text()))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_stage_ends_when_the_dvc_that_started_it_is_killed(paths: Paths) -> None:
+    dvc, stage = start_stage(paths.workspace, by_dvc=True)
+    try:
+        shell = stage.parent()
+        assert shell.parent().pid == dvc.pid and stage.pid not in {dvc.pid, shell.pid}
+
+        dvc.send_signal(signal.SIGKILL)
+        dvc.wait()
+
+        assert wait_for(lambda: not is_alive(stage), 10), "the stage goes on without its DVC"
+    finally:
+        dvc.kill()
+        if is_alive(stage):
+            stage.kill()
+    # Its lock went with it, so the next run need not wait.
+    with running.stage(paths, "train@cnn"):
+        pass
+
+
+def test_a_stage_started_by_hand_outlives_nobody_and_watches_nobody(paths: Paths) -> None:
+    by_hand, stage = start_stage(paths.workspace, by_dvc=False)
+    try:
+        assert by_hand.pid == stage.pid
+        assert [thread.id for thread in stage.threads()] == [stage.pid]
+    finally:
+        by_hand.kill()
+        by_hand.wait()
+
+
+def test_the_lock_keeps_two_apart(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "_SECONDS_FOR_LOCK", 0.2)
+    other, _ = start_stage(paths.workspace, by_dvc=False)
+    try:
+        with pytest.raises(TouchlineError) as error, running.stage(paths, "train@cnn"):
+            pytest.fail("two processes run one stage")
+        assert str(error.value) == (
+            f"stage train@cnn is already running in {paths.workspace}: wait until it has ended, then run again"
+        )
+        with running.stage(paths, "train@transfer"):
+            pass  # another stage is free
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_what_a_stage_cost_is_written_when_it_has_ended_well(paths: Paths) -> None:
+    with running.stage(paths, "split"):
+        assert running.costs(paths) == {}
+    costs = running.costs(paths)
+    assert costs["split"]["seconds"] >= 0 and costs["split"]["peak_megabytes"] > 1
+    assert json.loads((paths.locks / "split.json").read_text()) == costs["split"]
+
+    def fail() -> None:
+        with running.stage(paths, "evaluate"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(running.costs(paths)) == ["split"]
+
+
+def test_a_stage_sweeps_away_what_killed_ones_left(paths: Paths) -> None:
+    for folder in (paths.photos_table.parent, paths.models, paths.reports / "figures"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".partial-killed.png").write_text("half")
+    with running.stage(paths, "register"):
+        assert not list(paths.workspace.rglob(".partial-*"))
