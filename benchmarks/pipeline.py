@@ -23,7 +23,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from touchline.core import stage as running
+from touchline.core import stage
 from touchline.core.paths import Paths
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def noop(folder: Path, turns: int = 7) -> None:
     starts = [timed([shutil.which("touchline") or "touchline", "--help"], ours) for _ in range(turns)]
     print(f"touchline --help: median {statistics.median(starts):.2f} s (goal: under 0.5)")
     heavy = "tensorflow", "keras", "mlflow", "great_expectations"
-    code = f"import sys; from touchline.stages import split as splitting; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys; import touchline.stages.split; print([name for name in {heavy} if name in sys.modules])"
     print("heavy packages that `split` imports:", run([sys.executable, "-c", code], ours).strip())
 
 
@@ -82,14 +82,14 @@ def memory(folder: Path, sizes: Sequence[int]) -> None:
     for photos in sizes:
         root = project(folder / str(photos), {"ingest.sample.per_class": photos // 2, **QUICK})
         dvc(root, "repro", "-q")
-        costs[photos] = running.costs(Paths(root, root))
+        costs[photos] = stage.costs(Paths(root, root))
     print(f"{'stage':18}" + "".join(f"{f'{photos:,} photos':>24}" for photos in sizes))
-    for stage in costs[sizes[0]]:
+    for name in costs[sizes[0]]:
         cells = (
-            f"{costs[photos][stage]['seconds']:.0f} s, {costs[photos][stage]['peak_megabytes']:.0f} MB"
+            f"{costs[photos][name]['seconds']:.0f} s, {costs[photos][name]['peak_megabytes']:.0f} MB"
             for photos in sizes
         )
-        print(f"{stage:18}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{name:18}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def retrain(folder: Path) -> None:

@@ -19,7 +19,7 @@ import httpx
 import projects
 import pytest
 from PIL import Image
-from test_predicting import CLASSES, COLOURS, SIDE, planted
+from test_predict import CLASSES, COLOURS, SIDE, planted
 
 from touchline import tracking
 from touchline.commands import app

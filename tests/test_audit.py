@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
-from test_validation import Workspace, flat, noise, params
+from test_validate import Workspace, flat, noise, params
 
 from touchline.commands import audit
 from touchline.core.errors import TouchlineError

@@ -309,9 +309,9 @@ def test_mobilenet_v2_with_real_weights_from_a_file(tmp_path: Path) -> None:
 OFFLINE = """
 import json, sys
 from pathlib import Path
-from touchline import backbones
-from touchline.errors import TouchlineError
-from touchline.params import BackboneFeatures
+from touchline.models import backbones
+from touchline.core.errors import TouchlineError
+from touchline.core.params import BackboneFeatures
 
 def outcome(name, **options):
     features = BackboneFeatures(backbone=name, image_size=32, views=1, **options)

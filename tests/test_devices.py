@@ -32,8 +32,8 @@ half = tf.config.LogicalDeviceConfiguration()
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [half, half])
 
 import test_training as given
-from touchline import training
-from touchline.errors import TouchlineError
+from touchline.stages import train as training
+from touchline.core.errors import TouchlineError
 
 folder, found = Path(sys.argv[2]), {}
 planted = given.Planted(folder / "pixels")

@@ -15,7 +15,7 @@ from scipy.stats import ks_2samp
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
-from test_predicting import CLASSES, planted
+from test_predict import CLASSES, planted
 from typer.testing import CliRunner
 
 from touchline import cli, tracking

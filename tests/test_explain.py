@@ -10,8 +10,7 @@ from PIL import Image
 
 from touchline.core.errors import TouchlineError
 from touchline.core.params import ArticleParams, BackboneFeatures, CnnParams
-from touchline.models import architectures, heads
-from touchline.models import explain as explaining
+from touchline.models import architectures, explain, heads
 from touchline.stages import evaluate
 
 if TYPE_CHECKING:
@@ -135,12 +134,12 @@ def test_the_heat_lies_on_what_speaks_for_the_class(model: "keras.Model") -> Non
     photo = with_a_patch(0, 0)
     [probabilities] = model.predict(photo[None], verbose=0)
     assert probabilities[1] > 0.9
-    heat = explaining.heat_map(model, photo, 1)
+    heat = explain.heat_map(model, photo, 1)
     assert heat.dtype == np.float32 and heat.ndim == 2 and (heat.min(), heat.max()) == (0, 1)
     row, column = centre(heat)
     assert 0.05 < row < 0.25 and 0.05 < column < 0.25, (row, column)
     # Nothing in it speaks for the other class.
-    assert not explaining.heat_map(model, photo, 0).any() or model.name == "transfer"
+    assert not explain.heat_map(model, photo, 0).any() or model.name == "transfer"
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "article"])
@@ -148,9 +147,9 @@ def test_the_heat_moves_with_the_patch_and_is_not_mirrored(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     MODELS[name](monkeypatch).save(tmp_path / "model.keras")
-    explain = explaining.explainer(evaluate.load_model(tmp_path / "model.keras"))
+    explainer = explain.explainer(evaluate.load_model(tmp_path / "model.keras"))
     corners = [(0, 0), (0, 48), (48, 0), (48, 48)]
-    heats = explain(np.stack([with_a_patch(*corner) for corner in corners]), np.ones(4, np.int64))
+    heats = explainer(np.stack([with_a_patch(*corner) for corner in corners]), np.ones(4, np.int64))
     found = [tuple(round(share) for share in centre(heat)) for heat in heats]
     assert found == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
@@ -160,7 +159,7 @@ def test_a_place_the_dense_layer_does_not_look_at_stays_cold() -> None:
     photo = np.maximum(with_a_patch(0, 0), with_a_patch(48, 48))
     photo[48:, 48:] = (255, 0, 0)
     photo[:16, :16] = (255, 0, 0)
-    heat = explaining.heat_map(article(), photo, 1)
+    heat = explain.heat_map(article(), photo, 1)
     assert heat[:4, :4].max() == 1 and not heat[4:, 4:].any()
 
 
@@ -169,7 +168,7 @@ def test_a_model_that_is_surer_than_float32_can_say_has_heat(model: "keras.Model
     last.set_weights([1000 * last.kernel.numpy(), last.bias.numpy()])
     photo = with_a_patch(0, 0)
     assert model.predict(photo[None], verbose=0)[0, 1] == 1
-    assert explaining.heat_map(model, photo, 1).max() == 1
+    assert explain.heat_map(model, photo, 1).max() == 1
 
 
 def test_what_lifts_both_classes_alike_is_no_heat() -> None:
@@ -177,7 +176,7 @@ def test_what_lifts_both_classes_alike_is_no_heat() -> None:
     kernel = np.zeros(model.layers[-1].kernel.shape, np.float32)
     kernel[0] = (40, 40)
     model.layers[-1].set_weights([kernel, np.zeros(2, np.float32)])
-    assert not explaining.heat_map(model, with_a_patch(0, 0), 1).any()
+    assert not explain.heat_map(model, with_a_patch(0, 0), 1).any()
 
 
 def test_a_model_without_a_feature_map_says_so() -> None:
@@ -187,7 +186,7 @@ def test_a_model_without_a_feature_map_says_so() -> None:
     flat = keras.layers.Reshape((192,))(keras.layers.Rescaling(1 / 255)(photo))
     model = keras.Model(photo, keras.layers.Dense(2, activation="softmax")(flat), name="odd")
     with pytest.raises(TouchlineError, match="model odd cannot be explained"):
-        explaining.explainer(model)
+        explain.explainer(model)
 
 
 @pytest.mark.parametrize("size", [(1500, 1000), (100, 300), (64, 64)])
@@ -197,14 +196,14 @@ def test_an_overlay_has_the_aspect_of_its_photo_and_the_heat_in_its_place(
     Image.new("RGB", size, (90, 120, 90)).save(tmp_path / "photo.jpg")
     heat = np.zeros((4, 4), np.float32)
     heat[0, 3] = 1
-    content = explaining.overlay((tmp_path / "photo.jpg").read_bytes(), heat, "Rugby, Fußball 93 %")
-    assert explaining.is_overlay(content) and not explaining.is_overlay((tmp_path / "photo.jpg").read_bytes())
+    content = explain.overlay((tmp_path / "photo.jpg").read_bytes(), heat, "Rugby, Fußball 93 %")
+    assert explain.is_overlay(content) and not explain.is_overlay((tmp_path / "photo.jpg").read_bytes())
     (tmp_path / "drawn.jpg").write_bytes(content)
     with Image.open(tmp_path / "drawn.jpg") as drawn:
         drawn.load()
-        height = drawn.height - explaining._CAPTION
+        height = drawn.height - explain._CAPTION
         width = round(height * size[0] / size[1])
-        assert max(width, height) == 720 and drawn.width == max(width, explaining._CAPTION_WIDTH)
+        assert max(width, height) == 720 and drawn.width == max(width, explain._CAPTION_WIDTH)
         colours = np.asarray(drawn)[:height, :width].astype(int)
         caption = np.asarray(drawn)[height:]
     warmth = colours[..., 0] - colours[..., 2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_ingestion import ingested, offer, photo
+from test_ingest import ingested, offer, photo
 
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params

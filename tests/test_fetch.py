@@ -582,8 +582,8 @@ def test_a_full_disk_stops_the_run_and_what_was_fetched_is_kept(
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from touchline import download, fetching
-from touchline.params import DownloadParams
+from touchline.sources import http, fetch
+from touchline.core.params import DownloadParams
 from touchline.sources import Candidate
 
 url, folder, settings = sys.argv[1], Path(sys.argv[2]), DownloadParams.model_validate_json(sys.argv[3])
@@ -591,11 +591,11 @@ url, folder, settings = sys.argv[1], Path(sys.argv[2]), DownloadParams.model_val
 def offers():
     yield Candidate("rugby", "s", "1", url=f"{url}/slow.jpg")
     yield Candidate("rugby", "s", "2", url=f"{url}/none.jpg")
-    with download.stream(f"{url}/labels.csv", settings) as file:
+    with http.stream(f"{url}/labels.csv", settings) as file:
         file.read()
 
-with fetching.Journal(folder / "fetched.jsonl") as journal:
-    fetching.fill(offers(), {"rugby": 5}, lambda _: folder, set(), journal, settings)
+with fetch.Journal(folder / "fetched.jsonl") as journal:
+    fetch.fill(offers(), {"rugby": 5}, lambda _: folder, set(), journal, settings)
 """
 
 

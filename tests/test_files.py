@@ -95,7 +95,7 @@ def test_a_process_that_ends_itself_leaves_nothing_half_written_and_begins_nothi
     script = """
 import os, sys, threading
 from pathlib import Path
-from touchline import files
+from touchline.core import files
 folder = Path(sys.argv[1])
 def write_on():
     while True:

@@ -703,14 +703,15 @@ def _bombs() -> dict[str, bytes]:
 _CHILD = """
 import sys, time
 from pathlib import Path
-from touchline import photos, predicting
-from touchline.errors import TouchlineError
+from touchline.data import photos
+from touchline.commands import predict
+from touchline.core.errors import TouchlineError
 path = Path(sys.argv[1])
-predicting.pixels(Path(sys.argv[2]).read_bytes(), 32, 60)  # what every process pays once
+predict.pixels(Path(sys.argv[2]).read_bytes(), 32, 60)  # what every process pays once
 photos.measure(Path(sys.argv[2]), 60)
 began, said = time.process_time(), []
 for look in (lambda: photos.header(path.read_bytes()), lambda: photos.measure(path, 60),
-             lambda: predicting.pixels(path.read_bytes(), 32, 60)):
+             lambda: predict.pixels(path.read_bytes(), 32, 60)):
     try:
         look()
         said.append("taken")

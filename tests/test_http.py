@@ -196,14 +196,14 @@ def test_who_reads_a_table_from_a_stream_sees_what_went_wrong(
 CLOSED_EARLY = """
 import sys, threading, time
 import pyarrow.csv
-from touchline import download
-from touchline.params import DownloadParams
+from touchline.sources import http
+from touchline.core.params import DownloadParams
 
 settings = DownloadParams.model_validate_json(sys.argv[2])
 for _ in range(3):
-    with download.stream(sys.argv[1], settings) as file:
+    with http.stream(sys.argv[1], settings) as file:
         file.read(10)
-    with download.stream(sys.argv[1], settings) as file:
+    with http.stream(sys.argv[1], settings) as file:
         batches = pyarrow.csv.open_csv(file)
         next(iter(batches))
         # Arrow reads ahead on a thread of its own, which by now waits for the server if that is slow.
@@ -253,11 +253,11 @@ def test_a_file_goes_on_where_it_broke(host: Host, tmp_path: Path) -> None:
 FETCH = """
 import sys
 from pathlib import Path
-from touchline import download
-from touchline.params import DownloadParams
+from touchline.sources import http
+from touchline.core.params import DownloadParams
 
 place = {"offset": int(sys.argv[4]), "size": int(sys.argv[5]) or None}
-download.to_file(sys.argv[1], Path(sys.argv[2]), DownloadParams.model_validate_json(sys.argv[3]), **place)
+http.to_file(sys.argv[1], Path(sys.argv[2]), DownloadParams.model_validate_json(sys.argv[3]), **place)
 """
 
 

@@ -825,8 +825,8 @@ def hugging_face_itself(url: str, folder: Path, stop_after: int) -> list[str]:
     program = f"""
 from itertools import islice
 from pathlib import Path
-from touchline.errors import TouchlineError
-from touchline.params import DownloadParams, ImageNetParams
+from touchline.core.errors import TouchlineError
+from touchline.core.params import DownloadParams, ImageNetParams
 from touchline.sources import imagenet
 params = ImageNetParams.model_validate({HUB.model_dump()})
 download = DownloadParams.model_validate({DOWNLOAD.model_dump()})

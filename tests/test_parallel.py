@@ -185,7 +185,8 @@ def test_who_stops_early_has_what_waits_cancelled() -> None:
 
 def test_without_a_cluster_the_work_sees_all_items_here_and_dask_is_not_imported() -> None:
     assert list(parallel.spread(told, range(5), "", 2)) == [(number, 5, os.getpid()) for number in range(5)]
-    code = "from touchline.core import parallel as compute; from touchline.stages import features; from touchline.commands import predict as predicting; print(list(compute.spread(iter, [1, 2], '', 2)), end=' ')"
+    code = "import touchline.stages.features, touchline.commands.predict; from touchline.core import parallel"
+    code += "; print(list(parallel.spread(iter, [1, 2], '', 2)), end=' ')"
     code += "; import sys; print([name for name in ('dask', 'distributed') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[1, 2] []\n"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from touchline.core import files
 from touchline.core.errors import TouchlineError
-from touchline.core.params import Params, SplitParams
+from touchline.core.params import SUBSETS, Params, SplitParams
 from touchline.core.paths import Paths
 from touchline.stages import split as splitting
 
@@ -76,7 +76,7 @@ def differing_bits(first: str, second: str) -> int:
 @pytest.mark.parametrize("classes", [CLASSES, ["rugby", "soccer", "hockey"]])
 def test_four_fifths_train_and_a_fifth_of_them_validates(classes: list[str]) -> None:
     found = shares(made_up(2000, classes))
-    assert set(found) == {(label, subset) for label in classes for subset in splitting.SUBSETS}
+    assert set(found) == {(label, subset) for label in classes for subset in SUBSETS}
     for label in classes:
         assert found[label, "test"] == pytest.approx(0.20, abs=0.03)
         assert found[label, "validation"] == pytest.approx(0.16, abs=0.03)
@@ -181,7 +181,7 @@ def test_neither_groups_nor_near_duplicates_straddle(
                 assert one.subset == other.subset
     # Nothing is lost in silence: a photo is in the split or among those left out.
     assert sorted([*split["path"], *(conflict.path for conflict in conflicts)]) == sorted(photos["path"])
-    assert split["group"].ne("").all() and split["subset"].isin(splitting.SUBSETS).all()
+    assert split["group"].ne("").all() and split["subset"].isin(SUBSETS).all()
 
 
 def test_a_chain_of_near_duplicates_is_one_group() -> None:
@@ -356,7 +356,7 @@ def test_the_stage_writes_a_row_a_photo_and_says_the_real_shares(
     assert set(split.loc[split["path"].isin(photos["path"][:50]), "group"]) == {"007"}
     report = files.read_json(paths.reports / "split.json")
     counts = split.groupby(["subset", "class"]).size()
-    assert report["counts"] == {s: {label: counts[s, label] for label in classes} for s in splitting.SUBSETS}
+    assert report["counts"] == {s: {label: counts[s, label] for label in classes} for s in SUBSETS}
     assert report["photos"] == 600 and report["groups"] == 551
     assert sum(report["shares"].values()) == pytest.approx(1, abs=1e-3)
     assert f"test: {report['shares']['test']:6.1%} (0 {counts['test', '0']}, " in capsys.readouterr().out

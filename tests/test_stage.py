@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from touchline.core import stage as running
+from touchline.core import stage
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 
@@ -19,10 +19,10 @@ from touchline.core.paths import Paths
 STAGE = """
 import os, sys, time
 from pathlib import Path
-from touchline import running
-from touchline.paths import Paths
+from touchline.core import stage
+from touchline.core.paths import Paths
 root = Path(sys.argv[1])
-with running.stage(Paths(root, root), "train@cnn"):
+with stage.running(Paths(root, root), "train@cnn"):
     (root / "pid").write_text(str(os.getpid()))
     (root / "pid").rename(root / "started")
     time.sleep(60)
@@ -57,44 +57,44 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def test_a_stage_ends_when_the_dvc_that_started_it_is_killed(paths: Paths) -> None:
-    dvc, stage = start_stage(paths.workspace, by_dvc=True)
+    dvc, child = start_stage(paths.workspace, by_dvc=True)
     try:
-        shell = stage.parent()
-        assert shell.parent().pid == dvc.pid and stage.pid not in {dvc.pid, shell.pid}
+        shell = child.parent()
+        assert shell.parent().pid == dvc.pid and child.pid not in {dvc.pid, shell.pid}
 
         dvc.send_signal(signal.SIGKILL)
         dvc.wait()
 
-        assert wait_for(lambda: not is_alive(stage), 10), "the stage goes on without its DVC"
+        assert wait_for(lambda: not is_alive(child), 10), "the stage goes on without its DVC"
     finally:
         dvc.kill()
-        if is_alive(stage):
-            stage.kill()
+        if is_alive(child):
+            child.kill()
     # Its lock went with it, so the next run need not wait.
-    with running.stage(paths, "train@cnn"):
+    with stage.running(paths, "train@cnn"):
         pass
 
 
 def test_a_stage_started_by_hand_outlives_nobody_and_watches_nobody(paths: Paths) -> None:
-    by_hand, stage = start_stage(paths.workspace, by_dvc=False)
+    by_hand, child = start_stage(paths.workspace, by_dvc=False)
     try:
-        assert by_hand.pid == stage.pid
-        assert [thread.id for thread in stage.threads()] == [stage.pid]
+        assert by_hand.pid == child.pid
+        assert [thread.id for thread in child.threads()] == [child.pid]
     finally:
         by_hand.kill()
         by_hand.wait()
 
 
 def test_the_lock_keeps_two_apart(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_SECONDS_FOR_LOCK", 0.2)
+    monkeypatch.setattr(stage, "_SECONDS_FOR_LOCK", 0.2)
     other, _ = start_stage(paths.workspace, by_dvc=False)
     try:
-        with pytest.raises(TouchlineError) as error, running.stage(paths, "train@cnn"):
+        with pytest.raises(TouchlineError) as error, stage.running(paths, "train@cnn"):
             pytest.fail("two processes run one stage")
         assert str(error.value) == (
             f"stage train@cnn is already running in {paths.workspace}: wait until it has ended, then run again"
         )
-        with running.stage(paths, "train@transfer"):
+        with stage.running(paths, "train@transfer"):
             pass  # another stage is free
     finally:
         other.kill()
@@ -102,24 +102,24 @@ def test_the_lock_keeps_two_apart(paths: Paths, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_a_stage_cost_is_written_when_it_has_ended_well(paths: Paths) -> None:
-    with running.stage(paths, "split"):
-        assert running.costs(paths) == {}
-    costs = running.costs(paths)
+    with stage.running(paths, "split"):
+        assert stage.costs(paths) == {}
+    costs = stage.costs(paths)
     assert costs["split"]["seconds"] >= 0 and costs["split"]["peak_megabytes"] > 1
     assert json.loads((paths.locks / "split.json").read_text()) == costs["split"]
 
     def fail() -> None:
-        with running.stage(paths, "evaluate"):
+        with stage.running(paths, "evaluate"):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert list(running.costs(paths)) == ["split"]
+    assert list(stage.costs(paths)) == ["split"]
 
 
 def test_a_stage_sweeps_away_what_killed_ones_left(paths: Paths) -> None:
     for folder in (paths.photos_table.parent, paths.models, paths.reports / "figures"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".partial-killed.png").write_text("half")
-    with running.stage(paths, "register"):
+    with stage.running(paths, "register"):
         assert not list(paths.workspace.rglob(".partial-*"))

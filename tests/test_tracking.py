@@ -277,7 +277,7 @@ def test_the_stages_of_one_dvc_are_one_execution_and_another_dvc_is_another(tmp_
 import sys
 from pathlib import Path
 from touchline import tracking
-from touchline.paths import Paths
+from touchline.core.paths import Paths
 root = Path(sys.argv[1])
 print(tracking.open_store(Paths(root, root), "both").execution({}))
 """
@@ -453,7 +453,7 @@ def test_whether_all_is_in_sync_is_told_without_mlflow(pulled):
     script = """
 import sys
 from pathlib import Path
-from touchline.paths import Paths
+from touchline.core.paths import Paths
 from touchline.tracking import in_sync
 print(in_sync(Paths(Path(sys.argv[1]), Path(sys.argv[1])), sys.argv[2]), "mlflow" in sys.modules)
 """
@@ -520,7 +520,7 @@ def test_two_trainings_may_start_at_once_on_a_fresh_store(tmp_path, keras_file):
 import sys
 from pathlib import Path
 from touchline import tracking
-from touchline.paths import Paths
+from touchline.core.paths import Paths
 root, model, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 store = tracking.open_store(Paths(root, root), "both")
 dataset = {"name": "split", "digest": "same", "source": "data/split.csv", "counts": {}}

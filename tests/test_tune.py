@@ -313,16 +313,17 @@ PROGRAM = """
 import sys, time
 sys.path[:0] = [{tests!r}]
 from pathlib import Path
-from touchline import params, tuning
-from touchline.paths import Paths
-import test_tuning
+from touchline.core import params
+from touchline.commands import tune
+from touchline.core.paths import Paths
+import test_tune
 def slow(*arguments):
     (root / "started").touch()
     time.sleep(float(sys.argv[3]))
-    return test_tuning.formula(*arguments)
-tuning.fit = slow
+    return test_tune.formula(*arguments)
+tune.fit = slow
 root = Path(sys.argv[1])
-tuning.run(Paths(root, root), params.load(root / "params.yaml"), "cnn", int(sys.argv[2]), 1, apply=False)
+tune.run(Paths(root, root), params.load(root / "params.yaml"), "cnn", int(sys.argv[2]), 1, apply=False)
 """
 
 

@@ -81,18 +81,17 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run(stage: str, *arguments: str) -> None:
+def _run(name: str, *arguments: str) -> None:
     """Run a stage, under its lock: `run` of the module that does its work."""
     from importlib import import_module
 
-    from touchline.core import params
-    from touchline.core import stage as running
+    from touchline.core import params, stage
     from touchline.core.paths import Paths
 
     paths = Paths.here()
     values = params.load(paths.workspace / "params.yaml")
-    with running.stage(paths, "@".join([stage, *arguments])):
-        import_module(STAGES[stage]).run(paths, values, *arguments)
+    with stage.running(paths, "@".join([name, *arguments])):
+        import_module(STAGES[name]).run(paths, values, *arguments)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.data import photos
-from touchline.models import explain as explaining
+from touchline.models import explain
 from touchline.models.inference import Forward, forward_pass
 from touchline.report import html, plots
 from touchline.sources import feedback
@@ -86,7 +86,7 @@ _STYLE = """
 class _Loaded:
     classifier: Classifier
     forward: Forward
-    explain: explaining.Explain | None
+    explainer: explain.Explain | None
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class Models:
             raise TouchlineError(f"this file cannot be judged: {str(error).removeprefix('photo ')}") from None
         answer = Answer.of(loaded.forward(photo)[0], classifier.classes, self._params.predict.min_confidence)
         picture = ""
-        if loaded.explain:
-            heat = loaded.explain(photo, np.array([classifier.classes.index(answer.guess)]))[0]
+        if loaded.explainer:
+            heat = loaded.explainer(photo, np.array([classifier.classes.index(answer.guess)]))[0]
             picture = _picture(content, heat)
         return Said(classifier.name, answer, picture)
 
@@ -182,10 +182,10 @@ class Models:
     def _load_now(self, wanted: str, _: int) -> _Loaded:
         classifier = resolve(self._paths, self._params, wanted)
         try:
-            explain = explaining.explainer(classifier.model)
+            explainer = explain.explainer(classifier.model)
         except TouchlineError:
-            explain = None  # and the page says so
-        return _Loaded(classifier, forward_pass(classifier.model, 1), explain)
+            explainer = None  # and the page says so
+        return _Loaded(classifier, forward_pass(classifier.model, 1), explainer)
 
 
 def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None:
@@ -334,7 +334,7 @@ def _picture(content: bytes, heat: np.ndarray) -> str:
     scale = _SIDE / max(found.width, found.height)
     size = tuple(max(1, round(scale * side)) for side in (found.width, found.height))
     photo = cv2.resize(photos.decode(content, _SIDE), size, interpolation=cv2.INTER_AREA)
-    return plots.jpeg(explaining.warmed(photo, heat))
+    return plots.jpeg(explain.warmed(photo, heat))
 
 
 def _card(said: Said) -> str:

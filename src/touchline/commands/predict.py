@@ -391,9 +391,9 @@ def _answered(
 
 def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]], list[Answer]], Iterator[str]]:
     """What draws the heat maps of a batch beside its photos, and says of each why that failed, or nothing."""
-    from touchline.models import explain as explaining
+    from touchline.models import explain
 
-    explain = explaining.explainer(classifier.model)
+    explainer = explain.explainer(classifier.model)
 
     def draw(of: tuple[Path, Answer, np.ndarray]) -> str:
         path, answer, heat = of
@@ -402,10 +402,10 @@ def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]]
         try:
             if target.exists():
                 with target.open("rb") as file:
-                    if not explaining.is_overlay(file.read(_FIRST_BYTES)):
+                    if not explain.is_overlay(file.read(_FIRST_BYTES)):
                         return f"{shown(target)} is no overlay of ours, and stays"
             caption = guess if answer.label == answer.guess else f"{UNSURE} ({guess})"
-            write_bytes(target, explaining.overlay(path.read_bytes(), heat, caption))
+            write_bytes(target, explain.overlay(path.read_bytes(), heat, caption))
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise
@@ -414,7 +414,7 @@ def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]]
 
     def batch(readable: list[tuple[Path, np.ndarray]], answers: list[Answer]) -> Iterator[str]:
         labels = np.array([classifier.classes.index(answer.guess) for answer in answers])
-        heats = explain(np.stack([image for _, image in readable]), labels)
+        heats = explainer(np.stack([image for _, image in readable]), labels)
         return parallel.in_order(
             draw, [(path, answer, heat) for (path, _), answer, heat in zip(readable, answers, heats, strict=True)]
         )

@@ -178,7 +178,7 @@ def _made_of() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     code = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]  # the whole package
     for path in sorted(folder.rglob("*.py")):
         code.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     found = {"Touchline of code": code.hexdigest()[:12]}

@@ -36,6 +36,9 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@]+(/[^\s?#]*[^\s?#/])?$")]
 Synset = Annotated[str, StringConstraints(pattern=r"^n[0-9]{8}$")]
 
+# The parts that the split cuts the photos into.
+SUBSETS = ("train", "validation", "test")
+
 # A few lines of aliases of aliases would take gigabytes in full.
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 20, 20

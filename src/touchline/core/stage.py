@@ -23,7 +23,7 @@ SHELLS = {"sh", "dash", "bash", "zsh", "ksh", "fish"}
 
 
 @contextmanager
-def stage(paths: Paths, name: str) -> Iterator[None]:
+def running(paths: Paths, name: str) -> Iterator[None]:
     """Run the block as the stage `name`, alone in this workspace.
 
     Raises:

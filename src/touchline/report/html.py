@@ -8,7 +8,7 @@ def render(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("touchline"),
+        loader=PackageLoader("touchline.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,12 +11,11 @@ import numpy as np
 from touchline.core import stage
 from touchline.core.errors import TouchlineError
 from touchline.core.files import RENEW, read_json, read_table, sha256, write_text
-from touchline.core.params import Params
+from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
 from touchline.data import photos
 from touchline.models import explain
 from touchline.report import html, plots
-from touchline.stages.split import SUBSETS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from touchline.core.files import replacing
-from touchline.core.params import Params
+from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
 from touchline.data import photos
 from touchline.models import explain
@@ -136,8 +136,6 @@ def jpeg(pixels: np.ndarray) -> str:
 
 
 def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Iterable[str]) -> None:
-    from touchline.stages.split import SUBSETS
-
     figure.set_size_inches(7, 0.8 + 0.5 * len(list(classes)))
     axes = figure.subplots()
     left = np.zeros(len(list(classes)))

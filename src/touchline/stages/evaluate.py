@@ -17,8 +17,7 @@ from touchline.core.paths import Paths
 from touchline.core.progress import say, track
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos
-from touchline.models import explain as explaining
-from touchline.models import inference
+from touchline.models import explain, inference
 from touchline.report import plots
 
 if TYPE_CHECKING:
@@ -289,13 +288,13 @@ def _heats(model: "keras.Model", gallery: "pd.DataFrame", classes: Sequence[str]
     files = [workspace / path for path in gallery["path"]]
     predicted = np.array([classes.index(label) for label in gallery["predicted"]])
     try:
-        explain = explaining.explainer(model)
+        explainer = explain.explainer(model)
     except TouchlineError as error:
         say(f"no heat maps: {error}")
         return np.zeros((len(gallery), 0, 0), np.uint8)
     images = np.stack(list(parallel.in_order(lambda path: photos.read(path, size), files)))
     parts = range(0, len(images), inference.BATCH)
-    found = [explain(images[at : at + inference.BATCH], predicted[at : at + inference.BATCH]) for at in parts]
+    found = [explainer(images[at : at + inference.BATCH], predicted[at : at + inference.BATCH]) for at in parts]
     return np.round(255 * np.concatenate(found)).astype(np.uint8)
 
 

@@ -15,7 +15,7 @@ from touchline.core.params import Params, RegisterParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
-from touchline.report import page as report
+from touchline.report import page
 from touchline.stages import evaluate
 from touchline.tracking import CHALLENGER, CHAMPION, Store, Version, open_store
 
@@ -80,8 +80,8 @@ def run(paths: Paths, params: Params) -> None:
             break
         say("another machine has made a champion meanwhile: that one is to be compared with")
     store.conclude(run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
-    page = report.write(paths, params, metrics, speeds, records, outcome)
-    store.log_report(run_ids[better], page)
+    written = page.write(paths, params, metrics, speeds, records, outcome)
+    store.log_report(run_ids[better], written)
     # Last: what this file says has been done.
     write_json(paths.reports / "registration.json", outcome)
     say(f"better model: {better} ({why_better})")

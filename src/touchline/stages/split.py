@@ -13,14 +13,13 @@ import numpy as np
 
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table, write_json, write_table
-from touchline.core.params import Params, SplitParams
+from touchline.core.params import SUBSETS, Params, SplitParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SUBSETS = ("train", "validation", "test")
 COLUMNS = ("path", "class", "subset", "group", "sha256")
 _PAIRS_AT_ONCE = 4_000_000
 

@@ -4,7 +4,6 @@ Great Expectations decides on three tables: a row a photo (a photo that fails is
 and one row for the whole set (a set that fails stops the pipeline, after every report is written).
 """
 
-import html
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from touchline.core.paths import Paths
 from touchline.core.progress import say, track
 from touchline.data import decisions
 from touchline.data.photos import Measurement, measure
-from touchline.report import html as pages
+from touchline.report import html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -330,7 +330,7 @@ def judge(
     expectations = []
     for rule in rules:
         words = {
-            "description": html.escape(f"{rule.name}: {rule.allowed}"),
+            "description": escape(f"{rule.name}: {rule.allowed}"),
             "meta": {"reason": rule.reason or rule.remedy},
         }
         if rule.lowest is None and rule.highest is None:
@@ -346,7 +346,7 @@ def judge(
     for column in shown.columns:
         if shown[column].dtype.kind not in "iuf":
             # The Data Docs put values into their pages unescaped, and a class may be called <script>.
-            shown[column] = shown[column].map(html.escape, na_action="ignore")
+            shown[column] = shown[column].map(escape, na_action="ignore")
     shown.insert(0, "row", range(len(shown)))
 
     asset = context.data_sources.add_pandas(name).add_dataframe_asset(name)
@@ -493,7 +493,7 @@ def summarise_run(
 def render_page(report: dict[str, Any], outcomes: Sequence[Outcome], rejected: "pd.DataFrame") -> str:
     """reports/validation.html: one file that needs nothing but itself; every value in it is escaped."""
     column_of = {outcome.rule.reason: outcome.rule.column for outcome in outcomes}
-    return pages.render(
+    return html.render(
         "validation.html",
         success=report["success"],
         counts=report["counts"],
