@@ -477,7 +477,7 @@ def _end_all(board: Board, server: "subprocess.Popen[bytes] | None") -> None:
             board.ask("PATCH", f"/work_pools/{POOL}", {"concurrency_limit": 0}, accepted=[404])
     _end_flow_runs(board)
     if is_heard:
-        _end([process for process in _processes(board) if process.pid != server.pid], _SECONDS_TO_END)
+        _end([process for process in _processes(board) if server is None or process.pid != server.pid], _SECONDS_TO_END)
         with suppress(OSError, http.client.HTTPException, TouchlineError):
             _give_up_lost_runs(board, "the board that ran it ended")
     # A worker without its server would try to reach it for long.

@@ -1,6 +1,7 @@
 """What every flow does round the stages: where it works, when it gives way, what it tells and leaves behind."""
 
 import html
+import inspect
 import os
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,6 +19,7 @@ from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Failed, State
+from prefect.utilities.asyncutils import run_coro_as_sync
 
 from flows import stages
 from touchline.core import params
@@ -168,7 +170,9 @@ def notify(subject: str, body: str) -> None:
         loaded = Block.load(block)
         if not isinstance(loaded, NotificationBlock):
             raise TypeError(f"{block} is no block that sends messages")
-        loaded.notify(body, subject)
+        sent: object = loaded.notify(body, subject)
+        if inspect.iscoroutine(sent):  # Prefect's own blocks send at once, but the base class is asynchronous
+            run_coro_as_sync(sent)
     except Exception as error:  # each kind of block has errors of its own
         get_run_logger().warning("no message was sent with %s: %s", block, error)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
 # Where a second try can help: the network. A wrong param or a failed validation fails again.
-RETRIED = {"ingest": [60, 300, 900]}
+RETRIED: dict[str, list[float]] = {"ingest": [60, 300, 900]}
 _TIMEOUT_HOURS = 12
 _LINES_SHOWN = 15
 _SECONDS_TO_END = 20
@@ -130,7 +130,7 @@ def run(
             retry_condition_fn=_may_help,
         )
         needed = [futures[other] for other in graph.needs[name] if other in futures]
-        futures[name] = stage.submit(
+        futures[name] = stage.submit(  # type: ignore[call-overload]  # Prefect takes a quoted argument out of its quote
             str(workspace),
             name,
             # Results of what failed are looked for before a task has its name, what is waited for after.
@@ -204,7 +204,12 @@ def dvc(workspace: Path, *arguments: str, environment: Mapping[str, str] | None 
     )
     _processes.add(process)
     too_long = threading.Event()
-    timer = threading.Timer(_TIMEOUT_HOURS * 3600, lambda: (too_long.set(), _end([process])))
+
+    def give_up() -> None:
+        too_long.set()
+        _end([process])
+
+    timer = threading.Timer(_TIMEOUT_HOURS * 3600, give_up)
     timer.start()
     last: deque[str] = deque(maxlen=200)
     try:

@@ -5,11 +5,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from touchline.core.errors import TouchlineError
+
+if TYPE_CHECKING:
+    from touchline.tracking import Store
 
 # Nothing calls home, and TensorFlow's start-up notes are no news to anyone; whoever wants either sets it before.
 _QUIET = {
@@ -411,8 +414,8 @@ def _plan() -> None:
     table.add_column("where", overflow="fold")
     for row in planned:
         size = "?" if row.megabytes is None else f"{row.megabytes:,.1f}"
-        number = f"[{licences.index(row.licence) + 1}]"
-        table.add_row(*map(escape, (row.what, size, row.state, number, row.where)))
+        reference = f"[{licences.index(row.licence) + 1}]"
+        table.add_row(*map(escape, (row.what, size, row.state, reference, row.where)))
     Console().print(table)
     for number, licence in enumerate(licences, 1):
         print(f"[{number}] {licence}")
@@ -422,7 +425,7 @@ def _plan() -> None:
     print(f"to fetch: {known:,.0f} MB at most" + (f", and {unknown} of a size nobody tells" if unknown else ""))
 
 
-def _store():  # noqa: ANN202 - naming the type would import tracking
+def _store() -> "tuple[Store, str]":
     from touchline.core import params
     from touchline.core.paths import Paths
     from touchline.tracking import open_store

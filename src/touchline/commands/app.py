@@ -286,7 +286,7 @@ def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
                     placeholder="# Drop a photo here\nor click to choose one",
                 )  # fmt: skip
                 # Gradio would open it, and fail without a word on what is no photo; its bytes are what counts.
-                photo.preprocess = lambda upload: upload.path if upload else None
+                photo.preprocess = lambda upload: upload.path if upload else None  # type: ignore[method-assign,assignment]  # it has no option for it
                 examples = _examples(paths, params)
                 if len(examples):
                     gradio.Examples(

@@ -326,7 +326,8 @@ def _thumbnails(paths: Paths, params: Params, table: "pd.DataFrame", shown: Sequ
     files = table["path"].to_numpy()
 
     def thumbnail(row: int) -> str:
-        return plots.jpeg(plots.small(paths.workspace / files[row], *sizes[row], _THUMBNAIL))
+        width, height = sizes[row]
+        return plots.jpeg(plots.small(paths.workspace / files[row], width, height, _THUMBNAIL))
 
     return dict(zip(chosen, track(parallel.in_order(thumbnail, chosen), len(chosen), "thumbnails"), strict=True))
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from touchline import tracking
 from touchline.core.errors import ParamsError, TouchlineError
@@ -114,6 +115,7 @@ def run(paths: Paths, params: Params, days: int, *, dry_run: bool, yes: bool) ->
             say("nothing was deleted")
             return
         for row in going:
+            assert row.remove
             row.remove()
             say(f"deleted: {row.what}")
         for database in _databases(paths):
@@ -387,7 +389,7 @@ def _databases(paths: Paths) -> list[Path]:
     return [path for path in there if path.exists()]
 
 
-def _read(database: Path, query: str, *values: str) -> list[tuple]:
+def _read(database: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
     """The rows of a query, without a change to any file; none where there is no such database or table."""
     if not database.exists():
         return []
@@ -402,7 +404,7 @@ def _read(database: Path, query: str, *values: str) -> list[tuple]:
         return _ask(database, query, *values, options="?immutable=1")
 
 
-def _ask(database: Path, query: str, *values: str, options: str = "?mode=rw") -> list[tuple]:
+def _ask(database: Path, query: str, *values: str, options: str = "?mode=rw") -> list[tuple[Any, ...]]:
     try:
         with closing(sqlite3.connect(f"{database.as_uri()}{options}", uri=True, timeout=20)) as connection:
             return connection.execute(query, values).fetchall()

@@ -198,7 +198,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
         raise TouchlineError(f"no readable photo in {', '.join(names)}")
 
     bits = params.split.near_duplicate_bits
-    alike = belonging(new.hashes, bits) if new.hashes else []
+    alike = belonging(new.hashes, bits) if new.hashes else np.zeros(0)
     counts = {
         "new": len(new.paths), "different": len(np.unique(alike)), "known": new.known,
         "unreadable": len(new.unreadable), "left_out": new.left_out, "not_looked_at": max(0, len(found) - _MOST),
@@ -221,10 +221,11 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
             for row, share in zip(rows, beyond, strict=True)
         ]
         thumbnails = [
-            plots.jpeg(plots.small(new.paths[row], *new.measured[row][:2], longer_side=_THUMBNAIL)) for row in rows
+            plots.jpeg(plots.small(new.paths[row], new.measured[row][0], new.measured[row][1], _THUMBNAIL))
+            for row in rows
         ]
         figures = _figures(sides, comparisons, champion.classifier.classes)
-    report = {
+    report: dict[str, Any] = {
         "model": champion.classifier.name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         **verdict(comparisons, counts, champion.classifier.name, params.drift),

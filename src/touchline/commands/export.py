@@ -168,7 +168,8 @@ def _photos(paths: Paths, side: int) -> tuple[np.ndarray, str]:
             read = parallel.in_order(lambda file: photos.read(file, side), found)
             return np.stack(list(read)), f"{len(found)} test photos of {paths.relative(paths.split_table)}"
     scenes = islice(sample.candidates(SampleParams(per_class=PHOTOS, seed=0), ["rugby", "soccer"]), PHOTOS)
-    read = parallel.in_order(lambda scene: photos.decode(scene.read(), side), scenes)
+    drawn = (scene.read for scene in scenes if scene.read)
+    read = parallel.in_order(lambda draw: photos.decode(draw(), side), drawn)
     return np.stack(list(read)), f"{PHOTOS} drawn scenes (the project has no test photos)"
 
 
@@ -200,7 +201,7 @@ def _keras_megabytes(model: "keras.Model") -> float:
         return _megabytes(Path(folder))
 
 
-def _show(title: str, rows: dict[str, tuple[float, float, float]]) -> None:
+def _show(title: str, rows: dict[str, tuple[float, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -134,7 +134,8 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
     """
     results = sys.stdout
     # Names of files are bytes, and leave as they came.
-    results.reconfigure(errors="surrogateescape")
+    if isinstance(results, io.TextIOWrapper):
+        results.reconfigure(errors="surrogateescape")
     with redirect_stdout(sys.stderr):
         found: Iterable[Found] = find(names)
         total = None if STDIN in names else len(found := list(found))

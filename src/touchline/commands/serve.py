@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def server(classifier: Classifier, params: Params, limits: Limits | None = None)
     return _Server(
         uvicorn.Config(
             application(classifier, params, limits),
-            http=partial(_Connection, limits=limits),
+            http=partial(_Connection, limits=limits),  # type: ignore[arg-type]  # uvicorn calls what it is given
             ws="none",
             lifespan="on",
             log_config=None,
@@ -308,9 +308,8 @@ class _Server(uvicorn.Server):
                 await asyncio.sleep(0.01)
 
     def _connection(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+        build: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return build(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
 class _Connection(H11Protocol):
@@ -326,9 +325,10 @@ class _Connection(H11Protocol):
         self._refused = False
         self._heard_until = 0.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        self._refused = sum(not each._refused for each in self.connections) > self._limits.connections
+        heard = sum(isinstance(each, _Connection) and not each._refused for each in self.connections)
+        self._refused = heard > self._limits.connections
         self._abort_after(_LINGER_SECONDS if self._refused else self._limits.head_seconds)
         if self._refused:
             # What it sends is dropped, not left lying: a client that is still sending would never see the answer.

@@ -257,7 +257,7 @@ class _Study:
             if best:
                 self._store.set_tags(self._parent, {"touchline.best_run": best[0].user_attrs["run_id"]})
             if not self._running():
-                self._store.end(self._parent, {"objective": best[0].value} if best else {})
+                self._store.end(self._parent, {"objective": _loss(best[0])} if best else {})
 
     def ask(self, trials: int) -> "Trial | None":
         """The next trial, with its values; None if as many are finished, or being tried elsewhere, as there shall be.
@@ -268,9 +268,9 @@ class _Study:
         from optuna.trial import TrialState
 
         with self._lock:
-            for trial in self._trials():
-                if trial.state == TrialState.RUNNING and trial not in self._running():
-                    self._lose(trial)
+            for begun_before in self._trials():
+                if begun_before.state == TrialState.RUNNING and begun_before not in self._running():
+                    self._lose(begun_before)
             begun = self._done() + len(self._running())
             if begun >= trials and not any(trial.state == TrialState.WAITING for trial in self._trials()):
                 return None
@@ -409,6 +409,11 @@ class _Study:
         for key in self._space:
             table.add_row(key, *(escape(_text(trial.user_attrs["values"][key])) for trial in shown))
         Console().print(table)
+
+
+def _loss(trial: "FrozenTrial") -> float:
+    assert trial.value is not None  # a trial that came to its end has one
+    return trial.value
 
 
 def write_into(file: Path, changes: Mapping[str, Any]) -> None:

@@ -273,7 +273,8 @@ def _lost(client: "Client") -> TouchlineError:
 
 
 def _address(client: "Client") -> str:
-    return client.scheduler.addr
+    # As it was named: a client that has given up its scheduler knows no other.
+    return str(client._start_arg)
 
 
 def _one_line(error: BaseException) -> str:

@@ -50,8 +50,8 @@ def _whole_number_as_float(value: object) -> object:
     return float(value) if type(value) is int else value
 
 
-def _number(low: float, high: float, low_included: bool, high_included: bool) -> Any:
-    """A finite float in a range, with a message that states the whole range."""
+def _between(low: float, high: float, low_included: bool, high_included: bool) -> AfterValidator:
+    """Refuses a float out of a range, with a message that states the whole range."""
 
     def check(value: float) -> float:
         if not (low <= value <= high) or (value == low and not low_included) or (value == high and not high_included):
@@ -61,17 +61,18 @@ def _number(low: float, high: float, low_included: bool, high_included: bool) ->
             raise PydanticCustomError("range", "a number {bounds}", {"bounds": " and ".join(bounds)})
         return value
 
-    # YAML writes `4` where a person means `4.0`; strict mode would refuse it.
-    return Annotated[float, BeforeValidator(_whole_number_as_float), AfterValidator(check)]
+    return AfterValidator(check)
 
 
-Share = _number(0, 1, low_included=False, high_included=False)
-Fraction = _number(0, 1, low_included=True, high_included=True)
-DropoutRate = _number(0, 1, low_included=True, high_included=False)
-Positive = _number(0, inf, low_included=False, high_included=False)
-NotNegative = _number(0, inf, low_included=True, high_included=False)
-Ratio = _number(1, inf, low_included=True, high_included=False)
-Degrees = _number(0, 180, low_included=True, high_included=True)
+# YAML writes `4` where a person means `4.0`; strict mode would refuse it.
+_Number = Annotated[float, BeforeValidator(_whole_number_as_float)]
+Share = Annotated[_Number, _between(0, 1, low_included=False, high_included=False)]
+Fraction = Annotated[_Number, _between(0, 1, low_included=True, high_included=True)]
+DropoutRate = Annotated[_Number, _between(0, 1, low_included=True, high_included=False)]
+Positive = Annotated[_Number, _between(0, inf, low_included=False, high_included=False)]
+NotNegative = Annotated[_Number, _between(0, inf, low_included=True, high_included=False)]
+Ratio = Annotated[_Number, _between(1, inf, low_included=True, high_included=False)]
+Degrees = Annotated[_Number, _between(0, 180, low_included=True, high_included=True)]
 
 
 def _usable_class(name: str) -> str:
@@ -350,10 +351,12 @@ class Params(_Section):
                         "allowed": ", ".join(fitting) or "there is none that fits",
                     },
                 )
+            given = self.features[model.input]
             if (
                 isinstance(model, HeadParams)
                 and model.fine_tune.blocks
-                and len(self.features[model.input].backbone) > 1
+                and isinstance(given, BackboneFeatures)
+                and len(given.backbone) > 1
             ):
                 raise PydanticCustomError(
                     "input", "models.{name}.fine_tune.blocks is above 0; allowed: with one backbone", {"name": name}
@@ -381,7 +384,7 @@ def load(path: Path) -> Params:
     return check(content, path.name)
 
 
-def edit(path: Path, change: Callable[[Any], None]) -> None:
+def edit(path: Path, change: Callable[[Any], object]) -> None:
     """Change params.yaml, if what comes of it is allowed; sections that stay the same stay so to the byte.
 
     Args:

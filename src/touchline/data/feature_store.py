@@ -40,7 +40,7 @@ class Arrays:
 
     @cached_property
     def _places(self) -> dict[str, tuple["_Piece", int]]:
-        places = {}
+        places: dict[str, tuple[_Piece, int]] = {}
         for path in sorted(self.folder.glob("*.npy")):
             try:
                 piece = _Piece.open(path)

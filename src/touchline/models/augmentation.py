@@ -21,7 +21,7 @@ def augment(photo: np.ndarray, params: AugmentationParams, random: np.random.Gen
     angle = random.uniform(-params.rotation, params.rotation)
     scale = 1 + random.uniform(-params.zoom, params.zoom)
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, scale)
-    matrix[:, 2] += random.uniform(-params.shift, params.shift, 2) * (width, height)
+    matrix[:, 2] += (random.uniform(-params.shift, params.shift, 2) * (width, height)).astype(matrix.dtype)
     if params.flip and random.random() < 0.5:
         photo = photo[:, ::-1]
     return cv2.warpAffine(np.ascontiguousarray(photo), matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -193,7 +194,7 @@ def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path)
     from keras import layers
 
     lite = _LITES[backbone]
-    file = _weight_file(backbone, features, project)
+    file = _lite_file(backbone, features, project)
     tensors = torch_weights.read(file, features.weights_sha256 or lite.sha256)
 
     def take(name: str, *axes: int) -> "np.ndarray":
@@ -281,7 +282,7 @@ def _keras_application(backbone: str, features: BackboneFeatures, project: Path)
     shape = (features.image_size, features.image_size, 3)
     inputs = keras.Input(shape, dtype="uint8", name="photo")
     scaled = module.preprocess_input(keras.ops.cast(inputs, "float32"))
-    options = {} if features.alpha is None else {"alpha": features.alpha}
+    options: dict[str, float] = {} if features.alpha is None else {"alpha": features.alpha}
     weights = "imagenet" if file is None else None
     try:
         net = network(include_top=False, weights=weights, input_tensor=scaled, input_shape=shape, **options)
@@ -310,7 +311,7 @@ def _network(name: str) -> tuple[Callable[..., "keras.Model"], ModuleType]:
         near = [known[key] for key in get_close_matches(_plain(name), known, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(near)}?" if near else "name efficientnet_lite0 or one of keras.applications"
         raise ParamsError(f"backbone {name} is not known: {hint}")
-    return network, inspect.getmodule(network)
+    return network, sys.modules[network.__module__]
 
 
 def _plain(name: str) -> str:
@@ -320,9 +321,7 @@ def _plain(name: str) -> str:
 def _weight_file(backbone: str, features: BackboneFeatures, project: Path) -> Path | None:
     """The file to read the weights from, or None where Keras alone knows it."""
     if backbone in _LITES:
-        if features.alpha is not None:
-            raise ParamsError(f"{backbone} has no alpha: take it out of params.yaml")
-        return _named_file(backbone, features, project) or _packaged_file(_LITES[backbone])
+        return _lite_file(backbone, features, project)
 
     network, module = _network(backbone)
     if features.alpha is not None and "alpha" not in inspect.signature(network).parameters:
@@ -339,6 +338,12 @@ def _weight_file(backbone: str, features: BackboneFeatures, project: Path) -> Pa
         if (found := sha256(file)) != features.weights_sha256:
             raise TouchlineError(f"{file} has sha256 {found}, not {features.weights_sha256}: replace the file")
     return file
+
+
+def _lite_file(backbone: str, features: BackboneFeatures, project: Path) -> Path:
+    if features.alpha is not None:
+        raise ParamsError(f"{backbone} has no alpha: take it out of params.yaml")
+    return _named_file(backbone, features, project) or _packaged_file(_LITES[backbone])
 
 
 def _named_file(backbone: str, features: BackboneFeatures, project: Path) -> Path | None:

@@ -56,7 +56,9 @@ def explainer(model: "keras.Model") -> Explain:
     body, rest = keras.Model(graph.inputs, maps), keras.Model(maps, before)
     size = model.input_shape[1]
 
-    @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None,), tf.int64)])
+    taken = [tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None,), tf.int64)]
+
+    @tf.function(input_signature=taken)  # type: ignore[untyped-decorator]  # TensorFlow brings no types
     def heat(images: Any, labels: Any) -> Any:
         found = tf.nest.flatten(body(images, training=False))
         with tf.GradientTape() as tape:
@@ -105,10 +107,10 @@ def warmed(photo: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
     height, width = photo.shape[:2]
     warm = np.clip(cv2.resize(heat, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)[..., None]
-    colours = cv2.cvtColor(cv2.applyColorMap(np.uint8(255 * warm), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    colours = cv2.cvtColor(cv2.applyColorMap((255 * warm).astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
     # Without its colours a photo stays readable, and green grass is not taken for heat or the lack of it.
     grey = cv2.cvtColor(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return np.uint8((1 - 0.6 * warm) * grey + 0.6 * warm * colours)
+    return ((1 - 0.6 * warm) * grey + 0.6 * warm * colours).astype(np.uint8)
 
 
 def is_overlay(start: bytes) -> bool:

@@ -60,7 +60,7 @@ def path(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, strengths: S
 def cross_validated(
     rows: np.ndarray,
     labels: np.ndarray,
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     weights: np.ndarray,
     strengths: Sequence[float],
     folds: int,
@@ -73,7 +73,7 @@ def cross_validated(
 def out_of_fold(
     rows: np.ndarray,
     labels: np.ndarray,
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     weights: np.ndarray,
     strengths: Sequence[float],
     folds: int,
@@ -95,7 +95,7 @@ def out_of_fold(
     return found
 
 
-def balance(labels: np.ndarray, groups: Sequence[str], by: str) -> np.ndarray:
+def balance(labels: np.ndarray, groups: Sequence[str] | np.ndarray, by: str) -> np.ndarray:
     """How much each photo counts.
 
     Args:
@@ -122,7 +122,9 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).mean())
 
 
-def _folds(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _folds(
+    labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Positions to learn from and to judge by; groups stay together where each class has groups enough."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 

@@ -75,7 +75,9 @@ class _Tensor:
         return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, bytes_apart, writeable=False)
 
 
-def _rebuild(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_about_gradients: object) -> _Tensor:
+def _rebuild(
+    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_about_gradients: object
+) -> _Tensor:
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor has no storage")
     return _Tensor(storage, offset, shape, strides)

@@ -208,7 +208,8 @@ def _card(row: Mapping[str, Any], pixels: np.ndarray) -> dict[str, Any]:
 def _costs(paths: Paths, params: Params) -> list[dict[str, Any]]:
     """What each stage's last run on this machine cost, in the order in which they follow each other."""
     known = {"", *params.features, *params.models}
-    rows = [{"stage": name, "peak_megabytes": None, **cost} for name, cost in stage.costs(paths).items()]
+    costs = stage.costs(paths).items()
+    rows: list[dict[str, Any]] = [{"stage": name, "peak_megabytes": None, **cost} for name, cost in costs]
     rows = [row for row in rows if row["stage"].split("@")[0] in _STAGES and row["stage"].partition("@")[2] in known]
     return sorted(rows, key=lambda row: _STAGES.index(row["stage"].split("@")[0]))
 

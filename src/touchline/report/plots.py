@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 # Okabe and Ito's colours can be told apart by people who see fewer of them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -26,7 +27,7 @@ _CURVES = {"accuracy": "share of photos", "loss": "nats a photo"}
 _THUMBNAIL = 160
 _PHOTOS_A_CLASS = 6
 _PANEL = (4.6, 3.2)  # inches
-_STYLE = {
+_STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -87,7 +88,7 @@ def svgs(params: Params, tables: Mapping[str, "pd.DataFrame"]) -> dict[str, list
         By kind (curves, roc, calibration), one figure after the other.
     """
     curves = tables["curves"].groupby("model", sort=False)
-    kinds = {
+    kinds: dict[str, list[Callable[[Axes], None]]] = {
         "curves": [partial(_curve, of_model=part, value=value) for _, part in curves for value in _CURVES],
         "roc": _roc_panels(tables["roc"]),
         "calibration": [_calibration_panel(tables["predictions"], params)],
@@ -132,7 +133,7 @@ def jpeg(pixels: np.ndarray) -> str:
     import cv2
 
     _, content = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return base64.b64encode(content).decode()
+    return base64.b64encode(content.tobytes()).decode()
 
 
 def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Iterable[str]) -> None:
@@ -182,7 +183,7 @@ def _curve(axes: "Axes", of_model: "pd.DataFrame", value: str) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("x", integer=True)
     # Curves may be anywhere, so the legend is below them.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
 
@@ -274,7 +275,7 @@ def _mistakes(
     models, columns = list(dict.fromkeys(predictions["model"])), 4
     lines = {model: max(1, -(-int((gallery["model"] == model).sum()) // columns)) for model in models}
     figure.set_size_inches(3.2 * columns, 2.15 * sum(lines.values()) + 0.3 * len(models))
-    parts = np.atleast_1d(figure.subfigures(len(models), 1, height_ratios=list(lines.values())))
+    parts = figure.subfigures(len(models), 1, squeeze=False, height_ratios=list(lines.values()))[:, 0]
     for part, model in zip(parts, models, strict=True):
         wrong = (predictions["model"] == model) & (predictions["class"] != predictions["predicted"])
         part.suptitle(
@@ -333,12 +334,13 @@ def _save(fill: Callable[["Figure"], None], target: Any, **options: Any) -> None
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure()
         FigureCanvasAgg(figure)
         fill(figure)
         # Class names are text, whatever dollar signs they hold.
-        for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        for text in figure.findobj(Text):
             text.set_parse_math(False)
         figure.savefig(target, **options)

@@ -5,6 +5,7 @@ An optional `manifest.csv` in the folder gives `group`, `licence` and `author` b
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.sources import Candidate
@@ -47,7 +48,7 @@ def candidates(folder: Path, classes: Sequence[str]) -> Iterator[Candidate]:
                     yield Candidate(label, "folder", origin, path.read_bytes, subset=subset, **facts.get(origin, {}))
 
 
-def _manifest(path: Path) -> dict[str, dict[str, str]]:
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     import pandas as pd

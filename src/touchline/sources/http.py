@@ -19,7 +19,7 @@ import re
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -240,7 +240,7 @@ class _Remote:
 
     async def blocks(
         self, described: Callable[["_Remote"], object], restart: Callable[[], object] | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The bytes from `position` on.
 
         Args:
@@ -273,7 +273,7 @@ class _Remote:
         if self.promised_md5 and self.promised_md5 != base64.b64encode(self._md5.digest()).decode():
             raise WrongContent(self.url, "what came does not have the MD5 its server promised: run again")
 
-    async def _answer(self) -> AsyncIterator[bytes]:
+    async def _answer(self) -> AsyncGenerator[bytes, None]:
         """An empty block once the answer is understood, then its bytes; `position` is 0 again where the file is new."""
         headers = {}
         start, end = self.offset + self.position, "" if self.size is None else self.offset + self.size - 1

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import read_json, write_bytes, write_json
@@ -534,7 +534,7 @@ def _photos_in_tar(
     return photos
 
 
-def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The members of a tar. Raises tarfile.ReadError, and more, where it is not whole."""
     behind = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:

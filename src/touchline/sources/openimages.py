@@ -136,7 +136,7 @@ def facts(params: OpenImagesParams, classes: Sequence[str], cache: Path) -> dict
         return {}
     wanted = _resolved(params, classes, names)
     taken: Counter[tuple[str, str]] = Counter()
-    known = {}
+    known: dict[str, dict[str, int]] = {}
     for subset in params.subsets:
         found = _kept_subset(_subset_path(params, wanted, subset, cache))
         if found is not None:

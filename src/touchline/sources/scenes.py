@@ -15,6 +15,8 @@ import numpy as np
 Image = np.ndarray  # (height, width, 3) uint8 RGB
 Rng = np.random.Generator
 Colour = tuple[int, int, int]
+Vector = Sequence[float] | np.ndarray
+Vectors = Sequence[Vector] | np.ndarray
 Kit = tuple[Colour, Colour, Colour, Colour]  # shirt, its second colour, shorts, socks
 Point = tuple[float, float, float]
 
@@ -90,7 +92,7 @@ class Camera:
     focal: float
     matrix: np.ndarray
 
-    def project(self, points: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
+    def project(self, points: Vectors) -> np.ndarray:
         """(n, 3) metres to (n, 2) pixels; what is behind the camera is put just before it."""
         points = np.asarray(points, float)
         image = points @ self.matrix[:, :3].T + self.matrix[:, 3]
@@ -167,15 +169,13 @@ def _polygon(image: Image, points: np.ndarray, colour: Sequence[float] | float) 
     cv2.fillPoly(image, [np.round(np.asarray(points) * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
 
 
-def _stroke(
-    image: Image, points: Sequence[Sequence[float]] | np.ndarray, width: float, colour: Sequence[float] | float
-) -> None:
+def _stroke(image: Image, points: Vectors, width: float, colour: Sequence[float] | float) -> None:
     """A line through `points`, (n, 2) pixels."""
     corners = np.round(np.asarray(points) * 16).astype(np.int32)
     cv2.polylines(image, [corners], False, colour, max(1, round(width)), cv2.LINE_AA, 4)
 
 
-def _disc(image: Image, centre: Sequence[float], radius: float, colour: Sequence[float] | float) -> None:
+def _disc(image: Image, centre: Vector, radius: float, colour: Sequence[float] | float) -> None:
     middle = int(centre[0] * 16), int(centre[1] * 16)
     cv2.circle(image, middle, max(8, round(radius * 16)), colour, cv2.FILLED, cv2.LINE_AA, 4)
 
@@ -221,7 +221,7 @@ def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
     """A stand of spectators behind boards: a painted wall that the camera sees somewhat askew."""
     rows, seats, pixels = 26, 260, 5
     tall, wide = rows * pixels, seats * pixels
-    fans = np.uint8([_pick(KITS, rng) for _ in range(3)] * 2 + [*KITS, *SKINS] + [(60, 62, 70)] * 12)
+    fans = np.array([_pick(KITS, rng) for _ in range(3)] * 2 + [*KITS, *SKINS] + [(60, 62, 70)] * 12, np.uint8)
     crowd = fans[rng.integers(len(fans), size=(rows, seats))] * rng.uniform(0.3, 0.6)
     wall = cv2.resize(crowd.astype(np.uint8), (wide, tall), interpolation=cv2.INTER_LINEAR)
     wall[::15] = wall[::15] // 2
@@ -237,7 +237,8 @@ def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
     reach = min(90.0, 0.85 * middle[2] / max(abs(np.sin(angle)), 0.01)) * np.array([np.cos(angle), 0, np.sin(angle)])
     up = np.array([0, rng.uniform(6, 18), 0])
     corners = camera.project([middle - reach + up, middle + reach + up, middle + reach, middle - reach])
-    view = cv2.getPerspectiveTransform(np.float32([[0, 0], [wide, 0], [wide, tall], [0, tall]]), np.float32(corners))
+    whole = np.array([[0, 0], [wide, 0], [wide, tall], [0, tall]], np.float32)
+    view = cv2.getPerspectiveTransform(whole, corners.astype(np.float32))
     cv2.warpPerspective(
         wall, view, (camera.width, camera.height), image, cv2.INTER_LINEAR, borderMode=cv2.BORDER_TRANSPARENT
     )
@@ -280,13 +281,13 @@ def _dashed(start: tuple[float, float], end: tuple[float, float], dashes: int) -
 
 # The lines on the pitch as paths of (u, w), metres from the middle of the goal line; each goal comes with its own.
 BEHIND, FIELD, HALFWAY, TOUCH = -15, 70, 50, 34
-COMMON_LINES: list[Sequence] = [
+COMMON_LINES: list[Vectors] = [
     [(-TOUCH, 0), (TOUCH, 0)],
     [(-TOUCH, BEHIND), (-TOUCH, FIELD)],
     [(TOUCH, BEHIND), (TOUCH, FIELD)],
     [(-TOUCH, HALFWAY), (TOUCH, HALFWAY)],
 ]
-LINES: dict[str, list[Sequence]] = {
+LINES: dict[str, list[Vectors]] = {
     "uprights": [
         [(-TOUCH, -10), (TOUCH, -10)],
         [(-TOUCH, 22), (TOUCH, 22)],
@@ -317,7 +318,7 @@ def _pitch(image: Image, camera: Camera, goal: Place, goal_kind: str, rng: Rng) 
     striped = (u if rng.random() < 0.5 else w) // int(rng.uniform(4, 8) * pixels) % 2
     turf = np.clip(tone + striped.astype(np.float32) * rng.choice([0, 9, 18]), 0, 160).astype(np.uint8)
     for path in COMMON_LINES + LINES[goal_kind]:
-        _stroke(turf, np.add(path, (wide / 2, -BEHIND)) * pixels, 2, 255)
+        _stroke(turf, np.add(np.asarray(path), (wide / 2, -BEHIND)) * pixels, 2, 255)
     painted = np.array([[1 / pixels, 0, -wide / 2], [0, 1 / pixels, BEHIND], [0, 0, 1]])
     view = camera.matrix[:, [0, 2, 3]] @ goal.matrix @ painted
     size = camera.width, camera.height
@@ -620,10 +621,15 @@ def _ball(image: Image, camera: Camera, at: Point, kind: str, rng: Rng) -> None:
     distance = np.hypot(along, across)
     normal = np.stack([along, across, np.sqrt(np.clip(1 - distance**2, 0, 1))], axis=-1)
 
-    base = np.float32(_pick([(245, 245, 240), (245, 245, 240), (240, 225, 190), (250, 220, 70), (240, 150, 60)], rng))
-    patch = np.float32(_pick([(28, 28, 34), (28, 28, 34), (30, 50, 120), (150, 25, 40), (20, 80, 50)], rng))
+    base, patch = np.array(
+        [
+            _pick([(245, 245, 240), (245, 245, 240), (240, 225, 190), (250, 220, 70), (240, 150, 60)], rng),
+            _pick([(28, 28, 34), (28, 28, 34), (30, 50, 120), (150, 25, 40), (20, 80, 50)], rng),
+        ],
+        np.float32,
+    )
     dark = _panels(kind, normal, radius, rng)[..., None]
-    lit = 0.5 + 0.6 * np.clip(normal @ np.float32([0.0, -0.55, 0.8]), 0, 1)
+    lit = 0.5 + 0.6 * np.clip(normal @ np.array([0.0, -0.55, 0.8], np.float32), 0, 1)
     cover = _edge((1 - distance) * radius)[..., None]
     colour = np.clip((base * (1 - dark) + patch * dark) * lit[..., None], 0, 255)
     region[:] = region * (1 - cover) + colour * cover
@@ -663,16 +669,16 @@ def _panels(kind: str, normal: np.ndarray, radius: float, rng: Rng) -> np.ndarra
             return _edge(np.sin(4 * np.arctan2(normal @ turn[0], normal @ turn[1])) * radius / 4)
 
 
-def _shadows(image: Image, camera: Camera, feet: Sequence[Sequence[float]], light: str, rng: Rng) -> None:
+def _shadows(image: Image, camera: Camera, feet: Sequence[Vector], light: str, rng: Rng) -> None:
     """Long ones from the sun, small ones round the feet otherwise."""
     cast = rng.uniform(-1.6, 1.6, 2) if light in ("sun", "dusk") else np.zeros(2)
-    keep = np.full(image.shape[:2], 255, np.uint8)
+    keep: Image = np.full(image.shape[:2], 255, np.uint8)
     depth = int(rng.uniform(150, 200))
     turns = np.linspace(0, 2 * np.pi, 12)
     for x, _, z in feet:
         ring = np.stack([x + 0.35 * np.cos(turns), 0 * turns, z + 0.35 * np.sin(turns)], axis=1)
         outline = camera.project(np.r_[ring, ring + np.array([cast[0], 0, cast[1]])])
-        _polygon(keep, cv2.convexHull(np.float32(outline))[:, 0], depth)
+        _polygon(keep, cv2.convexHull(outline.astype(np.float32))[:, 0], depth)
     keep = cv2.GaussianBlur(keep, (0, 0), 1.5)
     cv2.multiply(image, cv2.merge([keep] * 3), dst=image, scale=1 / 255)
 

@@ -82,7 +82,7 @@ def run(paths: Paths, params: Params) -> None:
     for name, table in tables.items():
         write_table(paths.reports / f"{name}.csv", table)
     with replacing(paths.reports / "heats.npz", ".npz") as temporary:
-        np.savez_compressed(temporary, **heats)
+        np.savez_compressed(temporary, **heats)  # type: ignore[arg-type]  # NumPy's types take each name for `allow_pickle`
     figures = plots.draw(paths, params, split, tables, heats)
     _log(paths, params, metrics, facts, figures)
     for name, found in metrics["models"].items():

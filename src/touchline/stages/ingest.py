@@ -143,10 +143,10 @@ def _from_disk(
     """Rows of the offers there is room for, and what to report of the source."""
     chosen = _chosen(paths, params, name, taken, rejected)
     # What Hugging Face offers is fetched while it is offered; the others' offers cost nothing, and can be counted.
-    streamed = params.ingest.imagenet.origin == "huggingface"
-    offered = chosen if streamed else list(chosen)
+    counted = None if params.ingest.imagenet.origin == "huggingface" else list(chosen)
+    offered = chosen if counted is None else counted
     kept = parallel.in_order(lambda numbered: (numbered[0], _keep(paths, numbered[1])), offered)
-    rows = [row for _, row in sorted(track(kept, None if streamed else len(offered), "taking photos"))]
+    rows = [row for _, row in sorted(track(kept, None if counted is None else len(counted), "taking photos"))]
     return rows, {"photos": len(rows)}
 
 

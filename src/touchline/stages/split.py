@@ -66,18 +66,19 @@ def run(paths: Paths, params: Params) -> None:
         }
         for subset in SUBSETS
     }
+    shares = {subset: round(float((split["subset"] == subset).mean()), 4) for subset in SUBSETS}
     report = {
         "photos": len(split),
         "groups": int(split["group"].nunique()),
         "counts": counts,
-        "shares": {subset: round(float((split["subset"] == subset).mean()), 4) for subset in SUBSETS},
+        "shares": shares,
         "moved_by_merging": [vars(move) for move in moves],
         "left_out": [vars(conflict) for conflict in conflicts],
     }
     write_json(paths.reports / "split.json", report)
     for subset in SUBSETS:
         by_class = ", ".join(f"{label} {count:,}" for label, count in counts[subset].items())
-        say(f"{subset:>10}: {report['shares'][subset]:6.1%} ({by_class})")
+        say(f"{subset:>10}: {shares[subset]:6.1%} ({by_class})")
     say(f"    groups: {report['groups']:,}")
     for move in moves:
         say(f"     moved: {move.path} from {move.alone} to {move.subset}, to stay with its near-duplicate")

@@ -265,8 +265,10 @@ def fit(
         on_epoch(history[-1])
 
     if isinstance(params, CnnParams | ArticleParams):
-        build = architectures.cnn if isinstance(params, CnnParams) else architectures.article
-        build = partial(build, params, features.image_size, classes)
+        if isinstance(params, CnnParams):
+            build = partial(architectures.cnn, params, features.image_size, classes)
+        else:
+            build = partial(architectures.article, params, features.image_size, classes)
         model = _built(build, params.batch_size, devices, params.precision)
         rows = Rows(
             lambda chosen, random: np.stack(
@@ -278,6 +280,7 @@ def fit(
         kept = _least_loss(history) if params.patience else len(history) - 1
         return Trained(lambda: _finished(model, build), history, kept, train)
 
+    assert isinstance(features, BackboneFeatures)  # params lets a head have no other
     both = Labelled.together(train, validation)
     head, kept, whole_head = _fit_head(params, arrays, train, both, remember)
     if params.fine_tune.blocks:
@@ -611,7 +614,7 @@ def _description(model: ModelParams, features: FeaturesParams, split: "pd.DataFr
     if isinstance(features, BackboneFeatures):
         backbones = " and ".join(features.backbone)
         what = f"Regularised logistic regression on what the frozen ImageNet backbone {backbones} says of photos"
-        if model.fine_tune.blocks:
+        if isinstance(model, HeadParams) and model.fine_tune.blocks:
             what += f" (its last blocks, {model.fine_tune.blocks}, are trained too, at a low rate)"
     else:
         what = {"cnn": "A simple convolutional network", "article": "The article's convolutional network"}[

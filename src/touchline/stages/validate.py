@@ -327,9 +327,9 @@ def judge(
     import great_expectations.expectations as gxe
     from great_expectations.core.run_identifier import RunIdentifier
 
-    expectations = []
+    expectations: list[gxe.Expectation] = []
     for rule in rules:
-        words = {
+        words: dict[str, Any] = {
             "description": escape(f"{rule.name}: {rule.allowed}"),
             "meta": {"reason": rule.reason or rule.remedy},
         }
@@ -361,7 +361,9 @@ def judge(
     result = definition.run(
         batch_parameters={"dataframe": shown}, result_format=result_format, run_id=RunIdentifier(run_name="validate")
     )
-    by_column = {entry.expectation_config.kwargs["column"]: entry for entry in result.results}
+    by_column = {
+        entry.expectation_config.kwargs["column"]: entry for entry in result.results if entry.expectation_config
+    }
     failing = []
     for rule in rules:
         entry = by_column[rule.column]

@@ -542,7 +542,9 @@ class Store:
 
         def busy(other: Version) -> bool:
             since = other.tags.get(_PROMOTING)
-            return bool(since) and abs((_now() - datetime.fromisoformat(since)).total_seconds()) < _SECONDS_TO_PROMOTE
+            if not since:
+                return False
+            return abs((_now() - datetime.fromisoformat(since)).total_seconds()) < _SECONDS_TO_PROMOTE
 
         while True:
             self.set_version_tags(name, version, {_PROMOTING: _now().isoformat()})
@@ -594,7 +596,7 @@ class Store:
             TouchlineError: the store has no such model, or not the file that was registered.
         """
         found = self._client.get_model_version(name, str(version))
-        return self._keras_model(self._download(name, version), found.tags.get(_SHA256), found.run_id)
+        return self._keras_model(self._download(name, version), found.tags.get(_SHA256), found.run_id or "")
 
     def load_with_classes(self, source: Version | str) -> tuple["keras.Model", list[str]]:
         """The Keras model of a version, or of the run with that id, and the names of its classes.
@@ -629,8 +631,9 @@ class Store:
         import_tensorflow()
         # Not by MLflow's loader: what it loads, and how, stands in a file beside the model.
         file = folder / "data/model.keras"
-        expected = expected or self._client.get_run(run_id).data.tags.get(_SHA256)
-        if not file.is_file() or expected is None or sha256(file) != expected:
+        if not expected and run_id:  # a version that another tool registered may have no run
+            expected = self._client.get_run(run_id).data.tags.get(_SHA256)
+        if not file.is_file() or not expected or sha256(file) != expected:
             raise TouchlineError(f"{file} in {self._where} is not the model that was logged: `make run` logs one again")
         import keras
 
@@ -946,7 +949,9 @@ def garbage(paths: Paths, before: datetime, experiments: Collection[str], worksp
     )
 
 
-def _all_there_is(connection: sqlite3.Connection) -> tuple[dict, dict, dict, list]:
+def _all_there_is(
+    connection: sqlite3.Connection,
+) -> tuple[dict[str, Any], dict[str, dict[str, str]], dict[str, tuple[Any, ...]], list[Any]]:
     """Runs, their tags, logged models and registered versions, out of MLflow's own tables."""
     connection.row_factory = sqlite3.Row
     runs = {row["run_uuid"]: row for row in connection.execute("SELECT * FROM runs")}
@@ -1264,7 +1269,13 @@ def _version(version: "ModelVersion", aliases: Mapping[str, str]) -> Version:
     number = int(version.version)
     held = tuple(sorted(alias for alias, holder in aliases.items() if int(holder) == number))
     return Version(
-        version.name, number, version.run_id, version.source, version.description or "", dict(version.tags), held
+        version.name,
+        number,
+        version.run_id or "",
+        version.source or "",
+        version.description or "",
+        dict(version.tags),
+        held,
     )
 
 
