@@ -357,18 +357,27 @@ def test_ctrl_c_ends_a_flow_started_by_hand_and_the_stage_it_was_at(built_copy):
     built_copy.dvc("status", "split")
 
 
-def test_a_new_champion_is_told_with_the_block_that_the_person_names(monkeypatch):
-    sent = []
+SENT = []
 
-    class Pager(NotificationBlock):
-        def notify(self, body, subject=None):
-            sent.append((subject, body))
 
-    monkeypatch.setattr(Block, "load", {"pager/club": Pager()}.__getitem__)
+class Pager(NotificationBlock):
+    def notify(self, body, subject=None):
+        SENT.append((subject, body))
+
+
+class AsynchronousPager(NotificationBlock):
+    async def notify(self, body, subject=None):
+        SENT.append((subject, body))
+
+
+@pytest.mark.parametrize("pager", [Pager, AsynchronousPager])
+def test_a_new_champion_is_told_with_the_block_that_the_person_names(monkeypatch, pager):
+    SENT.clear()
+    monkeypatch.setattr(Block, "load", {"pager/club": pager()}.__getitem__)
     flow_project.notify("nobody is named", "so nothing is sent")
     monkeypatch.setenv("TOUCHLINE_NOTIFY", "pager/club")
     flow_project.notify("version 2 is champion", "it beats version 1")
-    assert sent == [("version 2 is champion", "it beats version 1")]
+    assert SENT == [("version 2 is champion", "it beats version 1")]
 
 
 def test_a_message_that_cannot_be_sent_spoils_no_run(monkeypatch, caplog):

@@ -418,6 +418,12 @@ def test_a_scheduler_lost_in_the_middle_is_one_line(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_client_that_has_given_up_its_scheduler_still_names_it(cluster: Cluster) -> None:
+    with compute._client(cluster.address) as client:
+        pass
+    assert cluster.address in str(compute._lost(client))
+
+
 def test_photos_that_kill_their_workers_are_given_up(doomed: Callable[..., Cluster]) -> None:
     cluster = doomed(2, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="1")
     assert error_of(parallel.spread(deadly, range(3), cluster.address, 4)).startswith(
