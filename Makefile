@@ -1,4 +1,4 @@
-# make run | test | faults | app | mlflow | board | refresh | lint | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
+# make run | test | faults | lint | format | app | mlflow | board | refresh | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ export PYTHONUTF8 := 1
 # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test faults app mlflow board refresh lint lock clean setup
+.PHONY: run test faults lint format app mlflow board refresh lock clean setup
 .DEFAULT_GOAL := run
 
 run: setup  ## photos to a registered classifier, then a short table
@@ -27,7 +27,6 @@ run: setup  ## photos to a registered classifier, then a short table
 	@touchline summary
 
 test: setup  ## every test
-	@ruff check . && ruff format --check .
 	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: setup  ## kill every stage at random moments, tear files, fill disks, lock stores, hand over hostile bytes; a table ends it
@@ -53,7 +52,13 @@ refresh: setup  ## look for new photos where DVC cannot see them, then bring all
 	@dvc --wait-for-lock repro
 	@touchline summary
 
-lint: setup
+lint: setup  ## check style, types and security; nothing is rewritten
+	@ruff check .
+	@ruff format --check .
+	@bandit --quiet --configfile pyproject.toml --recursive src flows
+	@mypy
+
+format: setup  ## mend and format what ruff can
 	@ruff check --fix . && ruff format .
 
 # No index address goes into the lock; --universal makes it one for every Python and system.

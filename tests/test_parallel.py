@@ -419,9 +419,9 @@ def test_a_scheduler_lost_in_the_middle_is_one_line(
 
 
 def test_a_client_that_has_given_up_its_scheduler_still_names_it(cluster: Cluster) -> None:
-    with compute._client(cluster.address) as client:
+    with parallel._client(cluster.address) as client:
         pass
-    assert cluster.address in str(compute._lost(client))
+    assert cluster.address in str(parallel._lost(client))
 
 
 def test_photos_that_kill_their_workers_are_given_up(doomed: Callable[..., Cluster]) -> None:

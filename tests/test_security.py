@@ -7,9 +7,7 @@ import csv
 import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +135,18 @@ def test_a_model_of_the_registry_is_the_one_that_was_registered(project: Paths) 
         store.load_with_classes(store.versions("rugby-soccer")[0].run_id)
 
 
+def test_a_version_that_another_tool_registered_without_a_run_is_refused(project: Paths, tmp_path: Path) -> None:
+    store, version, file = _logged(project, _model())
+    copy = shutil.copytree(file.parents[1], tmp_path / "elsewhere")
+    other = store._client.create_model_version("rugby-soccer", copy.as_uri())
+
+    assert store.versions("rugby-soccer")[-1].number == int(other.version) > version
+    for load in (lambda: store.load("rugby-soccer", int(other.version)),
+                 lambda: store.load_with_classes(store.versions("rugby-soccer")[-1])):  # fmt: skip
+        with pytest.raises(TouchlineError, match="is not the model that was logged"):
+            load()
+
+
 @pytest.mark.parametrize(
     "text", ["classes: !!python/object/apply:os.system ['touch {}']", "classes: !!python/name:os.system ''"]
 )
@@ -255,11 +265,3 @@ def test_servers_listen_on_loopback_unless_told() -> None:
 
     for command in (cli.mlflow, cli.serve, cli.try_models, board.main):
         assert inspect.signature(command).parameters["host"].default == "127.0.0.1"
-
-
-def test_bandit_finds_nothing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bandit", "--quiet", "--configfile", "pyproject.toml", "--recursive", "src", "flows"],
-        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
