@@ -99,7 +99,7 @@ class Camera:
         # cv2 takes 32-bit fixed point; a point far outside the frame is as good as one a little nearer.
         return np.clip(image[:, :2] / np.maximum(image[:, 2:], 0.05), -9000, 9000)
 
-    def scale(self, at: Sequence[float]) -> float:
+    def scale(self, at: Vector) -> float:
         """Pixels a metre at the point `at`."""
         return self.focal / max(float(self.matrix[2] @ [*at, 1.0]), 0.3)
 
