@@ -211,6 +211,21 @@ def test_a_photo_no_longer_offered_goes(paths: Paths, params: Params) -> None:
     assert set(stored(paths)) == set(table["path"])
 
 
+def test_what_a_person_put_into_data_photos_stays_and_is_named(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    ours = set(ingested(paths, params)["path"])
+    own = {"data/photos/rugby/holiday.jpg", "data/photos/soccer/album/c.jpg"}
+    for name in own:
+        (paths.workspace / name).parent.mkdir(parents=True, exist_ok=True)
+        (paths.workspace / name).write_bytes(photo(3))
+    assert set(ingested(paths, params)["path"]) == ours
+    assert set(stored(paths)) == ours | own
+    said = capsys.readouterr().out
+    assert "data/photos/rugby/holiday.jpg" in said and "data/photos/soccer/album" in said
+
+
 def test_a_class_no_longer_named_leaves_no_folder(paths: Paths, params: Params, params_with: ParamsWith) -> None:
     offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2), "hockey/c.jpg": photo(3)})
     ingested(paths, params)

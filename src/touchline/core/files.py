@@ -148,6 +148,17 @@ def read_json(path: Path) -> Any:
         raise TouchlineError(f"{path} is not readable JSON ({error}): {RENEW}") from None
 
 
+def model_record(path: Path) -> dict[str, Any] | None:
+    """`models/<name>.json` as `train` wrote it; None for JSON of another kind or of another model, such as a copy.
+
+    Raises:
+        TouchlineError: the file is missing or is not JSON.
+    """
+    record = read_json(path)
+    ours = isinstance(record, dict) and record.get("model") == path.stem and "model_sha256" in record
+    return record if ours else None
+
+
 def write_table(path: Path, table: "pd.DataFrame") -> None:
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")

@@ -5,6 +5,7 @@ run resumes, and nothing can be overwritten by something else.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from math import inf
@@ -269,10 +270,22 @@ def _rejected_before(ledger: Path) -> set[tuple[str, str, str]]:
 
 
 def _remove_unwanted(paths: Paths, wanted: Set[str]) -> None:
-    """What is there and no longer offered would go on being hashed, tracked and pushed."""
-    for path in paths.photos.glob("*/*"):
-        if paths.relative(path) not in wanted:
+    """What is there and no longer offered would go on being hashed, tracked and pushed.
+
+    Only files named as `_keep` names them are ours to delete; what a person put there is named, and stays.
+    """
+    foreign = []
+    for path in sorted(paths.photos.glob("*/*")):
+        if not (path.is_file() and re.fullmatch(r"[0-9a-f]{16}\.\w+", path.name)):
+            foreign.append(paths.relative(path))
+        elif paths.relative(path) not in wanted:
             path.unlink()
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        say(
+            f"{', '.join(foreign[:3])}{more}: not from a source, so not used; photos of your own go into the folder "
+            "that `ingest.folder` in params.yaml names"
+        )
     for path in paths.photos.glob("*"):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

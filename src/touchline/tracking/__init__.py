@@ -28,7 +28,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from touchline.core.errors import TouchlineError
-from touchline.core.files import read_json, sha256
+from touchline.core.files import model_record, read_json, sha256
 from touchline.core.paths import Paths
 from touchline.core.stage import SHELLS
 from touchline.core.tensorflow import import_tensorflow
@@ -988,7 +988,7 @@ def _expected_runs(paths: Paths) -> list[tuple[dict[str, Any], dict[str, float]]
     there = metrics_file.is_file() and judged_file.is_file()
     metrics, judged = (read_json(metrics_file)["models"], read_json(judged_file)) if there else ({}, {})
     expected = []
-    for record in [read_json(path) for path in sorted(paths.models.glob("*.json"))]:
+    for record in filter(None, map(model_record, sorted(paths.models.glob("*.json")))):
         same = judged.get(record["model"], {}).get("model_sha256") == record["model_sha256"]
         expected.append((record, _test_metrics(metrics[record["model"]]) if same else {}))
     return expected
