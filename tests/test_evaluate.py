@@ -13,6 +13,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.data import feature_store
+from touchline.report import plots
 from touchline.stages import evaluate
 
 
@@ -287,3 +288,46 @@ def test_predicting_reads_the_files_in_their_order_and_scales_them_to_the_model(
     assert (probabilities.shape, probabilities.dtype) == ((40, 3), np.float32)
     np.testing.assert_array_equal(probabilities.argmax(axis=1), colours)
     assert seconds > 0
+
+
+@pytest.mark.parametrize(
+    "rows, kept, label, steps",
+    [
+        ([0.1, 1.0, None, None, None], 3, "epoch", [3, 4, 5]),
+        ([0.1, 1.0, None, None, None], 1, "C (", [0.1, 1.0]),
+        ([0.1, 1.0], 0, "C (", [0.1, 1.0]),
+        ([None, None], 1, "epoch", [1, 2]),
+    ],
+    ids=["fine-tuned", "fine-tuning undone", "head", "network"],
+)
+def test_learning_curves_are_drawn_over_epochs_or_over_strengths_never_over_both(
+    paths: Paths,
+    params_with: Callable[..., Params],
+    rows: list[float | None],
+    kept: int,
+    label: str,
+    steps: list[float],
+) -> None:
+    from matplotlib.figure import Figure
+
+    metrics = ("train/accuracy", "train/loss", "validation/accuracy", "validation/loss")
+    history = [
+        {"epoch": epoch, **({"strength": strength} if strength else {}), **dict.fromkeys(metrics, 0.5), "kept": 0}
+        for epoch, strength in enumerate(rows)
+    ]
+    history[kept]["kept"] = 1
+    params = params_with()
+    params = params.model_copy(update={"models": {"transfer": params.models["transfer"]}})
+    files.write_table(paths.reports / "history/transfer.csv", pd.DataFrame(history))
+    made = evaluate._curves(paths, params)
+    files.write_table(paths.reports / "curves.csv", made)
+
+    # What `evaluate` draws from, for MLflow and Prefect, and what `register` reads for the page.
+    for curves in (made, files.read_table(paths.reports / "curves.csv")):
+        figure = Figure()
+        plots._learning_curves(figure, curves)
+        for axes in figure.axes:
+            train, _, mark = axes.get_lines()
+            assert axes.get_xlabel().startswith(label)
+            assert list(train.get_xdata()) == steps
+            assert mark.get_xdata()[0] in steps

@@ -25,6 +25,9 @@ _TEXT = dict.fromkeys(
     str,
 )  # fmt: skip
 
+# Numbers that only some rows have: an empty cell would make the whole column text.
+_SPARSE = {"strength": [""], "cross_validation/loss": [""]}
+
 # What all readers of a table take for given, by its name or its folder's.
 _NEEDED = {
     "validated.csv": ("path", "sha256"),
@@ -165,7 +168,8 @@ def write_table(path: Path, table: "pd.DataFrame") -> None:
 
 
 def read_table(path: Path, **options: Any) -> "pd.DataFrame":
-    """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings.
+    """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings, those
+    of numbers are NaN.
 
     Raises:
         TouchlineError: the file is missing, empty, cut off, not a table, or lacks a column that its readers need.
@@ -173,7 +177,7 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values={}, **{"dtype": _TEXT, **options})
+        table = pd.read_csv(path, keep_default_na=False, na_values=_SPARSE, **{"dtype": _TEXT, **options})
         if not isinstance(table.index, pd.RangeIndex):
             # pandas would take the first values for names of rows, and every other one for its neighbour's.
             raise ValueError("its rows have more values than its header has columns")

@@ -364,14 +364,18 @@ def _roc(labels: np.ndarray, probabilities: dict[str, np.ndarray], classes: Sequ
 
 
 def _curves(paths: Paths, params: Params) -> "pd.DataFrame":
-    """The models' histories in one long table: model, subset, epoch, strength (of a head), accuracy, loss, kept."""
+    """The models' histories in one long table: model, subset, epoch, strength (of a head), accuracy, loss, kept.
+
+    Of a head that was fine-tuned it has the part that the kept weights come from: strengths are no epochs.
+    """
     import pandas as pd
 
     parts = []
     for name in params.models:
         history = read_table(paths.reports / "history" / f"{name}.csv")
-        # A head is fitted once a strength, not an epoch.
-        strengths = history.get("strength", np.nan)
+        strengths = history.get("strength", pd.Series(np.nan, history.index))
+        frozen = strengths.notna()
+        history = history[frozen == frozen[history["kept"] == 1].any()]
         for subset in ("train", "validation"):
             part = history[["epoch", f"{subset}/accuracy", f"{subset}/loss", "kept"]]
             parts.append(part.set_axis(["epoch", "accuracy", "loss", "kept"], axis=1).assign(model=name, subset=subset))
