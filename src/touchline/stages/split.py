@@ -7,6 +7,7 @@ function of its group and the seed alone, so that new photos move no old one.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 COLUMNS = ("path", "class", "subset", "group", "sha256")
 _PAIRS_AT_ONCE = 4_000_000
+_MOST_FOLDS = 100
+# How far a stratified share may lie from what was asked for, as a part of the smaller side.
+_TOLERATED = 0.2
 
 
 @dataclass(frozen=True)
@@ -208,17 +212,20 @@ def _stratified(photos: "pd.DataFrame", share: float, seed: int, salt: str) -> "
     import pandas as pd
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = max(2, round(1 / share))
-    groups, most = photos["group"].nunique(), photos["class"].value_counts().max()
-    if min(groups, most) < folds:
+    groups, most = photos["group"].nunique(), int(photos["class"].value_counts().max())
+    # So many of so many folds: 0.2 is one of five, 0.7 seven of ten, or two of three where there are fewer groups.
+    part = Fraction(share).limit_denominator(max(1, min(groups, most, _MOST_FOLDS)))
+    taken, folds = part.numerator, part.denominator
+    if abs(taken / folds - share) > min(share, 1 - share) * _TOLERATED:
         raise TouchlineError(
             f"split: {groups} groups with at most {most} photos a class cannot give a {salt} share of {share}: "
             "add photos, name split.test_groups, or set split.by_group: false"
         )
     seed = int.from_bytes(hashlib.sha256(f"{seed}:{salt}".encode()).digest()[:4], "big")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    candidates = [chosen for _, chosen in splitter.split(photos, photos["class"], photos["group"])]
-    # Folds of few large groups are uneven: take the one nearest to the share asked for, with every class in it.
+    divided = [chosen for _, chosen in splitter.split(photos, photos["class"], photos["group"])]
+    candidates = [np.concatenate([*divided, *divided][first : first + taken]) for first in range(folds)]
+    # Folds of few large groups are uneven: take those nearest to the share asked for, with every class in them.
     classes = photos["class"].to_numpy()
 
     def unevenness(chosen: np.ndarray) -> float:
