@@ -5,7 +5,6 @@ run resumes, and nothing can be overwritten by something else.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from math import inf
@@ -232,7 +231,8 @@ def _keep(paths: Paths, candidate: Candidate) -> Sequence[object]:
     # A name tells the content's true type; what is no photo keeps a neutral one and is validation's to reject.
     entry = fetch.described(candidate, content)
     path = paths.photos / candidate.label / entry.name
-    if not (path.exists() and path.stat().st_size == len(content)):
+    # Not the size alone: a damaged disk, or a person's editor, leaves other bytes under the same name.
+    if not (path.is_file() and path.read_bytes() == content):
         write_bytes(path, content)
     return _row(paths, candidate, path, entry)
 
@@ -276,7 +276,7 @@ def _remove_unwanted(paths: Paths, wanted: Set[str]) -> None:
     """
     foreign = []
     for path in sorted(paths.photos.glob("*/*")):
-        if not (path.is_file() and re.fullmatch(r"[0-9a-f]{16}\.\w+", path.name)):
+        if not (path.is_file() and fetching.NAME.fullmatch(path.name)):
             foreign.append(paths.relative(path))
         elif paths.relative(path) not in wanted:
             path.unlink()
