@@ -347,6 +347,18 @@ def test_versions_promotion_and_rollback(store, run_id):
     assert store.rollback(name) == 1
     assert store.alias(name, "champion").number == 1
 
+    # It is remembered until a person promotes that version again, or a rollback goes there.
+    digest = champion.model_sha256
+    assert store.rolled_back(name, digest).number == 2
+    assert store.rolled_back(name, "0" * 64) is None
+    store.promote(name, second)
+    assert store.rolled_back(name, digest) is None
+    store.promote(name, first)
+    store.rollback(name)
+    assert (store.alias(name, "champion").number, store.rolled_back(name, digest).number) == (2, 1)
+    store.rollback(name)
+    assert (store.alias(name, "champion").number, store.rolled_back(name, digest).number) == (1, 2)
+
 
 def test_a_version_gives_back_its_model_and_the_photos_it_learned_from(store, run_id):
     import numpy as np

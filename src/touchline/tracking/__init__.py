@@ -44,6 +44,7 @@ CHALLENGER = "challenger"
 _SHA256 = "touchline.model_sha256"
 _REPLACED = "touchline.replaced"
 _PROMOTED_AT = "touchline.promoted_at"
+_ROLLED_BACK = "touchline.rolled_back"
 _PROMOTING = "touchline.promoting"
 _SECONDS_TO_PROMOTE = 60
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
@@ -77,7 +78,8 @@ model.predict(photos)  # uint8 RGB, shape (n, side, side, 3) -> probabilities, s
 ```
 
 Each version says which photos it learned from, what it reached, and why it became champion or not. The tag
-`touchline.replaced` names the version that a champion took over from: `touchline rollback` goes there.
+`touchline.replaced` names the version that a champion took over from: `touchline rollback` goes there. The tag
+`touchline.rolled_back` says when a version was rolled back: only `touchline promote` makes it champion again.
 """
 # What the page of runs opens with: MLflow's own "Share view", under a key that is always the same.
 _VIEW = "touchline"
@@ -120,6 +122,11 @@ class Version:
     def model_sha256(self) -> str:
         """SHA-256 of the .keras file; empty for a version that another tool registered."""
         return self.tags.get(_SHA256, "")
+
+    @property
+    def rolled_back(self) -> str:
+        """When a person rolled it back, in ISO 8601; empty if that did not happen, or it was promoted again since."""
+        return self.tags.get(_ROLLED_BACK, "")
 
 
 def open_store(paths: Paths, experiment: str) -> "Store":
@@ -529,8 +536,17 @@ class Store:
             tags = {_REPLACED: before or "none", _PROMOTED_AT: _now().isoformat(timespec="seconds")}
             # The alias moves last: a promotion that breaks off leaves the old champion in place.
             self.set_version_tags(name, version, tags)
-            self.set_alias(name, CHAMPION, version)
+            self._crown(name, version)
             return True
+
+    def rolled_back(self, name: str, model_sha256: str) -> Version | None:
+        """The version of `name` with this very model, where a person rolled it back and did not promote it since."""
+        return next((v for v in self.versions(name) if v.model_sha256 == model_sha256 and v.rolled_back), None)
+
+    def _crown(self, name: str, version: int) -> None:
+        self.set_alias(name, CHAMPION, version)
+        with suppress(_MissingError):  # it was never rolled back
+            self._client.delete_model_version_tag(name, str(version), _ROLLED_BACK)
 
     @contextmanager
     def _alone_at_the_champion(self, name: str, version: int) -> Iterator[None]:
@@ -559,6 +575,8 @@ class Store:
     def rollback(self, name: str) -> int:
         """Give the alias `champion` back to the version that the champion replaced, and return that version.
 
+        The one that loses it is tagged, so that `register` does not make it champion again.
+
         Raises:
             TouchlineError: there is no champion, it replaced none, or the one it replaced was deleted.
         """
@@ -576,7 +594,8 @@ class Store:
                 f"version {replaced} of {name}, which version {champion.number} replaced, was deleted: "
                 "promote another version instead"
             )
-        self.set_alias(name, CHAMPION, int(replaced))
+        self.set_version_tags(name, champion.number, {_ROLLED_BACK: _now().isoformat(timespec="seconds")})
+        self._crown(name, int(replaced))
         return int(replaced)
 
     def delete(self, run_ids: Collection[str], model_ids: Collection[str]) -> None:
