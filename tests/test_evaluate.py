@@ -12,7 +12,6 @@ from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import feature_store
 from touchline.report import plots
 from touchline.stages import evaluate
 
@@ -203,36 +202,28 @@ def made_model(paths: Paths, name: str) -> None:
     files.write_text(paths.reports / f"history/{name}.csv", "epoch\n0\n")
 
 
-def made_features(paths: Paths, name: str) -> None:
-    feature_store.update(paths.features / name, {}, ["0" * 64], lambda digests: (np.zeros(2) for _ in digests))
-
-
 def there(paths: Paths) -> set[str]:
     return {paths.relative(path) for path in paths.workspace.rglob("*") if path.is_file()}
 
 
 def test_what_params_no_longer_name_is_deleted(paths: Paths, params_with: Callable[..., Params]) -> None:
     made_model(paths, "cnn")
-    made_features(paths, "pixels")
     files.write_text(paths.models / ".gitignore", "x")
     before = there(paths)
     made_model(paths, "vgg")
-    made_features(paths, "vgg")
 
     evaluate._forget_removed(paths, params_with())
 
     assert there(paths) == before
-    assert not (paths.features / "vgg").exists()
 
 
 def test_what_no_run_recorded_as_its_own_is_not_deleted(paths: Paths, params_with: Callable[..., Params]) -> None:
     made_model(paths, "cnn")
     own = {
         "models/backup.keras", "models/backup.json", "models/notes.json", "models/list.json", "models/old/cnn.keras",
-        "reports/history/mine.csv", "data/features/mine/rows.npy", "data/features/vgg/rows.npy", "models/vgg.keras",
+        "reports/history/mine.csv", "models/vgg.keras",
     }  # fmt: skip
     made_model(paths, "vgg")
-    made_features(paths, "vgg")
     for name in own:
         files.write_text(paths.workspace / name, "a person's")
     # A copy of a model with its record, and JSON of other kinds.

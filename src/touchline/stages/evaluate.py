@@ -16,7 +16,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
 from touchline.core.tensorflow import import_tensorflow
-from touchline.data import feature_store, photos
+from touchline.data import photos
 from touchline.models import explain, inference
 from touchline.report import plots
 
@@ -384,9 +384,10 @@ def _curves(paths: Paths, params: Params) -> "pd.DataFrame":
 
 
 def _forget_removed(paths: Paths, params: Params) -> None:
-    """Delete what earlier runs made for models and features that params.yaml no longer names, and nothing else.
+    """Delete what earlier runs made of models that params.yaml no longer names, and nothing else.
 
-    A file that no run recorded as its own belongs to a person, such as the copy of a model.
+    A file that no run recorded as its own belongs to a person, such as the copy of a model. Features cost the stages
+    that follow nothing; `touchline clean` deletes them.
     """
     for record in sorted(paths.models.glob("*.json")):
         described = None
@@ -401,9 +402,6 @@ def _forget_removed(paths: Paths, params: Params) -> None:
             if path.is_file():
                 path.unlink()
                 say(f"removed {paths.relative(path)}: params.yaml no longer names it")
-    for folder in sorted(paths.features.glob("*")):
-        if folder.name not in params.features and feature_store.remove(folder):
-            say(f"removed {paths.relative(folder)}: params.yaml no longer names it")
 
 
 def _log(

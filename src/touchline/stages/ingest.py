@@ -276,7 +276,7 @@ def _remove_unwanted(paths: Paths, wanted: Set[str]) -> None:
     """
     foreign = []
     for path in sorted(paths.photos.glob("*/*")):
-        if not (path.is_file() and fetching.NAME.fullmatch(path.name)):
+        if not (path.is_file() and fetch.NAME.fullmatch(path.name)):
             foreign.append(paths.relative(path))
         elif paths.relative(path) not in wanted:
             path.unlink()
