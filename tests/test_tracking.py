@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 from touchline import tracking
 from touchline.core.errors import TouchlineError
@@ -320,6 +321,20 @@ def test_only_runs_whose_process_is_gone_are_closed(paths, store):
     status = {run: _client(paths).get_run(run).info.status for run in (alive, killed, pid_taken_by_another, elsewhere)}
     assert status == {alive: "RUNNING", killed: "KILLED", pid_taken_by_another: "KILLED", elsewhere: "RUNNING"}
     assert store.close_killed() == []
+
+
+def test_a_lock_that_another_process_keeps_is_one_line(paths, store, monkeypatch):
+    run_id = _start(store)
+    monkeypatch.setenv("TOUCHLINE_FLOW_RUN", "a flow run")
+    parent = store.execution({})
+    child = store.start("cnn", {}, {}, DATASET, parent=parent)
+    monkeypatch.setattr(store, "_lock", FileLock(store._lock.lock_file, timeout=0.05))
+    with FileLock(store._lock.lock_file):
+        for ask in (lambda: _start(store), lambda: store.execution({}), lambda: store.end(child, {})):
+            with pytest.raises(tracking.StoreError, match=r"store\.lock is held by another process"):
+                ask()
+    store.end(run_id, {})
+    assert _start(store)
 
 
 def test_versions_promotion_and_rollback(store, run_id):

@@ -142,18 +142,28 @@ def open_store(paths: Paths, experiment: str) -> "Store":
     lock = FileLock(paths.project / ".dvc/tmp/touchline/store.lock", timeout=120)
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     where = _where(uri)
-    try:
-        # Two trainings that start on a fresh machine would both create the tables and the experiment.
-        with lock:
-            _check_database(paths, uri)
-            with _one_line_errors(where):
-                client = _Client(MlflowClient(uri, _registry_uri(paths)), where)
-            experiment_id = _experiment(client, experiment, _artifacts_uri(paths, uri), where)
-    except Timeout:
-        raise TouchlineError(f"{lock.lock_file} is held by another process: end it, or wait, and run again") from None
+    # Two trainings that start on a fresh machine would both create the tables and the experiment.
+    with _held(lock):
+        _check_database(paths, uri)
+        with _one_line_errors(where):
+            client = _Client(MlflowClient(uri, _registry_uri(paths)), where)
+        experiment_id = _experiment(client, experiment, _artifacts_uri(paths, uri), where)
     store = Store(client, experiment_id, where, lock)
     store.close_killed()
     return store
+
+
+@contextmanager
+def _held(lock: FileLock) -> Iterator[None]:
+    """Run the block under the store's lock. Raises StoreError where another process keeps it for too long."""
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreError(f"{lock.lock_file} is held by another process: end it, or wait, and run again") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Store:
@@ -191,7 +201,7 @@ class Store:
 
         own = {MLFLOW_USER: psutil.Process().username(), **({_PARENT: parent} if parent else {}), **this_process()}
         # A run that ends meanwhile would end the parent of both.
-        with self._lock:
+        with _held(self._lock):
             run = self._client.create_run(self.experiment_id, _milliseconds(started), {**_texts(tags), **own}, name)
             if parent:
                 self._client.update_run(parent, "RUNNING")
@@ -221,7 +231,7 @@ class Store:
         key, since = _execution()
         if not key:
             return None
-        with self._lock:
+        with _held(self._lock):
             known = self._search(f"tags.`{_EXECUTION}` = '{key}' AND attributes.start_time >= {since}")
             if known:
                 return known[0].info.run_id
@@ -352,7 +362,7 @@ class Store:
 
     def _settle(self, execution: str) -> None:
         """End the run of an execution of the pipeline, as its runs have ended, unless one of them is RUNNING."""
-        with self._lock:
+        with _held(self._lock):
             if _EXECUTION not in self._client.get_run(execution).data.tags:
                 return  # of another kind: who began it ends it
             ended = {run.info.status for run in self._search(f"tags.`{_PARENT}` = '{execution}'")}
