@@ -359,6 +359,20 @@ def test_a_class_missing_from_a_subset_is_an_error_that_says_what_to_do(
     assert files.read_json(paths.reports / "split.json")["groups"] == 2
 
 
+def test_a_class_with_one_training_photo_is_named(paths: Paths, params_with: Callable[..., Params]) -> None:
+    photos = made_up(33, ["soccer"])
+    photos["subset"] = ["train", "train", "test"] * 11
+    photos.loc[:2, "class"] = "rugby"
+    files.write_table(paths.validated_table, photos)
+    # Of the two rugby photos that a model might learn from, one goes to validation.
+    several = (params_with(split={"seed": seed, "validation_share": 0.5}) for seed in range(100))
+    params = next(each for each in several if [subsets(photos, each.split)[path] for path in photos["path"][:2]]
+                  == ["train", "validation"])  # fmt: skip
+    with pytest.raises(TouchlineError, match="rugby") as error:
+        splitting.run(paths, params)
+    assert "soccer" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_stage_writes_a_row_a_photo_and_says_the_real_shares(
     paths: Paths, params_with: Callable[..., Params], capsys: pytest.CaptureFixture[str]
 ) -> None:

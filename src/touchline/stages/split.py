@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("path", "class", "subset", "group", "sha256")
+# Cross-validation leaves one out and learns from the other.
+FEWEST_TO_LEARN_FROM = 2
 _PAIRS_AT_ONCE = 4_000_000
 _MOST_FOLDS = 100
 # How far a stratified share may lie from what was asked for, as a part of the smaller side.
@@ -51,7 +53,7 @@ def run(paths: Paths, params: Params) -> None:
     """Write `data/split.csv` and `reports/split.json`.
 
     Raises:
-        TouchlineError: a class has no photo in a subset, or the options do not fit the groups there are.
+        TouchlineError: a class has no photo in a subset or too few to learn from, or the options do not fit the groups.
     """
     photos = read_table(paths.validated_table, dtype=str)
     if missing := {"class", "group", "subset", "perceptual_hash"} - set(photos.columns):
@@ -92,6 +94,12 @@ def run(paths: Paths, params: Params) -> None:
         raise TouchlineError(
             f"split: {'; '.join(empty)}: add photos, change split.seed, or for few large groups set "
             "split.method: stratified, or split.by_group: false"
+        )
+    if few := [label for label, count in counts["train"].items() if count < FEWEST_TO_LEARN_FROM]:
+        raise TouchlineError(
+            f"split: train has fewer than {FEWEST_TO_LEARN_FROM} photos of {', '.join(few)}, and cross-validation "
+            f"needs {FEWEST_TO_LEARN_FROM} of each class: add photos, change split.seed, or make split.test_share or "
+            "split.validation_share smaller"
         )
 
 
