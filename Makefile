@@ -81,5 +81,5 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-clean:  ## begin anew: delete all the stages made; DVC's cache, the store, your decisions stay (`touchline clean`: what nothing needs)
+clean:  ## begin anew: delete models, reports, data/photos, data/features and tables of data/, whole; DVC's cache, the store, your decisions stay (`touchline clean`: what nothing needs)
 	@rm -rf data/photos data/features $(filter-out data/decisions.csv,$(wildcard data/*.csv)) models reports

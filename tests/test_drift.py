@@ -19,7 +19,7 @@ from test_predict import CLASSES, planted
 from typer.testing import CliRunner
 
 from touchline import cli, tracking
-from touchline.commands import drift
+from touchline.commands import drift, predict
 from touchline.commands.drift import CONFIDENCE, CONTENT, DRIFT, FEWEST, SILENT, TOO_FEW, Side
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import BackboneFeatures, DriftParams, Params
@@ -142,6 +142,35 @@ def test_p_values_are_corrected_as_holm_does() -> None:
         for name, p in (("a", 0.01), ("b", 0.04), ("c", 0.03), ("d", 0.005))
     ]
     assert [each.corrected for each in drift._corrected(made)] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_the_same_thing_compared_against_two_sides_keeps_two_p_values() -> None:
+    made = [drift.Comparison("width", against, "KS distance", 0.5, 0.2, 0.5, p)
+            for against, p in ((drift.TRAINING, 0.001), (drift.HELD_OUT, 0.5))]  # fmt: skip
+    assert [each.corrected for each in drift._corrected(made)] == pytest.approx([0.002, 0.5])
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["in a folder", "named"])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("drawing.svg", b'<?xml version="1.0"?><svg/>'),
+        ("icon.ico", b"\0\0\1\0"),
+        ("notes.txt", b"no photo"),
+        ("empty", b""),
+        ("empty.png", b""),
+        ("page.jpg", b"<!doctype html>"),
+        ("new.heic", b"no photo"),
+    ],
+)
+def test_drift_and_predict_leave_out_the_same_files(tmp_path: Path, name: str, content: bytes, listed: bool) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = predict.Found(path, listed=listed)
+    _, by_drift = drift._read(found, (8, 8), 60)
+    (_, by_predict), _ = predict._read(found, tmp_path, 8, 60)
+    assert by_drift == by_predict
+    assert (by_drift is None) == (listed and path.suffix in {".svg", ".ico", ".txt", ""})
 
 
 SIDE = 32

@@ -1,5 +1,6 @@
 """What is said of a model: figures against known ones, tables of one shape for any number of classes."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
+from touchline.report import plots
 from touchline.stages import evaluate
 
 
@@ -192,24 +194,47 @@ def test_baselines_learn_from_training_photos_and_are_judged_on_test_photos(
     assert set(found["colour_histogram"]) == {"accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy"}
 
 
-def test_what_params_name_no_more_is_forgotten(
-    paths: Paths, params_with: Callable[..., Params], capsys: pytest.CaptureFixture[str]
-) -> None:
-    params = params_with()
-    there = [
-        *("models/cnn.keras", "models/cnn.json", "models/transfer.keras", "reports/history/cnn.csv"),
-        *("data/features/pixels/settings.json", "models/.gitignore"),
-    ]
-    gone = ["models/vgg.keras", "models/vgg.json", "reports/history/vgg.csv", "data/features/vgg/settings.json"]
-    for name in [*there, *gone]:
-        files.write_text(paths.workspace / name, "x")
+def made_model(paths: Paths, name: str) -> None:
+    """The files that `train` leaves of a model, as far as their names and the record go."""
+    model = paths.models / f"{name}.keras"
+    files.write_text(model, f"the model {name}")
+    files.write_json(model.with_suffix(".json"), {"model": name, "model_sha256": files.sha256(model)})
+    files.write_text(paths.reports / f"history/{name}.csv", "epoch\n0\n")
 
-    evaluate._forget_removed(paths, params)
 
-    left = [paths.relative(path) for path in paths.workspace.rglob("*") if path.is_file()]
-    assert sorted(left) == sorted(there)
-    assert not (paths.features / "vgg").exists()
-    assert "removed models/vgg.keras: params.yaml names it no more" in capsys.readouterr().out
+def there(paths: Paths) -> set[str]:
+    return {paths.relative(path) for path in paths.workspace.rglob("*") if path.is_file()}
+
+
+def test_what_params_no_longer_name_is_deleted(paths: Paths, params_with: Callable[..., Params]) -> None:
+    made_model(paths, "cnn")
+    files.write_text(paths.models / ".gitignore", "x")
+    before = there(paths)
+    made_model(paths, "vgg")
+
+    evaluate._forget_removed(paths, params_with())
+
+    assert there(paths) == before
+
+
+def test_what_no_run_recorded_as_its_own_is_not_deleted(paths: Paths, params_with: Callable[..., Params]) -> None:
+    made_model(paths, "cnn")
+    own = {
+        "models/backup.keras", "models/backup.json", "models/notes.json", "models/list.json", "models/old/cnn.keras",
+        "reports/history/mine.csv", "models/vgg.keras",
+    }  # fmt: skip
+    made_model(paths, "vgg")
+    for name in own:
+        files.write_text(paths.workspace / name, "a person's")
+    # A copy of a model with its record, and JSON of other kinds.
+    for ending in (".keras", ".json"):
+        shutil.copyfile(paths.models / f"cnn{ending}", paths.models / f"backup{ending}")
+    files.write_json(paths.models / "list.json", [1])
+
+    evaluate._forget_removed(paths, params_with())
+
+    assert there(paths) == own | {"models/cnn.keras", "models/cnn.json", "reports/history/cnn.csv"}
+    assert (paths.models / "vgg.keras").read_text() == "a person's"
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a zip", b"no zip at all"])
@@ -254,3 +279,46 @@ def test_predicting_reads_the_files_in_their_order_and_scales_them_to_the_model(
     assert (probabilities.shape, probabilities.dtype) == ((40, 3), np.float32)
     np.testing.assert_array_equal(probabilities.argmax(axis=1), colours)
     assert seconds > 0
+
+
+@pytest.mark.parametrize(
+    "rows, kept, label, steps",
+    [
+        ([0.1, 1.0, None, None, None], 3, "epoch", [3, 4, 5]),
+        ([0.1, 1.0, None, None, None], 1, "C (", [0.1, 1.0]),
+        ([0.1, 1.0], 0, "C (", [0.1, 1.0]),
+        ([None, None], 1, "epoch", [1, 2]),
+    ],
+    ids=["fine-tuned", "fine-tuning undone", "head", "network"],
+)
+def test_learning_curves_are_drawn_over_epochs_or_over_strengths_never_over_both(
+    paths: Paths,
+    params_with: Callable[..., Params],
+    rows: list[float | None],
+    kept: int,
+    label: str,
+    steps: list[float],
+) -> None:
+    from matplotlib.figure import Figure
+
+    metrics = ("train/accuracy", "train/loss", "validation/accuracy", "validation/loss")
+    history = [
+        {"epoch": epoch, **({"strength": strength} if strength else {}), **dict.fromkeys(metrics, 0.5), "kept": 0}
+        for epoch, strength in enumerate(rows)
+    ]
+    history[kept]["kept"] = 1
+    params = params_with()
+    params = params.model_copy(update={"models": {"transfer": params.models["transfer"]}})
+    files.write_table(paths.reports / "history/transfer.csv", pd.DataFrame(history))
+    made = evaluate._curves(paths, params)
+    files.write_table(paths.reports / "curves.csv", made)
+
+    # What `evaluate` draws from, for MLflow and Prefect, and what `register` reads for the page.
+    for curves in (made, files.read_table(paths.reports / "curves.csv")):
+        figure = Figure()
+        plots._learning_curves(figure, curves)
+        for axes in figure.axes:
+            train, _, mark = axes.get_lines()
+            assert axes.get_xlabel().startswith(label)
+            assert list(train.get_xdata()) == steps
+            assert mark.get_xdata()[0] in steps

@@ -167,6 +167,18 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3  # the settings, one piece and its list
 
 
+def test_what_a_person_put_into_the_folder_stays_and_disturbs_nothing(tmp_path: Path) -> None:
+    feature_store.update(tmp_path, SETTINGS, digests(1, 2), Computer())
+    (tmp_path / "mine.npy").write_bytes(b"no array")
+    (tmp_path / "old").mkdir()
+    assert feature_store.update(tmp_path, SETTINGS, digests(1, 2), Computer()) == 0
+    feature_store.update(tmp_path, {**SETTINGS, "image_size": 7}, digests(3), Computer())
+    assert_holds(tmp_path, digests(3))
+    assert feature_store.remove(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.npy", "old"]
+    assert not feature_store.remove(tmp_path)
+
+
 def test_a_missing_photo_says_what_to_do(tmp_path: Path) -> None:
     feature_store.update(tmp_path, SETTINGS, digests(1, 2), Computer())
     absent = digests(3)[0]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from touchline.core.errors import TouchlineError
 from touchline.models import heads
 from touchline.models.heads import Head
 
@@ -194,3 +195,9 @@ def test_the_strength_that_is_chosen_states_its_confidence_better_than_the_large
     chosen, largest = (head_of(rows[learn], given[learn], strengths[n]) for n in (int(np.argmin(losses)), -1))
     errors = [calibration_error(given[judge], head.probabilities(rows[judge]), 10) for head in (chosen, largest)]
     assert errors[0] < errors[1] / 2
+
+
+def test_a_class_of_one_photo_cannot_be_cross_validated() -> None:
+    labels = np.array([0, 0, 0, 1])
+    with pytest.raises(TouchlineError, match="needs 2 of each"):
+        heads.cross_validated(np.eye(4, dtype=np.float32), labels, list("abcd"), np.ones(4), [0.1], 5, 0)

@@ -211,6 +211,36 @@ def test_a_photo_no_longer_offered_goes(paths: Paths, params: Params) -> None:
     assert set(stored(paths)) == set(table["path"])
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda content: b"\0" * len(content), lambda content: content[:-9]], ids=["same size", "cut off"]
+)
+def test_a_photo_damaged_on_disk_is_taken_again(paths: Paths, params: Params, damage: Callable[[bytes], bytes]) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    ingested(paths, params)
+    before = stored(paths)
+    path = min(paths.photos.rglob("*.jpg"))
+    path.write_bytes(damage(path.read_bytes()))
+    for row in ingested(paths, params).itertuples():
+        assert files.sha256(paths.workspace / row.path) == row.sha256
+    # The other one is not written again.
+    assert sum(before[name] == time for name, time in stored(paths).items()) == 1
+
+
+def test_what_a_person_put_into_data_photos_stays_and_is_named(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    ours = set(ingested(paths, params)["path"])
+    own = {"data/photos/rugby/holiday.jpg", "data/photos/soccer/album/c.jpg"}
+    for name in own:
+        (paths.workspace / name).parent.mkdir(parents=True, exist_ok=True)
+        (paths.workspace / name).write_bytes(photo(3))
+    assert set(ingested(paths, params)["path"]) == ours
+    assert set(stored(paths)) == ours | own
+    said = capsys.readouterr().out
+    assert "data/photos/rugby/holiday.jpg" in said and "data/photos/soccer/album" in said
+
+
 def test_a_class_no_longer_named_leaves_no_folder(paths: Paths, params: Params, params_with: ParamsWith) -> None:
     offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2), "hockey/c.jpg": photo(3)})
     ingested(paths, params)

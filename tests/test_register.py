@@ -66,6 +66,15 @@ def test_the_champion_stays_champion() -> None:
     assert decision == Decision(True, "transfer already is the champion, version 3")
 
 
+def test_a_version_that_a_person_rolled_back_is_not_promoted_again() -> None:
+    tags = {"touchline.model_sha256": "new", "touchline.rolled_back": "2026-01-31T12:00:00+00:00"}
+    version = Version("rugby-soccer", 4, "run", "models:/m", "", tags, ())
+    record, duel = {"model_sha256": "new"}, Duel(100, champion=0.1, challenger=0.9)
+    decision = decide("transfer", metrics(), PARAMS, CHAMPION, duel, record, version)
+    assert not decision.promote
+    assert "version 4" in decision.reason and "2026-01-31" in decision.reason and "promote 4" in decision.reason
+
+
 @pytest.mark.parametrize("champion", [None, CHAMPION])
 @pytest.mark.parametrize(
     "found, says",

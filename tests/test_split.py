@@ -128,6 +128,25 @@ def test_stratified_gives_few_large_groups_to_every_subset(seed: int) -> None:
         assert all(0.08 < found[label, subset] < 0.35 for subset in ("test", "validation"))
 
 
+@pytest.mark.parametrize("groups", [0, 10], ids=["single photos", "20 groups"])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95])
+def test_stratified_gives_the_share_asked_for(share: float, groups: int) -> None:
+    photos = made_up(600)
+    if groups:
+        photos["group"] = [f"{label}-{number // 2 % groups}" for number, label in enumerate(photos["class"])]
+    found = splitting.assign(photos, options(method="stratified", test_share=share, validation_share=0.5))[0]
+    for _, members in found.groupby("class"):
+        # A group of thirty photos is a tenth of a class.
+        assert members["subset"].eq("test").mean() == pytest.approx(share, abs=0.051 if groups else 0.01)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8])
+def test_stratified_refuses_a_share_that_the_groups_cannot_give(share: float) -> None:
+    photos = made_up(100, groups=1)
+    with pytest.raises(TouchlineError, match=f"test share of {share}"):
+        splitting.assign(photos, options(method="stratified", test_share=share))
+
+
 @pytest.mark.parametrize("method", ["hash", "stratified"])
 def test_a_seed_decides(method: str) -> None:
     photos = made_up(300, groups=30)
@@ -338,6 +357,20 @@ def test_a_class_missing_from_a_subset_is_an_error_that_says_what_to_do(
     assert message.endswith("split.method: stratified, or split.by_group: false")
     # The counts are there to look at.
     assert files.read_json(paths.reports / "split.json")["groups"] == 2
+
+
+def test_a_class_with_one_training_photo_is_named(paths: Paths, params_with: Callable[..., Params]) -> None:
+    photos = made_up(33, ["soccer"])
+    photos["subset"] = ["train", "train", "test"] * 11
+    photos.loc[:2, "class"] = "rugby"
+    files.write_table(paths.validated_table, photos)
+    # Of the two rugby photos that a model might learn from, one goes to validation.
+    several = (params_with(split={"seed": seed, "validation_share": 0.5}) for seed in range(100))
+    params = next(each for each in several if [subsets(photos, each.split)[path] for path in photos["path"][:2]]
+                  == ["train", "validation"])  # fmt: skip
+    with pytest.raises(TouchlineError, match="rugby") as error:
+        splitting.run(paths, params)
+    assert "soccer" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_stage_writes_a_row_a_photo_and_says_the_real_shares(

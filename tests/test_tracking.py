@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 from touchline import tracking
 from touchline.core.errors import TouchlineError
@@ -322,6 +323,20 @@ def test_only_runs_whose_process_is_gone_are_closed(paths, store):
     assert store.close_killed() == []
 
 
+def test_a_lock_that_another_process_keeps_is_one_line(paths, store, monkeypatch):
+    run_id = _start(store)
+    monkeypatch.setenv("TOUCHLINE_FLOW_RUN", "a flow run")
+    parent = store.execution({})
+    child = store.start("cnn", {}, {}, DATASET, parent=parent)
+    monkeypatch.setattr(store, "_lock", FileLock(store._lock.lock_file, timeout=0.05))
+    with FileLock(store._lock.lock_file):
+        for ask in (lambda: _start(store), lambda: store.execution({}), lambda: store.end(child, {})):
+            with pytest.raises(tracking.StoreError, match=r"store\.lock is held by another process"):
+                ask()
+    store.end(run_id, {})
+    assert _start(store)
+
+
 def test_versions_promotion_and_rollback(store, run_id):
     name = "ladder"
     assert (store.versions(name), store.alias(name, "champion")) == ([], None)
@@ -346,6 +361,18 @@ def test_versions_promotion_and_rollback(store, run_id):
 
     assert store.rollback(name) == 1
     assert store.alias(name, "champion").number == 1
+
+    # It is remembered until a person promotes that version again, or a rollback goes there.
+    digest = champion.model_sha256
+    assert store.rolled_back(name, digest).number == 2
+    assert store.rolled_back(name, "0" * 64) is None
+    store.promote(name, second)
+    assert store.rolled_back(name, digest) is None
+    store.promote(name, first)
+    store.rollback(name)
+    assert (store.alias(name, "champion").number, store.rolled_back(name, digest).number) == (2, 1)
+    store.rollback(name)
+    assert (store.alias(name, "champion").number, store.rolled_back(name, digest).number) == (1, 2)
 
 
 def test_a_version_gives_back_its_model_and_the_photos_it_learned_from(store, run_id):

@@ -261,7 +261,7 @@ def promote(version: Annotated[int, typer.Argument(help="version of the register
 
 @app.command()
 def rollback() -> None:
-    """Give the champion's place back to the version it replaced."""
+    """Give the champion's place back to the version it replaced; `register` does not undo it, `promote` may."""
     store, name = _store()
     print(f"version {store.rollback(name)} of {name} is champion again")
 
@@ -279,10 +279,10 @@ def list_versions() -> None:
         accuracies = (
             f"{float(tags[key]):.3f}" if key in tags else "" for key in ("validation/accuracy", "test/accuracy")
         )
-        table.add_row(
-            str(found.number), tags.get("touchline.model", ""), *accuracies, ", ".join(found.aliases),
-            tags.get("touchline.reason", ""),
-        )  # fmt: skip
+        why = tags.get("touchline.reason", "")
+        if found.rolled_back:
+            why = f"rolled back on {found.rolled_back[:10]}; before: {why}"
+        table.add_row(str(found.number), tags.get("touchline.model", ""), *accuracies, ", ".join(found.aliases), why)
     Console().print(table)
 
 

@@ -26,6 +26,7 @@ from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
+from touchline.data import feature_store
 
 # Nothing that a commit, a branch, a tag or an experiment names is deleted from DVC's cache.
 _NEEDED_BY_GIT = ["--all-commits", "--all-experiments"]
@@ -240,11 +241,11 @@ def _flow_runs(paths: Paths, before: datetime, days: int) -> Iterator[Row]:
 
 def _features(paths: Paths, params: Params) -> Iterator[Row]:
     folders = [path for path in sorted(paths.features.glob("*")) if path.is_dir()]
-    unnamed = [path for path in folders if path.name not in params.features]
+    unnamed = [path for path in folders if path.name not in params.features and feature_store.there(path)]
     if unnamed:
         why = f"params.yaml does not name {', '.join(path.name for path in unnamed)}"
-        yield Row("folders of features", len(unnamed), _megabytes(unnamed), why, partial(_delete, unnamed))
-    named = [path for path in folders if path not in unnamed]
+        yield Row("folders of features", len(unnamed), _megabytes(unnamed), why, partial(_remove_arrays, unnamed))
+    named = [path for path in folders if path.name in params.features]
     if not named:
         return
     rows = [digest for path in named for piece in path.glob("*.txt") for digest in piece.read_text().split()]
@@ -255,6 +256,11 @@ def _features(paths: Paths, params: Params) -> Iterator[Row]:
     yield Row(
         "folders of features, the rest", len(named), _megabytes(named), why if stale else "params.yaml names them"
     )
+
+
+def _remove_arrays(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        feature_store.remove(folder)
 
 
 def _partials(paths: Paths) -> Iterator[Row]:

@@ -10,7 +10,6 @@ learned from.
 """
 
 import hashlib
-import mimetypes
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -353,11 +352,12 @@ def _total_variations(labels: np.ndarray, dealt: np.ndarray) -> np.ndarray:
 
 def _corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """With the p-values that Holm (1979) makes of several."""
-    corrected, highest = {}, 0.0
-    for rank, each in enumerate(sorted(comparisons, key=lambda each: each.p_value)):
-        highest = max(highest, min(1.0, (len(comparisons) - rank) * each.p_value))
-        corrected[each.what] = highest
-    return [replace(each, corrected=corrected[each.what]) for each in comparisons]
+    # By place: the same thing may be compared against the training photos and against those of the test.
+    corrected, highest = [0.0] * len(comparisons), 0.0
+    for rank, place in enumerate(sorted(range(len(comparisons)), key=lambda place: comparisons[place].p_value)):
+        highest = max(highest, min(1.0, (len(comparisons) - rank) * comparisons[place].p_value))
+        corrected[place] = highest
+    return [replace(each, corrected=value) for each, value in zip(comparisons, corrected, strict=True)]
 
 
 def verdict(
@@ -492,9 +492,9 @@ def _read(found: predict.Found, sides: tuple[int, int], max_megapixels: float) -
         with path.open("rb") as file:
             content = file.read(_FIRST_BYTES)
             # What is no photo by its first bytes may be a film of gigabytes.
-            if content and (flaw := photos.flaw(content)) not in {"", "cut off"}:
-                named_so = (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
-                return path, flaw if named_so or not found.listed else None
+            flaw = photos.flaw(content) if content else "empty file"
+            if flaw not in {"", "cut off"}:
+                return path, None if predict.is_other(found) else flaw
             content += file.read()
         measured = photos.measure(path, max_megapixels)
         if measured.error or measured.bomb:

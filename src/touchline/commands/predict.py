@@ -255,6 +255,11 @@ def find(names: Iterable[str]) -> Iterator[Found]:
             yield Found(Path(name), error="no file matches")
 
 
+def is_other(found: Found) -> bool:
+    """Whether a file that is not an image lies in a folder beside photos, and nothing says that it was meant as one."""
+    return found.listed and found.path.suffix.lower() not in _NAMED_AS_PHOTOS
+
+
 def _from_stdin() -> Iterator[Found]:
     for number, line in enumerate(sys.stdin.buffer):
         if number == 0 and photos.flaw(line) in {"", "cut off"}:
@@ -353,8 +358,7 @@ def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[t
                 content += file.read()
         return (found.path, ""), pixels(content, side, max_megapixels)
     except _NoPhoto as error:
-        other = found.listed and found.path.suffix.lower() not in _NAMED_AS_PHOTOS
-        return (found.path, None if other else str(error)), None
+        return (found.path, None if is_other(found) else str(error)), None
     except TouchlineError as error:
         return (found.path, str(error).removeprefix("photo ")), None
     except OSError as error:

@@ -25,6 +25,9 @@ _TEXT = dict.fromkeys(
     str,
 )  # fmt: skip
 
+# Numbers that only some rows have: an empty cell would make the whole column text.
+_SPARSE = {"strength": [""], "cross_validation/loss": [""]}
+
 # What all readers of a table take for given, by its name or its folder's.
 _NEEDED = {
     "validated.csv": ("path", "sha256"),
@@ -148,13 +151,25 @@ def read_json(path: Path) -> Any:
         raise TouchlineError(f"{path} is not readable JSON ({error}): {RENEW}") from None
 
 
+def model_record(path: Path) -> dict[str, Any] | None:
+    """`models/<name>.json` as `train` wrote it; None for JSON of another kind or of another model, such as a copy.
+
+    Raises:
+        TouchlineError: the file is missing or is not JSON.
+    """
+    record = read_json(path)
+    ours = isinstance(record, dict) and record.get("model") == path.stem and "model_sha256" in record
+    return record if ours else None
+
+
 def write_table(path: Path, table: "pd.DataFrame") -> None:
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
 
 def read_table(path: Path, **options: Any) -> "pd.DataFrame":
-    """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings.
+    """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings, those
+    of numbers are NaN.
 
     Raises:
         TouchlineError: the file is missing, empty, cut off, not a table, or lacks a column that its readers need.
@@ -162,7 +177,7 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values={}, **{"dtype": _TEXT, **options})
+        table = pd.read_csv(path, keep_default_na=False, na_values=_SPARSE, **{"dtype": _TEXT, **options})
         if not isinstance(table.index, pd.RangeIndex):
             # pandas would take the first values for names of rows, and every other one for its neighbour's.
             raise ValueError("its rows have more values than its header has columns")

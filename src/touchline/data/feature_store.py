@@ -7,6 +7,7 @@ the rows there are, are kept. Pieces are read memory-mapped, so an array may be 
 
 import hashlib
 import mmap
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Arrays:
     @cached_property
     def _places(self) -> dict[str, tuple["_Piece", int]]:
         places: dict[str, tuple[_Piece, int]] = {}
-        for path in sorted(self.folder.glob("*.npy")):
+        for path in _pieces(self.folder):
             try:
                 piece = _Piece.open(path)
                 places |= {digest: (piece, number) for number, digest in enumerate(_digests(path))}
@@ -133,16 +134,44 @@ def update(
         rows = [_copy_of_row(*there[digest]) if digest in there else next(fresh) for digest in chosen]
         kept.append(_write_piece(folder, chosen, np.stack(rows)))
     names = {piece.stem for piece in kept}
-    for path in folder.iterdir():
-        if path.name != _SETTINGS and path.stem not in names:
+    for path in _own(folder):
+        if path.stem not in names:
             path.unlink()
     return len(computed)
+
+
+def remove(folder: Path) -> bool:
+    """Delete the array in `folder`, and the folder unless it holds something else too.
+
+    Returns:
+        False if there was no array; then nothing is touched.
+    """
+    if not there(folder):
+        return False
+    _clear(folder)
+    with suppress(OSError):  # not empty: what a person put there stays
+        folder.rmdir()
+    return True
+
+
+def there(folder: Path) -> bool:
+    """Whether `folder` holds an array that `update` made."""
+    return (folder / _SETTINGS).is_file()
+
+
+def _own(folder: Path) -> list[Path]:
+    """The files of pieces, by the names that `_write_piece` gives; others in the folder are not ours to touch."""
+    return sorted(path for path in folder.glob("*") if re.fullmatch(r"[0-9a-f]{16}\.(npy|txt)", path.name))
+
+
+def _pieces(folder: Path) -> list[Path]:
+    return [path for path in _own(folder) if path.suffix == ".npy"]
 
 
 def _sort_pieces(folder: Path, wanted: set[str]) -> tuple[list[Path], list[Path]]:
     """Pieces to keep as they are (full, all their photos wanted), and pieces whose rows are to be packed anew."""
     kept, loose, seen = [], [], set[str]()
-    for piece in sorted(folder.glob("*.npy")):
+    for piece in _pieces(folder):
         try:
             digests = _digests(piece)
             whole = len(np.load(piece, mmap_mode="r")) == len(digests)
@@ -159,9 +188,8 @@ def _sort_pieces(folder: Path, wanted: set[str]) -> tuple[list[Path], list[Path]
 
 
 def _clear(folder: Path) -> None:
-    for path in folder.glob("*"):
-        if path.name != _SETTINGS:
-            path.unlink()
+    for path in _own(folder):
+        path.unlink()
     (folder / _SETTINGS).unlink(missing_ok=True)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from touchline.core.errors import TouchlineError
+
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
@@ -128,9 +130,14 @@ def _folds(
     """Positions to learn from and to judge by; groups stay together where each class has groups enough."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+    if (fewest := int(np.bincount(labels).min())) < 2:
+        raise TouchlineError(
+            "a class has fewer than 2 training photos, and cross-validation needs 2 of each: add photos, or run "
+            "`dvc repro -f -s split`, which names the class"
+        )
     names = np.asarray(groups, dtype=str)
     few = min(len(set(names[labels == label])) for label in np.unique(labels))
-    options = {"n_splits": min(folds, int(np.bincount(labels).min())), "shuffle": True, "random_state": seed}
+    options = {"n_splits": min(folds, fewest), "shuffle": True, "random_state": seed}
     if few >= options["n_splits"]:
         found = list(StratifiedGroupKFold(**options).split(labels, labels, names))
         if all(set(labels[train]) == set(labels) for train, _ in found):

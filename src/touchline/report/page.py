@@ -44,8 +44,6 @@ def write(
         records: `models/<name>.json` by name.
         outcome: what `register` decided.
     """
-    import pandas as pd
-
     validated = read_table(paths.validated_table)
     split = read_table(paths.split_table).merge(
         validated.drop(columns=["class", "subset", "group", "sha256"]), on="path"
@@ -55,8 +53,6 @@ def write(
         name: read_table(paths.reports / f"{name}.csv")
         for name in ("predictions", "per_class", "slices", "roc", "curves", "gallery")
     }
-    # The strength is empty for a model that has none.
-    tables["curves"]["strength"] = pd.to_numeric(tables["curves"]["strength"])
     of_model = tables["predictions"].groupby("model", sort=False)
     page = html.render(
         "report.html",

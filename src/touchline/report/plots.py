@@ -170,7 +170,6 @@ def _learning_curves(figure: "Figure", curves: "pd.DataFrame") -> None:
 
 
 def _curve(axes: "Axes", of_model: "pd.DataFrame", value: str) -> None:
-    # A head that is fine-tuned goes on by epochs, which have no strength.
     by_strength = of_model["strength"].notna().all()
     steps = of_model["strength"] if by_strength else of_model["epoch"] + 1
     for colour, subset in zip(COLOURS, ("train", "validation"), strict=False):

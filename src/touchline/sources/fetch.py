@@ -37,7 +37,8 @@ _ABSENT = {404, 410}
 # Photos written and not yet safe on disk, each with an open file.
 _UNSAFE_AT_MOST = 64
 # A photo's file; the journal is a file like any other, and must not name one elsewhere.
-_NAME = re.compile(r"[0-9a-f]{16}\.[a-z]+")
+# What `Entry.name` gives.
+NAME = re.compile(r"[0-9a-f]{16}\.[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Journal:
             # A line that a killed process did not finish is no entry; what it was about is fetched again.
             with suppress(ValueError, TypeError, RecursionError):
                 entry = Entry(**json.loads(line))
-                if entry.absent or _NAME.fullmatch(entry.name):
+                if entry.absent or NAME.fullmatch(entry.name):
                     self._entries[entry.url] = entry
         self._file = path.open("ab")
         if content and not content.endswith(b"\n"):

@@ -1,8 +1,8 @@
 """The `evaluate` stage: every model on the same untouched test photos, beside baselines and a control."""
 
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from touchline.core import parallel
 from touchline.core.errors import TouchlineError
-from touchline.core.files import RENEW, read_json, read_table, replacing, sha256, write_json, write_table
+from touchline.core.files import RENEW, model_record, read_json, read_table, replacing, sha256, write_json, write_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
@@ -364,14 +364,18 @@ def _roc(labels: np.ndarray, probabilities: dict[str, np.ndarray], classes: Sequ
 
 
 def _curves(paths: Paths, params: Params) -> "pd.DataFrame":
-    """The models' histories in one long table: model, subset, epoch, strength (of a head), accuracy, loss, kept."""
+    """The models' histories in one long table: model, subset, epoch, strength (of a head), accuracy, loss, kept.
+
+    Of a head that was fine-tuned it has the part that the kept weights come from: strengths are no epochs.
+    """
     import pandas as pd
 
     parts = []
     for name in params.models:
         history = read_table(paths.reports / "history" / f"{name}.csv")
-        # A head is fitted once a strength, not an epoch.
-        strengths = history.get("strength", np.nan)
+        strengths = history.get("strength", pd.Series(np.nan, history.index))
+        frozen = strengths.notna()
+        history = history[frozen == frozen[history["kept"] == 1].any()]
         for subset in ("train", "validation"):
             part = history[["epoch", f"{subset}/accuracy", f"{subset}/loss", "kept"]]
             parts.append(part.set_axis(["epoch", "accuracy", "loss", "kept"], axis=1).assign(model=name, subset=subset))
@@ -380,16 +384,24 @@ def _curves(paths: Paths, params: Params) -> "pd.DataFrame":
 
 
 def _forget_removed(paths: Paths, params: Params) -> None:
-    """Delete files of models and features that params.yaml names no more."""
-    for folder, known in (
-        (paths.models, params.models),
-        (paths.reports / "history", params.models),
-        (paths.features, params.features),
-    ):
-        for path in folder.glob("*"):
-            if path.stem not in known and not path.name.startswith("."):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                say(f"removed {paths.relative(path)}: params.yaml names it no more")
+    """Delete what earlier runs made of models that params.yaml no longer names, and nothing else.
+
+    A file that no run recorded as its own belongs to a person, such as the copy of a model. Features cost the stages
+    that follow nothing; `touchline clean` deletes them.
+    """
+    for record in sorted(paths.models.glob("*.json")):
+        described = None
+        with suppress(TouchlineError):
+            described = model_record(record)
+        if record.stem in params.models or not described:
+            continue
+        model = record.with_suffix(".keras")
+        made = [model] if model.is_file() and sha256(model) == described["model_sha256"] else []
+        # The record goes last: without it, nothing would say that the others are ours.
+        for path in (*made, paths.reports / "history" / f"{record.stem}.csv", record):
+            if path.is_file():
+                path.unlink()
+                say(f"removed {paths.relative(path)}: params.yaml no longer names it")
 
 
 def _log(

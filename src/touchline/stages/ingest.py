@@ -231,7 +231,8 @@ def _keep(paths: Paths, candidate: Candidate) -> Sequence[object]:
     # A name tells the content's true type; what is no photo keeps a neutral one and is validation's to reject.
     entry = fetch.described(candidate, content)
     path = paths.photos / candidate.label / entry.name
-    if not (path.exists() and path.stat().st_size == len(content)):
+    # Not the size alone: a damaged disk, or a person's editor, leaves other bytes under the same name.
+    if not (path.is_file() and path.read_bytes() == content):
         write_bytes(path, content)
     return _row(paths, candidate, path, entry)
 
@@ -269,10 +270,22 @@ def _rejected_before(ledger: Path) -> set[tuple[str, str, str]]:
 
 
 def _remove_unwanted(paths: Paths, wanted: Set[str]) -> None:
-    """What is there and no longer offered would go on being hashed, tracked and pushed."""
-    for path in paths.photos.glob("*/*"):
-        if paths.relative(path) not in wanted:
+    """What is there and no longer offered would go on being hashed, tracked and pushed.
+
+    Only files named as `_keep` names them are ours to delete; what a person put there is named, and stays.
+    """
+    foreign = []
+    for path in sorted(paths.photos.glob("*/*")):
+        if not (path.is_file() and fetch.NAME.fullmatch(path.name)):
+            foreign.append(paths.relative(path))
+        elif paths.relative(path) not in wanted:
             path.unlink()
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        say(
+            f"{', '.join(foreign[:3])}{more}: not from a source, so not used; photos of your own go into the folder "
+            "that `ingest.folder` in params.yaml names"
+        )
     for path in paths.photos.glob("*"):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -52,10 +52,11 @@ def run(paths: Paths, params: Params) -> None:
 
     while True:
         champion = store.alias(params.register_.name, CHAMPION)
+        rolled_back = store.rolled_back(params.register_.name, records[better]["model_sha256"])
         duel = None
-        if champion and champion.model_sha256 != records[better]["model_sha256"]:
+        if champion and champion.model_sha256 != records[better]["model_sha256"] and not rolled_back:
             duel = _duel(paths, params, store, champion, records[better])
-        decision = decide(better, metrics, params.register_, champion, duel, records[better])
+        decision = decide(better, metrics, params.register_, champion, duel, records[better], rolled_back)
         outcome: dict[str, Any] = {
             "better_model": better,
             "why_better": why_better,
@@ -118,6 +119,7 @@ def decide(
     champion: Version | None,
     duel: Duel | None,
     record: Mapping[str, Any],
+    rolled_back: Version | None = None,
 ) -> Decision:
     """Whether the better model becomes champion.
 
@@ -126,10 +128,17 @@ def decide(
         champion: the version that holds the alias, if any.
         duel: champion against it; None if there is no champion, it is the champion, or its classes are others.
         record: `models/<name>.json` of the better model.
+        rolled_back: the version that has this very model, where a person rolled it back.
     """
     accuracy = metrics["models"][model]["accuracy"]
     if champion and champion.model_sha256 == record["model_sha256"]:
         return Decision(True, f"{model} already is the champion, version {champion.number}")
+    if rolled_back:
+        return Decision(
+            False,
+            f"{model} is version {rolled_back.number}, which was rolled back on {rolled_back.rolled_back[:10]}: "
+            f"`touchline promote {rolled_back.number}` makes it champion again",
+        )
     if accuracy < params.min_accuracy:
         return Decision(
             False, f"{model}: test accuracy {accuracy:.3f} is under register.min_accuracy {params.min_accuracy}"

@@ -7,6 +7,7 @@ function of its group and the seed alone, so that new photos move no old one.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("path", "class", "subset", "group", "sha256")
+# Cross-validation leaves one out and learns from the other.
+FEWEST_TO_LEARN_FROM = 2
 _PAIRS_AT_ONCE = 4_000_000
+_MOST_FOLDS = 100
+# How far a stratified share may lie from what was asked for, as a part of the smaller side.
+_TOLERATED = 0.2
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def run(paths: Paths, params: Params) -> None:
     """Write `data/split.csv` and `reports/split.json`.
 
     Raises:
-        TouchlineError: a class has no photo in a subset, or the options do not fit the groups there are.
+        TouchlineError: a class has no photo in a subset or too few to learn from, or the options do not fit the groups.
     """
     photos = read_table(paths.validated_table, dtype=str)
     if missing := {"class", "group", "subset", "perceptual_hash"} - set(photos.columns):
@@ -89,6 +95,12 @@ def run(paths: Paths, params: Params) -> None:
         raise TouchlineError(
             f"split: {'; '.join(empty)}: add photos, change split.seed, or for few large groups set "
             "split.method: stratified, or split.by_group: false"
+        )
+    if few := [label for label, count in counts["train"].items() if count < FEWEST_TO_LEARN_FROM]:
+        raise TouchlineError(
+            f"split: train has fewer than {FEWEST_TO_LEARN_FROM} photos of {', '.join(few)}, and cross-validation "
+            f"needs {FEWEST_TO_LEARN_FROM} of each class: add photos, change split.seed, or make split.test_share or "
+            "split.validation_share smaller"
         )
 
 
@@ -209,17 +221,20 @@ def _stratified(photos: "pd.DataFrame", share: float, seed: int, salt: str) -> "
     import pandas as pd
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = max(2, round(1 / share))
-    groups, most = photos["group"].nunique(), photos["class"].value_counts().max()
-    if min(groups, most) < folds:
+    groups, most = photos["group"].nunique(), int(photos["class"].value_counts().max())
+    # So many of so many folds: 0.2 is one of five, 0.7 seven of ten, or two of three where there are fewer groups.
+    part = Fraction(share).limit_denominator(max(1, min(groups, most, _MOST_FOLDS)))
+    taken, folds = part.numerator, part.denominator
+    if abs(taken / folds - share) > min(share, 1 - share) * _TOLERATED:
         raise TouchlineError(
             f"split: {groups} groups with at most {most} photos a class cannot give a {salt} share of {share}: "
             "add photos, name split.test_groups, or set split.by_group: false"
         )
     seed = int.from_bytes(hashlib.sha256(f"{seed}:{salt}".encode()).digest()[:4], "big")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    candidates = [chosen for _, chosen in splitter.split(photos, photos["class"], photos["group"])]
-    # Folds of few large groups are uneven: take the one nearest to the share asked for, with every class in it.
+    divided = [chosen for _, chosen in splitter.split(photos, photos["class"], photos["group"])]
+    candidates = [np.concatenate([*divided, *divided][first : first + taken]) for first in range(folds)]
+    # Folds of few large groups are uneven: take those nearest to the share asked for, with every class in them.
     classes = photos["class"].to_numpy()
 
     def unevenness(chosen: np.ndarray) -> float:

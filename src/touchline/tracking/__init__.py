@@ -28,7 +28,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from touchline.core.errors import TouchlineError
-from touchline.core.files import read_json, sha256
+from touchline.core.files import model_record, read_json, sha256
 from touchline.core.paths import Paths
 from touchline.core.stage import SHELLS
 from touchline.core.tensorflow import import_tensorflow
@@ -44,6 +44,7 @@ CHALLENGER = "challenger"
 _SHA256 = "touchline.model_sha256"
 _REPLACED = "touchline.replaced"
 _PROMOTED_AT = "touchline.promoted_at"
+_ROLLED_BACK = "touchline.rolled_back"
 _PROMOTING = "touchline.promoting"
 _SECONDS_TO_PROMOTE = 60
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
@@ -77,7 +78,8 @@ model.predict(photos)  # uint8 RGB, shape (n, side, side, 3) -> probabilities, s
 ```
 
 Each version says which photos it learned from, what it reached, and why it became champion or not. The tag
-`touchline.replaced` names the version that a champion took over from: `touchline rollback` goes there.
+`touchline.replaced` names the version that a champion took over from: `touchline rollback` goes there. The tag
+`touchline.rolled_back` says when a version was rolled back: only `touchline promote` makes it champion again.
 """
 # What the page of runs opens with: MLflow's own "Share view", under a key that is always the same.
 _VIEW = "touchline"
@@ -121,6 +123,11 @@ class Version:
         """SHA-256 of the .keras file; empty for a version that another tool registered."""
         return self.tags.get(_SHA256, "")
 
+    @property
+    def rolled_back(self) -> str:
+        """When a person rolled it back, in ISO 8601; empty if that did not happen, or it was promoted again since."""
+        return self.tags.get(_ROLLED_BACK, "")
+
 
 def open_store(paths: Paths, experiment: str) -> "Store":
     """The tracking store, made when missing, with `experiment` in it; runs whose process died are closed as KILLED.
@@ -135,18 +142,28 @@ def open_store(paths: Paths, experiment: str) -> "Store":
     lock = FileLock(paths.project / ".dvc/tmp/touchline/store.lock", timeout=120)
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     where = _where(uri)
-    try:
-        # Two trainings that start on a fresh machine would both create the tables and the experiment.
-        with lock:
-            _check_database(paths, uri)
-            with _one_line_errors(where):
-                client = _Client(MlflowClient(uri, _registry_uri(paths)), where)
-            experiment_id = _experiment(client, experiment, _artifacts_uri(paths, uri), where)
-    except Timeout:
-        raise TouchlineError(f"{lock.lock_file} is held by another process: end it, or wait, and run again") from None
+    # Two trainings that start on a fresh machine would both create the tables and the experiment.
+    with _held(lock):
+        _check_database(paths, uri)
+        with _one_line_errors(where):
+            client = _Client(MlflowClient(uri, _registry_uri(paths)), where)
+        experiment_id = _experiment(client, experiment, _artifacts_uri(paths, uri), where)
     store = Store(client, experiment_id, where, lock)
     store.close_killed()
     return store
+
+
+@contextmanager
+def _held(lock: FileLock) -> Iterator[None]:
+    """Run the block under the store's lock. Raises StoreError where another process keeps it for too long."""
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreError(f"{lock.lock_file} is held by another process: end it, or wait, and run again") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Store:
@@ -184,7 +201,7 @@ class Store:
 
         own = {MLFLOW_USER: psutil.Process().username(), **({_PARENT: parent} if parent else {}), **this_process()}
         # A run that ends meanwhile would end the parent of both.
-        with self._lock:
+        with _held(self._lock):
             run = self._client.create_run(self.experiment_id, _milliseconds(started), {**_texts(tags), **own}, name)
             if parent:
                 self._client.update_run(parent, "RUNNING")
@@ -214,7 +231,7 @@ class Store:
         key, since = _execution()
         if not key:
             return None
-        with self._lock:
+        with _held(self._lock):
             known = self._search(f"tags.`{_EXECUTION}` = '{key}' AND attributes.start_time >= {since}")
             if known:
                 return known[0].info.run_id
@@ -345,7 +362,7 @@ class Store:
 
     def _settle(self, execution: str) -> None:
         """End the run of an execution of the pipeline, as its runs have ended, unless one of them is RUNNING."""
-        with self._lock:
+        with _held(self._lock):
             if _EXECUTION not in self._client.get_run(execution).data.tags:
                 return  # of another kind: who began it ends it
             ended = {run.info.status for run in self._search(f"tags.`{_PARENT}` = '{execution}'")}
@@ -529,8 +546,17 @@ class Store:
             tags = {_REPLACED: before or "none", _PROMOTED_AT: _now().isoformat(timespec="seconds")}
             # The alias moves last: a promotion that breaks off leaves the old champion in place.
             self.set_version_tags(name, version, tags)
-            self.set_alias(name, CHAMPION, version)
+            self._crown(name, version)
             return True
+
+    def rolled_back(self, name: str, model_sha256: str) -> Version | None:
+        """The version of `name` with this very model, where a person rolled it back and did not promote it since."""
+        return next((v for v in self.versions(name) if v.model_sha256 == model_sha256 and v.rolled_back), None)
+
+    def _crown(self, name: str, version: int) -> None:
+        self.set_alias(name, CHAMPION, version)
+        with suppress(_MissingError):  # it was never rolled back
+            self._client.delete_model_version_tag(name, str(version), _ROLLED_BACK)
 
     @contextmanager
     def _alone_at_the_champion(self, name: str, version: int) -> Iterator[None]:
@@ -561,6 +587,8 @@ class Store:
     def rollback(self, name: str) -> int:
         """Give the alias `champion` back to the version that the champion replaced, and return that version.
 
+        The one that loses it is tagged, so that `register` does not make it champion again.
+
         Raises:
             TouchlineError: there is no champion, it replaced none, or the one it replaced was deleted.
         """
@@ -578,7 +606,8 @@ class Store:
                 f"version {replaced} of {name}, which version {champion.number} replaced, was deleted: "
                 "promote another version instead"
             )
-        self.set_alias(name, CHAMPION, int(replaced))
+        self.set_version_tags(name, champion.number, {_ROLLED_BACK: _now().isoformat(timespec="seconds")})
+        self._crown(name, int(replaced))
         return int(replaced)
 
     def delete(self, run_ids: Collection[str], model_ids: Collection[str]) -> None:
@@ -993,7 +1022,7 @@ def _expected_runs(paths: Paths) -> list[tuple[dict[str, Any], dict[str, float]]
     there = metrics_file.is_file() and judged_file.is_file()
     metrics, judged = (read_json(metrics_file)["models"], read_json(judged_file)) if there else ({}, {})
     expected = []
-    for record in [read_json(path) for path in sorted(paths.models.glob("*.json"))]:
+    for record in filter(None, map(model_record, sorted(paths.models.glob("*.json")))):
         same = judged.get(record["model"], {}).get("model_sha256") == record["model_sha256"]
         expected.append((record, _test_metrics(metrics[record["model"]]) if same else {}))
     return expected
