@@ -126,7 +126,7 @@ def kept(make: Callable[..., T], *key: object) -> T:
         if (make, *key) not in _kept:
             _kept.clear()  # a worker lives long, and a network takes much memory
             _kept[make, *key] = make(*key)
-        return _kept[make, *key]  # type: ignore[return-value]
+        return _kept[make, *key]  # type: ignore[return-value]  # the dictionary holds what any `make` made
 
 
 def _ordered(
