@@ -7,7 +7,7 @@ apart.
 
 Among the scenes lie, on purpose, the files that real downloads hold: see `_oddities`.
 
-A scene depends on (seed, class, index) alone: photos may be drawn in any order and in many threads.
+A scene depends on (seed, class, index) alone: photos may be drawn in any order, in many threads and on any processor.
 """
 
 import io
