@@ -61,7 +61,7 @@ def _normal(
 
 def _product(left: np.ndarray, right: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     """The matrix product of (m, k) and (k, ...), added up in the order of k."""
-    return np.array([sum(a * b for a, b in zip(row, right, strict=True)) for row in left])
+    return sum(np.multiply.outer(column, values) for column, values in zip(left.T, right, strict=True))
 
 
 def resized(image: Image, width: int, height: int) -> Image:
@@ -158,7 +158,8 @@ class Camera:
 
     def project(self, points: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
         """(n, 3) metres to (n, 2) pixels; what is behind the camera is put just before it."""
-        x, y, depth = _product(self.matrix, [*np.asarray(points, float).T, 1.0])
+        points = np.asarray(points, float)
+        x, y, depth = _product(self.matrix, [*points.T, np.ones(len(points))])
         # cv2 takes 32-bit fixed point; a point far outside the frame is as good as one a little nearer.
         return np.clip(np.stack([x, y], axis=1) / np.maximum(depth, 0.05)[:, None], -9000, 9000)
 
