@@ -20,6 +20,7 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
+from touchline.core.files import read_table
 from touchline.core.paths import Paths
 from touchline.tracking import Version, open_store
 
@@ -185,6 +186,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
             project.commit("dvc.lock of the first run")
             copy(project, untouched)
     return Built(project, output.read_text(), Project(untouched))
+
+
+def accepted(project: Project, label: str = "") -> list[Path]:
+    """The photos that `validate` accepted, of one class or of all; among the others are broken ones."""
+    table = read_table(project.root / "data/validated.csv")
+    return [project.root / path for path in table["path"][table["class"].eq(label) | (not label)]]
 
 
 def ran(output: str) -> list[str]:

@@ -78,7 +78,7 @@ def test_asked_far_too_much_it_answers_or_refuses_and_is_well_after(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, record_property: Callable[[str, str], None]
 ) -> None:
     project = projects.built(tmp_path_factory).project
-    photos = [file.read_bytes() for file in sorted((project.root / "data/photos").rglob("*.jpg"))[:16]]
+    photos = [file.read_bytes() for file in projects.accepted(project)[:16]]
 
     with served(project, tmp_path / "serve.txt") as (process, port):
         open_to = {each.laddr.ip for each in process.net_connections() if each.status == psutil.CONN_LISTEN}

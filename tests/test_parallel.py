@@ -1,6 +1,7 @@
 """The same work on this machine and on a Dask cluster of real processes: same results, whoever dies meanwhile."""
 
 import csv
+import io
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed import Client
 from PIL import Image
 
 from touchline.commands import predict
@@ -44,6 +46,10 @@ class Cluster:
         self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", str(port), *scheduler_options)
         for _ in range(workers):
             self.add_worker()
+        if workers:
+            # One that joins in the middle of a test would take other batches than the test counts on.
+            with Client(self.address, timeout=60, set_as_default=False) as client:
+                client.wait_for_workers(workers, 60)
 
     def add_worker(self, *options: str) -> None:
         limits = ("--nthreads", "1", "--no-nanny", "--memory-limit", "0")
@@ -96,6 +102,15 @@ def slow(numbers: Iterable[int], trace: Path, pause: float = 0.05) -> Iterator[i
     for number in numbers:
         time.sleep(pause)
         (trace / f"{number}").touch()
+        yield number
+
+
+def held_up(numbers: Iterable[int], trace: Path) -> Iterator[int]:
+    """All but the first two batches of four wait for the file `go`."""
+    for number in numbers:
+        (trace / f"{number}").touch()
+        while number >= 8 and not (trace / "go").exists():
+            time.sleep(0.01)
         yield number
 
 
@@ -227,14 +242,15 @@ def test_who_stops_early_leaves_no_work_behind(cluster: Cluster, tmp_path: Path)
             asked.append(number)
             yield number
 
-    results = parallel.spread(partial(slow, trace=tmp_path, pause=0.3), items(), cluster.address, 4)
+    results = parallel.spread(partial(held_up, trace=tmp_path), items(), cluster.address, 4)
     assert list(itertools.islice(results, 5)) == [0, 1, 2, 3, 4]
     # Two workers, each with a batch in hand and one waiting; and the batch that is being looked at.
     assert len(asked) == 20
     results.close()
-    # What is in hand is finished, what waits is not begun.
-    time.sleep(3)
-    assert len(list(tmp_path.iterdir())) <= 16
+    (tmp_path / "go").touch()
+    # What is in hand is finished, what waits is not begun; and the workers are free for the next.
+    assert len(list(parallel.spread(told, range(40), cluster.address, 4))) == 40
+    assert not {str(number) for number in range(16, 20)} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_what_a_worker_made_is_kept_for_the_next_batch_and_here_it_is_not(cluster: Cluster, tmp_path: Path) -> None:
@@ -287,13 +303,14 @@ def settings(params_with: Callable[..., Params]) -> Params:
     )
 
 
-def results(paths: Paths) -> dict[str, bytes]:
+def results(paths: Paths) -> dict[str, np.ndarray | str]:
     """What the stages wrote about photos: tables and arrays."""
-    there = [paths.validated_table, paths.rejected_table, *sorted(paths.features.rglob("*.*"))]
-    return {paths.relative(path): path.read_bytes() for path in there}
+    arrays = {paths.relative(path): np.load(path) for path in sorted(paths.features.rglob("*.npy"))}
+    others = [paths.validated_table, paths.rejected_table, *sorted(paths.features.rglob("*.[tj]*"))]
+    return arrays | {paths.relative(path): path.read_text() for path in others}
 
 
-def test_a_cluster_validates_and_computes_features_to_the_same_last_byte(
+def test_a_cluster_validates_and_computes_features_like_one_machine(
     cluster: Cluster, project: Paths, params_with: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings(params_with)
@@ -309,8 +326,13 @@ def test_a_cluster_validates_and_computes_features_to_the_same_last_byte(
     here, there = found
     assert sum(name.endswith(".npy") for name in here) == 2
     assert here.keys() == there.keys()
-    assert [name for name in here if here[name] != there[name]] == []
-    rejected = here["data/rejected.csv"].decode()
+    for name, expected in here.items():
+        if "/pooled/" in name and name.endswith(".npy"):
+            # TensorFlow picks its kernels by processor, threads and batch: sums come in another order.
+            np.testing.assert_allclose(there[name], expected, rtol=1e-4, atol=1e-4, strict=True)
+        else:
+            np.testing.assert_array_equal(there[name], expected, name)
+    rejected = here["data/rejected.csv"]
     assert "0000000000000046" in rejected and "0000000000000047" in rejected
 
 
@@ -343,9 +365,17 @@ def test_a_cluster_predicts_the_same_of_names_that_hang_on_this_folder(
         with pytest.raises(TouchlineError, match="2 failed, named above"):
             predict.run(project, params_with(), ["photos"], str(project.models / "cnn.keras"), "csv", explain=False)
         found.append(capfdbinary.readouterr())
-    here, there = found
-    assert here.out.count(b"\n") == 149
-    assert there.out == here.out
+    _, there = found
+    rows, others = (list(csv.DictReader(io.StringIO(each.out.decode()))) for each in found)
+    assert len(rows) == 148
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key in row:
+            if key == "confidence" or key.startswith("probability"):
+                # Written with three digits; what is computed in another order may be rounded the other way.
+                assert float(other[key]) == pytest.approx(float(row[key]), abs=0.0011)
+            else:
+                assert other[key] == row[key]
     assert b"0000000000000046.jpg: cut off" in there.err and b"0000000000000047.jpg: no photo" in there.err
     assert [path.name for path in project.locks.glob("*.keras")] == []
 

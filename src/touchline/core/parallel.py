@@ -1,4 +1,7 @@
-"""Where the work on photos is done: on this machine's cores, or on those of a Dask cluster; the results are the same.
+"""Where the work on photos is done: on this machine's cores, or on those of a Dask cluster, with the same results.
+
+Only the last digits of what a network computes may differ: its sums are added up in an order that depends on the
+processor, the number of threads and the batch.
 
 Both are executors as `concurrent.futures` has them: work is submitted a little ahead, its results come in order, and
 what waits is cancelled when nobody wants it any more.
@@ -163,7 +166,7 @@ def _task(
     for path in reads:
         if not path.exists():
             raise not_shared(where, path)
-    # TensorFlow would take all cores of the machine, which other workers share; its results do not hang on how many.
+    # TensorFlow would take all cores of the machine, which other workers share.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(worker.state.nthreads))
     token = _AT_WORKER.set(True)
     try:

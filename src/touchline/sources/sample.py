@@ -7,7 +7,7 @@ apart.
 
 Among the scenes lie, on purpose, the files that real downloads hold: see `_oddities`.
 
-A scene depends on (seed, class, index) alone: photos may be drawn in any order and in many threads.
+A scene depends on (seed, class, index) alone: photos may be drawn in any order, in many threads and on any processor.
 """
 
 import io
@@ -21,7 +21,7 @@ import numpy as np
 from touchline.core.errors import TouchlineError
 from touchline.core.params import SampleParams
 from touchline.sources import Candidate
-from touchline.sources.scenes import BALLS, GOALS, SHIRTS, Image, Rng, Sport, draw
+from touchline.sources.scenes import BALLS, GOALS, SHIRTS, Image, Rng, Sport, draw, resized
 
 _FORMATS = {7: "png", 13: "webp"}  # of the scenes whose index ends so, modulo 20; the others are JPEG
 
@@ -89,8 +89,9 @@ def _oddities(
     """
 
     def smaller(name: str, index: int, share: float, quality: int) -> bytes:
-        image = cv2.resize(scene(name, index), None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
-        return encode(image, "jpg", quality)
+        image = scene(name, index)
+        height, width = (round(share * side) for side in image.shape[:2])
+        return encode(resized(image, width, height), "jpg", quality)
 
     def truncated() -> bytes:
         whole = encode(scene(first, 100_000), "jpg")
@@ -117,5 +118,5 @@ def _oddities(
     yield first, "jpeg-inside.png", lambda: encode(scene(first, 100_001), "jpg")
     yield second, "page.jpg", lambda: page
     yield first, "flat.png", lambda: encode(np.full((240, 320, 3), (86, 120, 60), np.uint8), "png")
-    yield second, "thumbnail.jpg", lambda: encode(cv2.resize(scene(second, 100_002), (32, 24)), "jpg")
-    yield first, "panorama.jpg", lambda: encode(cv2.resize(scene(first, 100_003), (900, 180)), "jpg")
+    yield second, "thumbnail.jpg", lambda: encode(resized(scene(second, 100_002), 32, 24), "jpg")
+    yield first, "panorama.jpg", lambda: encode(resized(scene(first, 100_003), 900, 180), "jpg")

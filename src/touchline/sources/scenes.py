@@ -2,12 +2,19 @@
 
 A scene is laid out in metres (x to the right, y up, z away from the camera), drawn far to near in 8-bit RGB, and every
 random choice in it comes from the generator that is handed in.
+
+The pixels are the same on every processor, so only operations that are defined to the last bit are used: integers; of
+floating point `+ - * /` and square roots, one NumPy operation at a time; of OpenCV its scalar drawing (polygons, lines,
+circles), tables, saturating sums, and what it promises bit-exact (`GaussianBlur` of 8 bits, `INTER_LINEAR_EXACT`).
+NumPy's sines, exponentials, normal draws and matrix products, and OpenCV's other kernels, differ between processors:
+`_sine`, `_normal`, `_product`, `resized` and `_warped` stand in for them.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,6 +39,64 @@ LEAVES: tuple[Colour, ...] = ((48, 86, 44), (66, 98, 40), (96, 92, 40), (36, 70,
 WALLS: tuple[Colour, ...] = ((190, 170, 150), (150, 80, 65), (205, 205, 200))
 SKINS: tuple[Colour, ...] = ((245, 210, 180), (225, 175, 140), (190, 135, 100), (140, 90, 62), (92, 60, 45))
 HAIRS: tuple[Colour, ...] = ((30, 24, 22), (70, 45, 28), (150, 105, 55), (205, 175, 110), (125, 60, 30))
+
+
+def _sine(angle: np.ndarray | float) -> np.ndarray:
+    """Of radians, within 1e-9: the Taylor series after folding into a quarter turn either way."""
+    half = angle / np.pi
+    turns = np.rint(half)
+    x = (half - turns) * np.pi * (1 - 2 * (turns % 2))
+    y = x * x
+    return x * (1 - y / 6 * (1 - y / 20 * (1 - y / 42 * (1 - y / 72 * (1 - y / 110 * (1 - y / 156))))))
+
+
+def _circle(angle: np.ndarray | float) -> np.ndarray:
+    """The points (cosine, sine) of the unit circle at `angle` radians: (2,) and the shape of `angle`."""
+    return np.array([_sine(angle + np.pi / 2), _sine(angle)])
+
+
+def _normal(rng: Rng, mean: float = 0.0, deviation: float = 1.0, size: int | tuple[int, ...] | None = None) -> Any:
+    """Nearly normal numbers, a float or an array of `size`: sums of twelve uniform ones."""
+    return mean + deviation * (sum(rng.random(size) for _ in range(12)) - 6)
+
+
+def _product(left: np.ndarray, right: np.ndarray | Sequence[Any]) -> np.ndarray:
+    """The matrix product of (m, k) and (k, ...), added up in the order of k."""
+    return np.asarray(sum(np.multiply.outer(column, values) for column, values in zip(left.T, right, strict=True)))
+
+
+def resized(image: Image, width: int, height: int) -> Image:
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+
+
+def _warped(texture: Image, view: np.ndarray, width: int, height: int) -> tuple[Image, np.ndarray]:
+    """The 8-bit `texture` as the homography `view` (3, 3), pixels to pixels, shows it; interpolated linearly.
+
+    Returns:
+        An image of `height` and `width` whose borders go on for ever, and (height, width) bool: within the texture.
+    """
+    rows, columns = texture.shape[:2]
+    # Pixels to pixels again: the inverse up to its scale, which cancels.
+    back = np.stack([np.cross(view[1], view[2]), np.cross(view[2], view[0]), np.cross(view[0], view[1])], axis=1)
+    u, v, w = _product(back, np.broadcast_arrays(np.arange(width), np.arange(height)[:, None], 1.0))
+    w = np.where(w == 0, 1e-9, w)
+    u, v = np.rint(u / w * 256), np.rint(v / w * 256)
+    within = (u >= 0) & (v >= 0) & (u < (columns - 1) * 256) & (v < (rows - 1) * 256)
+    u = np.clip(u, 0, (columns - 1) * 256 - 1).astype(np.int32)
+    v = np.clip(v, 0, (rows - 1) * 256 - 1).astype(np.int32)
+    pixels = texture.reshape(rows * columns, *texture.shape[2:])
+    corner = (v >> 8) * columns + (u >> 8)
+    each = (height, width) + (1,) * (texture.ndim - 2)
+    right, down = ((at & 255).astype(np.uint16).reshape(each) for at in (u, v))
+
+    def between(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+        return (first * (256 - share) + second * share + 128) >> 8
+
+    top_left, top_right, low_left, low_right = (
+        np.take(pixels, corner + step, axis=0) for step in (0, 1, columns, columns + 1)
+    )
+    shown = between(between(top_left, top_right, right), between(low_left, low_right, right), down)
+    return shown.astype(np.uint8), within
 
 
 @dataclass(frozen=True)
@@ -77,7 +142,7 @@ def draw(sport: Sport, rng: Rng) -> Image:
     for depth, draw_thing in sorted(things, key=lambda pair: -pair[0]):
         if in_focus is not None and depth < in_focus:
             # What lies behind the subject of a close-up is out of focus.
-            cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 3.5), dst=image)
+            image[:] = _blurred(image, rng.uniform(0.8, 3.5))
             in_focus = None
         draw_thing()
     return _lens(_weather(image, light, rng), rng)
@@ -95,13 +160,13 @@ class Camera:
     def project(self, points: Vectors) -> np.ndarray:
         """(n, 3) metres to (n, 2) pixels; what is behind the camera is put just before it."""
         points = np.asarray(points, float)
-        image = points @ self.matrix[:, :3].T + self.matrix[:, 3]
+        x, y, depth = _product(self.matrix, [*points.T, np.ones(len(points))])
         # cv2 takes 32-bit fixed point; a point far outside the frame is as good as one a little nearer.
-        return np.clip(image[:, :2] / np.maximum(image[:, 2:], 0.05), -9000, 9000)
+        return np.clip(np.stack([x, y], axis=1) / np.maximum(depth, 0.05)[:, None], -9000, 9000)
 
     def scale(self, at: Vector) -> float:
         """Pixels a metre at the point `at`."""
-        return self.focal / max(float(self.matrix[2] @ [*at, 1.0]), 0.3)
+        return self.focal / max(float(_product(self.matrix[2:], [*at, 1.0])[0]), 0.3)
 
 
 @dataclass(frozen=True)
@@ -115,19 +180,20 @@ class Place:
     @property
     def matrix(self) -> np.ndarray:
         """(3, 3): (u, w, 1) on the pitch to (x, z, 1) in the world."""
-        cosine, sine = np.cos(self.yaw), np.sin(self.yaw)
+        cosine, sine = _circle(self.yaw)
         return np.array([[cosine, sine, self.x], [sine, -cosine, self.z], [0, 0, 1]])
 
     def world(self, points: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
         """(n, 3) of (u, y, w) to (n, 3) of (x, y, z), metres."""
         u, y, w = np.asarray(points, float).T
-        x, z, _ = self.matrix @ np.stack([u, w, np.ones_like(u)])
+        x, z, _ = _product(self.matrix, [u, w, np.ones_like(u)])
         return np.stack([x, y, z], axis=1)
 
 
 def _size(rng: Rng) -> tuple[int, int]:
     longer = rng.uniform(300, 640)
-    aspect = np.exp(rng.normal(0.2, 0.35))
+    power = np.clip(_normal(rng, 0.2, 0.35), -1, 1)
+    aspect = (2 + power) / (2 - power)  # nearly the exponential
     sides = (longer, longer / aspect) if aspect > 1 else (longer * aspect, longer)
     return int(np.clip(sides[0], 200, 640)), int(np.clip(sides[1], 200, 640))
 
@@ -139,7 +205,7 @@ def _camera(shot: str, width: int, height: int, rng: Rng) -> tuple[Camera, tuple
         case "goal":
             distance, eye, aim = rng.uniform(14, 40), rng.uniform(0.8, 7), 2.6
             focal = rng.uniform(0.65, 1.1) * side * distance / 7
-            goal_z, yaw, subject_z = distance, rng.normal(0, 0.3), distance * rng.uniform(0.55, 0.9)
+            goal_z, yaw, subject_z = distance, _normal(rng, 0, 0.3), distance * rng.uniform(0.55, 0.9)
         case "play":
             distance, eye, aim = rng.uniform(10, 22), rng.uniform(1.2, 5), 1.2
             focal = rng.uniform(0.3, 0.6) * side * distance / 1.8
@@ -147,18 +213,18 @@ def _camera(shot: str, width: int, height: int, rng: Rng) -> tuple[Camera, tuple
         case "ball":
             distance, eye, aim = rng.uniform(2.2, 3.5), rng.uniform(0.3, 1.3), rng.uniform(0.1, 0.4)
             focal = rng.uniform(0.17, 0.32) * side * distance / 0.15
-            goal_z, yaw, subject_z = rng.uniform(14, 30), rng.normal(0, 0.4), distance
+            goal_z, yaw, subject_z = rng.uniform(14, 30), _normal(rng, 0, 0.4), distance
         case _:
             distance, eye, aim = rng.uniform(5, 8), rng.uniform(1, 2), rng.uniform(0.9, 1.2)
             focal = rng.uniform(0.6, 1.2) * side * distance / 1.8
-            goal_z, yaw, subject_z = distance + rng.uniform(6, 15), rng.normal(0, 0.4), distance
-    tilt, roll = np.arctan2(eye - aim, distance), rng.normal(0, 0.04)
-    cosine, sine = np.cos(tilt), np.sin(tilt)
-    turn = np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
+            goal_z, yaw, subject_z = distance + rng.uniform(6, 15), _normal(rng, 0, 0.4), distance
+    cosine, sine = np.array([distance, eye - aim]) / np.sqrt(distance * distance + (eye - aim) * (eye - aim))
+    level, lean = _circle(_normal(rng, 0, 0.04))
+    turn = np.array([[level, -lean, 0], [lean, level, 0], [0, 0, 1]])
     centre = width * rng.uniform(0.4, 0.6), height * rng.uniform(0.45, 0.65)
     lens = np.array([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
     outside = np.array([[1, 0, 0, 0], [0, -cosine, -sine, eye * cosine], [0, -sine, cosine, eye * sine]])
-    camera = Camera(width, height, focal, lens @ turn @ outside)
+    camera = Camera(width, height, focal, _product(_product(lens, turn), outside))
     goal_x = rng.uniform(-0.18, 0.18) * width * goal_z / focal
     subject_x = rng.uniform(-0.2, 0.2) * width * subject_z / focal
     return camera, (subject_x, subject_z), Place(goal_x, goal_z, yaw)
@@ -185,7 +251,7 @@ def _shade(colour: Sequence[float], factor: float) -> Colour:
     return red, green, blue
 
 
-def _grade(image: Image, gain: Sequence[float] | np.ndarray, offset: Sequence[float] | np.ndarray) -> Image:
+def _grade(image: Image, gain: Vector | float, offset: Vector | float) -> Image:
     """`image * gain + offset`, channel by channel."""
     table = np.arange(256)[:, None] * np.asarray(gain) + np.asarray(offset)
     return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)[:, None])
@@ -195,10 +261,20 @@ def _pick(colours: Sequence[Colour], rng: Rng) -> Colour:
     return colours[int(rng.integers(len(colours)))]
 
 
+def _blurred(image: Image, deviation: float) -> Image:
+    return cv2.GaussianBlur(image, (0, 0), deviation, hint=cv2.ALGO_HINT_ACCURATE)
+
+
 def _mottle(width: int, height: int, cells: int, rng: Rng) -> np.ndarray:
-    """Smooth noise, (height, width) float32 of about mean 0 and deviation 1."""
-    coarse = rng.standard_normal((cells, cells), dtype=np.float32)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    """Smooth noise, (height, width) of about mean 0 and deviation 1."""
+    values = _normal(rng, size=(cells, cells))
+    for length in (height, width):
+        at = np.linspace(0, cells - 1.001, length)
+        cell = at.astype(int)
+        share = at - cell
+        share = (share * share * (3 - 2 * share))[:, None]
+        values = (values[cell] + (values[cell + 1] - values[cell]) * share).T
+    return np.ascontiguousarray(1.2 * values)
 
 
 def _sky(width: int, height: int, light: str, rng: Rng) -> Image:
@@ -210,11 +286,11 @@ def _sky(width: int, height: int, light: str, rng: Rng) -> Image:
     }[light]
     # It is smooth, so it is painted small.
     down = np.linspace(0, 1, 48)[:, None, None]
-    sky = np.array(top) * (1 - down) + np.array(bottom) * down + rng.normal(0, 8, 3)
+    sky = np.array(top) * (1 - down) + np.array(bottom) * down + _normal(rng, 0, 8, 3)
     clouds = np.clip(_mottle(48, 48, 7, rng) * 0.35 + 0.1, 0, 0.8)[..., None]
     cloud = np.array(bottom) * 0.5 + (30 if light == "night" else 118)
     small = np.clip(sky * (1 - clouds) + cloud * clouds, 0, 255).astype(np.uint8)
-    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+    return resized(small, width, height)
 
 
 def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
@@ -223,7 +299,7 @@ def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
     tall, wide = rows * pixels, seats * pixels
     fans = np.array([_pick(KITS, rng) for _ in range(3)] * 2 + [*KITS, *SKINS] + [(60, 62, 70)] * 12, np.uint8)
     crowd = fans[rng.integers(len(fans), size=(rows, seats))] * rng.uniform(0.3, 0.6)
-    wall = cv2.resize(crowd.astype(np.uint8), (wide, tall), interpolation=cv2.INTER_LINEAR)
+    wall = resized(crowd.astype(np.uint8), wide, tall)
     wall[::15] = wall[::15] // 2
     wall[: int(tall * rng.uniform(0.1, 0.3))] = _shade((255, 255, 255), rng.uniform(0.15, 0.6))
     for aisle in range(int(rng.integers(40, 90)), wide, 110):
@@ -231,17 +307,15 @@ def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
     for start in range(0, wide, 60):
         wall[-14:, start : start + 60] = _shade(_pick(KITS, rng), 0.7)
         cv2.line(wall, (start + 8, tall - 7), (start + 48, tall - 7), (170, 170, 170), 2)
-    angle = np.clip(rng.normal(0, 0.3), -0.6, 0.6)
-    middle = np.array([0, 0, goal_z + rng.uniform(9, 22)])
+    cosine, sine = _circle(np.clip(_normal(rng, 0, 0.3), -0.6, 0.6))
+    distance, high = goal_z + rng.uniform(9, 22), rng.uniform(6, 18)
     # Its near end must lie before the camera: behind it, a homography turns inside out.
-    reach = min(90.0, 0.85 * middle[2] / max(abs(np.sin(angle)), 0.01)) * np.array([np.cos(angle), 0, np.sin(angle)])
-    up = np.array([0, rng.uniform(6, 18), 0])
-    corners = camera.project([middle - reach + up, middle + reach + up, middle + reach, middle - reach])
-    whole = np.array([[0, 0], [wide, 0], [wide, tall], [0, tall]], np.float32)
-    view = cv2.getPerspectiveTransform(whole, corners.astype(np.float32))
-    cv2.warpPerspective(
-        wall, view, (camera.width, camera.height), image, cv2.INTER_LINEAR, borderMode=cv2.BORDER_TRANSPARENT
-    )
+    reach = min(90.0, 0.85 * distance / max(abs(sine), 0.01))
+    left_top = (-reach * cosine, high, distance - reach * sine, 1)
+    along, down = 2 * reach / wide * np.array([cosine, 0, sine, 0]), np.array([0, -high / tall, 0, 0])
+    view = _product(camera.matrix, np.stack([along, down, left_top], axis=1))
+    shown, within = _warped(wall, view, camera.width, camera.height)
+    cv2.copyTo(shown, within.astype(np.uint8), image)
 
 
 def _countryside(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
@@ -263,7 +337,7 @@ def _countryside(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
     for x in np.arange(-60, 60, rng.uniform(1.5, 4)):
         tall = rng.uniform(2, 7)
         for _ in range(3):
-            at = (x + rng.normal(0, 1), tall * rng.uniform(0.4, 0.9), far + 1)
+            at = (x + _normal(rng, 0, 1), tall * rng.uniform(0.4, 0.9), far + 1)
             _disc(image, camera.project([at])[0], tall * 0.3 * camera.scale(at), _shade(leaf, rng.uniform(0.7, 1.3)))
         board(_shade(leaf, 0.7), (x - 2, 0), (x + 2, 0), (x + 2, 1.2), (x - 2, 1.2))
 
@@ -271,7 +345,7 @@ def _countryside(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
 def _arc(u: float, w: float, radius: float, start: float = 0, end: float = 360) -> np.ndarray:
     """Part of a circle round (u, w) as a path, (40, 2) metres; `start` and `end` in degrees."""
     turns = np.radians(np.linspace(start, end, 40))
-    return np.stack([u + radius * np.cos(turns), w + radius * np.sin(turns)], axis=1)
+    return (np.array([[u], [w]]) + radius * _circle(turns)).T
 
 
 def _dashed(start: tuple[float, float], end: tuple[float, float], dashes: int) -> list[np.ndarray]:
@@ -313,18 +387,17 @@ def _pitch(image: Image, camera: Camera, goal: Place, goal_kind: str, rng: Rng) 
     """
     pixels, wide = 6, 110
     columns, rows = wide * pixels, (FIELD - BEHIND) * pixels
-    tone = 118 + 7 * _mottle(columns, rows, 24, rng) * np.float32(rng.uniform(0.4, 1.5))
+    tone = 118 + 7 * rng.uniform(0.4, 1.5) * _mottle(columns, rows, 24, rng)
     u, w = np.arange(columns)[None], np.arange(rows)[:, None]
     striped = (u if rng.random() < 0.5 else w) // int(rng.uniform(4, 8) * pixels) % 2
-    turf = np.clip(tone + striped.astype(np.float32) * rng.choice([0, 9, 18]), 0, 160).astype(np.uint8)
+    turf = np.clip(tone + striped * rng.choice([0, 9, 18]), 0, 160).astype(np.uint8)
     for path in COMMON_LINES + LINES[goal_kind]:
         _stroke(turf, np.add(np.asarray(path), (wide / 2, -BEHIND)) * pixels, 2, 255)
     painted = np.array([[1 / pixels, 0, -wide / 2], [0, 1 / pixels, BEHIND], [0, 0, 1]])
-    view = camera.matrix[:, [0, 2, 3]] @ goal.matrix @ painted
-    size = camera.width, camera.height
-    ground = cv2.warpPerspective(turf, view, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    view = _product(_product(camera.matrix[:, [0, 2, 3]], goal.matrix), painted)
+    ground, _ = _warped(turf, view, camera.width, camera.height)
     blades = rng.integers(0, 24, size=(camera.height // 3 + 1, camera.width // 2 + 1), dtype=np.uint8)
-    ground = cv2.subtract(ground, cv2.resize(blades, size, interpolation=cv2.INTER_LINEAR))
+    ground = cv2.subtract(ground, resized(blades, camera.width, camera.height))
     green = np.array(_pick(GREENS, rng))
     paint = np.array((238, 240, 235)) * rng.uniform(0.85, 1)
     table = [np.interp(np.arange(256), (0, 160, 245), (0, green[c] * 1.3, paint[c])) for c in range(3)]
@@ -362,7 +435,7 @@ def _someone(sport: Sport, at: Sequence[float], pose: str, facing: int, kit: Kit
         bulk=sport.bulk * rng.uniform(0.92, 1.1),
         skin=_pick(SKINS, rng),
         hair=_pick(HAIRS, rng),
-        jitter=rng.normal(0, 0.12, 8),
+        jitter=_normal(rng, 0, 0.12, 8),
     )
 
 
@@ -486,7 +559,8 @@ def _figure(image: Image, camera: Camera, player: Player) -> None:
     bulk, skin = player.bulk, player.skin
 
     def step(start: np.ndarray, angle: float, length: float) -> np.ndarray:
-        return start + length * np.array([player.facing * np.sin(angle), -np.cos(angle)])
+        cosine, sine = _circle(angle)
+        return start + length * np.array([player.facing * sine, -cosine])
 
     def on_screen(point: np.ndarray) -> np.ndarray:
         return origin + scale * np.array([point[0], -point[1]])
@@ -532,7 +606,7 @@ def _figure(image: Image, camera: Camera, player: Player) -> None:
 def _torso(image: Image, hip: np.ndarray, neck: np.ndarray, size: float, player: Player) -> None:
     """From `hip` to `neck` (pixels), in the pattern of the shirt."""
     spine = neck - hip
-    across = np.array([-spine[1], spine[0]]) / max(float(np.hypot(*spine)), 1e-6) * size
+    across = np.array([-spine[1], spine[0]]) / max(_length(spine), 1e-6) * size
 
     def patch(low: float, high: float, left: float, right: float, colour: Colour) -> None:
         corners = [(low, left), (low, right), (high, right), (high, left)]
@@ -599,7 +673,7 @@ def _net(image: Image, camera: Camera, goal: Place, rng: Rng) -> None:
     threads = camera.project(goal.world(np.reshape(back + roof + sides, (-1, 3))))
     for thread in threads.reshape(-1, 2, 2):
         _stroke(veil, thread, 1, (240, 240, 240))
-    cv2.addWeighted(veil, 0.75, image, 0.25, 0, dst=image)
+    image[:] = (3 * veil.astype(np.uint16) + image) // 4
 
 
 def _ball(image: Image, camera: Camera, at: Point, kind: str, rng: Rng) -> None:
@@ -614,22 +688,17 @@ def _ball(image: Image, camera: Camera, at: Point, kind: str, rng: Rng) -> None:
     region = image[top:bottom, left:right]
     if region.size == 0:
         return
-    rows, columns = np.mgrid[top : top + region.shape[0], left : left + region.shape[1]].astype(np.float32)
+    rows, columns = np.ogrid[top : top + region.shape[0], left : left + region.shape[1]]
     dx, dy = (columns - centre[0]) / radius, (rows - centre[1]) / radius
-    along = (dx * np.cos(spin) + dy * np.sin(spin)) / stretch
-    across = -dx * np.sin(spin) + dy * np.cos(spin)
-    distance = np.hypot(along, across)
-    normal = np.stack([along, across, np.sqrt(np.clip(1 - distance**2, 0, 1))], axis=-1)
+    cosine, sine = _circle(spin)
+    along, across = (dx * cosine + dy * sine) / stretch, dy * cosine - dx * sine
+    distance = _length([along, across])
+    normal = np.stack([along, across, np.sqrt(np.clip(1 - distance * distance, 0, 1))])
 
-    base, patch = np.array(
-        [
-            _pick([(245, 245, 240), (245, 245, 240), (240, 225, 190), (250, 220, 70), (240, 150, 60)], rng),
-            _pick([(28, 28, 34), (28, 28, 34), (30, 50, 120), (150, 25, 40), (20, 80, 50)], rng),
-        ],
-        np.float32,
-    )
+    base = np.array(_pick([(245, 245, 240), (245, 245, 240), (240, 225, 190), (250, 220, 70), (240, 150, 60)], rng))
+    patch = np.array(_pick([(28, 28, 34), (28, 28, 34), (30, 50, 120), (150, 25, 40), (20, 80, 50)], rng))
     dark = _panels(kind, normal, radius, rng)[..., None]
-    lit = 0.5 + 0.6 * np.clip(normal @ np.array([0.0, -0.55, 0.8], np.float32), 0, 1)
+    lit = 0.5 + 0.6 * np.clip(0.8 * normal[2] - 0.55 * normal[1], 0, 1)
     cover = _edge((1 - distance) * radius)[..., None]
     colour = np.clip((base * (1 - dark) + patch * dark) * lit[..., None], 0, 255)
     region[:] = region * (1 - cover) + colour * cover
@@ -644,29 +713,54 @@ def _panels(kind: str, normal: np.ndarray, radius: float, rng: Rng) -> np.ndarra
     """How dark each pixel of a ball is, 0 to 1: its panels, and at half strength its seams.
 
     Args:
-        normal: (height, width, 3) on the unit sphere.
+        normal: (3, height, width) on the unit sphere.
         radius: of the ball, pixels.
     """
-    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    turned = _product(_rotation(rng), normal)
     match kind:
         case "oval":
-            tip = np.abs(normal[..., 0])
-            roll = np.arctan2(normal[..., 1], normal[..., 2]) + rng.uniform(0, np.pi)
+            tip = np.abs(normal[0])
+            cosine, sine = _circle(rng.uniform(0, np.pi))
+            a, b = normal[1] * cosine + normal[2] * sine, normal[2] * cosine - normal[1] * sine
             bands = _edge((tip - rng.uniform(0.5, 0.75)) * radius) * _edge((0.93 - tip) * radius)
-            seams = _edge((0.05 - np.abs(np.sin(2 * roll)) * np.clip(1 - tip, 0.1, 1) / 2) * radius)
+            # |a b| / (a² + b²) is half the sine of twice the angle round the ball's axis.
+            half_sine = np.abs(a * b) / np.maximum(a * a + b * b, 1e-9)
+            seams = _edge((0.05 - half_sine * np.clip(1 - tip, 0.1, 1)) * radius)
             return np.maximum(bands, 0.55 * seams)
         case "patched":
             # Dark round the twelve corners of an icosahedron; a seam where two corners are equally near.
-            phi = (1 + 5**0.5) / 2
-            corners = np.array([p for a in (-1, 1) for b in (-phi, phi) for p in ((0, a, b), (a, b, 0), (b, 0, a))])
-            nearness = np.sort(normal @ (turn @ corners.T / np.hypot(1, phi)).astype(np.float32), axis=-1)
-            patches = _edge((nearness[..., -1] - rng.uniform(0.915, 0.935)) * 2 * radius)
-            seams = _edge((0.02 - (nearness[..., -1] - nearness[..., -2])) * radius)
+            phi = (1 + np.sqrt(5)) / 2
+            corners = np.array([p for b in (-phi, phi) for p in ((0, 1, b), (1, b, 0), (b, 0, 1))])
+            nearest = second = np.full(normal.shape[1:], -1.0)
+            for nearness in np.abs(_product(corners / np.sqrt(1 + phi * phi), turned)):
+                second = np.maximum(second, np.minimum(nearest, nearness))
+                nearest = np.maximum(nearest, nearness)
+            patches = _edge((nearest - rng.uniform(0.915, 0.935)) * 2 * radius)
+            seams = _edge((0.02 - (nearest - second)) * radius)
             return np.maximum(patches, 0.33 * seams)
         case "ringed":
-            return _edge((np.sin(7 * (normal @ turn[0])) - 0.2) * radius / 5)
+            return _edge((_sine(7 * turned[0]) - 0.2) * radius / 5)
         case _:
-            return _edge(np.sin(4 * np.arctan2(normal @ turn[0], normal @ turn[1])) * radius / 4)
+            # The sine of four times the angle round the third axis.
+            a, b = turned[:2] / np.maximum(_length(turned[:2]), 1e-9)
+            return _edge(4 * a * b * (b * b - a * a) * radius / 4)
+
+
+def _length(vector: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    x, y = vector
+    return np.sqrt(x * x + y * y)
+
+
+def _rotation(rng: Rng) -> np.ndarray:
+    """A random turn, (3, 3), from a random unit quaternion."""
+    w, x, y, z = _normal(rng, size=4)
+    norm = w * w + x * x + y * y + z * z
+    rows = [
+        [w * w + x * x - y * y - z * z, 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), w * w - x * x + y * y - z * z, 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), w * w - x * x - y * y + z * z],
+    ]
+    return np.array(rows) / norm
 
 
 def _shadows(image: Image, camera: Camera, feet: Sequence[Vector], light: str, rng: Rng) -> None:
@@ -674,13 +768,12 @@ def _shadows(image: Image, camera: Camera, feet: Sequence[Vector], light: str, r
     cast = rng.uniform(-1.6, 1.6, 2) if light in ("sun", "dusk") else np.zeros(2)
     keep: Image = np.full(image.shape[:2], 255, np.uint8)
     depth = int(rng.uniform(150, 200))
-    turns = np.linspace(0, 2 * np.pi, 12)
+    cosine, sine = 0.35 * _circle(np.linspace(0, 2 * np.pi, 12))
     for x, _, z in feet:
-        ring = np.stack([x + 0.35 * np.cos(turns), 0 * turns, z + 0.35 * np.sin(turns)], axis=1)
+        ring = np.stack([x + cosine, 0 * cosine, z + sine], axis=1)
         outline = camera.project(np.r_[ring, ring + np.array([cast[0], 0, cast[1]])])
-        _polygon(keep, cv2.convexHull(outline.astype(np.float32))[:, 0], depth)
-    keep = cv2.GaussianBlur(keep, (0, 0), 1.5)
-    cv2.multiply(image, cv2.merge([keep] * 3), dst=image, scale=1 / 255)
+        _polygon(keep, cv2.convexHull(np.rint(outline * 16).astype(np.int32))[:, 0] / 16, depth)
+    image[:] = image * (_blurred(keep, 1.5)[..., None].astype(np.uint16) + 1) >> 8
 
 
 def _weather(image: Image, light: str, rng: Rng) -> Image:
@@ -700,12 +793,14 @@ def _weather(image: Image, light: str, rng: Rng) -> Image:
             slant, length = rng.uniform(-0.3, 0.3), rng.uniform(0.03, 0.08) * height
             for x, y in rng.uniform((0, 0), (width, height), size=(width * height // 800, 2)):
                 _stroke(streaks, [(x, y), (x + slant * length, y + length)], 1, (255, 255, 255))
-            scene = cv2.addWeighted(scene, 1, streaks, rng.uniform(0.1, 0.3), 0)
+            scene = cv2.add(scene, _grade(streaks, rng.uniform(0.1, 0.3), 0))
         case "glare":
             rows, columns = np.ogrid[0:1:48j, 0:1:48j]
-            away = np.hypot(rows - rng.uniform(-0.2, 0.2), columns - rng.uniform(0, 1))
-            glow = (np.exp(-((away / 0.35) ** 2))[..., None] * (150, 140, 105)).astype(np.uint8)
-            scene = cv2.add(scene, cv2.resize(glow, (width, height), interpolation=cv2.INTER_CUBIC))
+            away = _length([rows - rng.uniform(-0.2, 0.2), columns - rng.uniform(0, 1)])
+            near = 1 - np.clip(away, 0, 1) * np.clip(away, 0, 1)
+            near = near * near * near * near  # with its square below nearly exp(-(away / 0.35) ** 2)
+            glow = ((near * near)[..., None] * (150, 140, 105)).astype(np.uint8)
+            scene = cv2.add(scene, resized(glow, width, height))
     return scene
 
 
@@ -715,13 +810,17 @@ def _lens(image: Image, rng: Rng) -> Image:
     blur = rng.random()
     if blur < 0.1:
         length, angle = int(rng.integers(3, 10)), rng.uniform(0, np.pi)
-        kernel = np.zeros((2 * length + 1, 2 * length + 1), np.float32)
-        reach = length * np.array([np.cos(angle), np.sin(angle)]) / 2
-        _stroke(kernel, [length - reach, length + reach], 1, 1.0)
-        image = cv2.filter2D(image, -1, kernel / kernel.sum())
+        # The camera moved: the mean of what it saw on its way.
+        steps = np.rint(np.arange(length + 1)[:, None] * _circle(angle)).astype(int)
+        steps -= steps.min(axis=0)
+        wide = np.pad(image, ((0, length), (0, length), (0, 0)), "edge").astype(np.uint16)
+        seen = np.sum([wide[y : y + height, x : x + width] for x, y in steps], axis=0)
+        image = (seen // len(steps)).astype(np.uint8)
     elif blur < 0.3:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.6, 1.6))
-    gain = rng.uniform(0.85, 1.15) * rng.normal(1, 0.04, 3)
-    image = _grade(image, gain, 128 * (1 - gain) + rng.normal(0, 8))
-    noise = rng.standard_normal((height, width), dtype=np.float32) * np.float32(rng.uniform(0, 7))
+        image = _blurred(image, rng.uniform(0.6, 1.6))
+    gain = rng.uniform(0.85, 1.15) * _normal(rng, 1, 0.04, 3)
+    image = _grade(image, gain, 128 * (1 - gain) + _normal(rng, 0, 8))
+    # Sums of four bytes have a deviation of 148; the noise has one of up to 7.
+    noise = rng.integers(256, size=(4, height, width), dtype=np.uint8).sum(axis=0, dtype=np.int32) - 510
+    noise = (noise * int(rng.uniform(0, 7 / 148) * 4096) >> 12).astype(np.int16)
     return cv2.add(image, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
