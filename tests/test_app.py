@@ -172,7 +172,6 @@ class Page:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     root = tmp_path_factory.mktemp("page") / "the project"
     project = projects.copy(projects.built(tmp_path_factory).untouched, root)
-    project.touchline("registry", "sync")
     scratch = tmp_path_factory.mktemp("scratch")
     [port] = boards.free_ports(1)
     command = ["touchline", "app", "--port", str(port)]
@@ -274,10 +273,10 @@ def test_what_the_page_shows_is_what_predict_says(page: Page, photos: dict[str, 
     picture(browser, "empty")
     photo = photos["soccer"]
     give(browser, photo)
-    champion = json.loads(page.project.run("touchline", "predict", str(photo), "--format", "json").splitlines()[0])
-    other = "cnn" if "transfer" in page.project.touchline("registry", "list") else "transfer"
-    beside = json.loads(
-        page.project.run("touchline", "predict", str(photo), "--format", "json", "--model", other).splitlines()[0]
+    other = "cnn" if page.project.json("reports/registration.json")["better_model"] == "transfer" else "transfer"
+    champion, beside = (
+        json.loads(page.project.call("predict", str(photo), "--format", "json", *model).out)
+        for model in ((), ("--model", other))
     )
     names = {"first": "rugby-soccer version 1", "second": f"models/{other}.keras"}
     for place, said in {"first": champion, "second": beside}.items():

@@ -155,7 +155,6 @@ class Littered:
 
     def _mlflow(self) -> None:
         project = self.project
-        project.touchline("registry", "sync")
         for (run_id,) in sql(project.root / "mlflow/mlflow.db", "SELECT run_uuid FROM runs"):
             age(project, run_id)
         self.of_models = run_names(project)
@@ -307,6 +306,7 @@ def test_what_nothing_needs_goes_and_all_else_still_works(littered: Littered) ->
     assert project.touchline("registry", "sync") == ""
 
 
+@pytest.mark.slow
 def test_killed_twice_in_its_middle_it_is_made_good_by_the_next_run(littered: Littered) -> None:
     project = littered.project
     unneeded = project.root / f".dvc/cache/files/md5/{littered.of_nobody[0][:2]}/{littered.of_nobody[0][2:]}"
@@ -336,8 +336,9 @@ def wait_until(is_so: Callable[[], object], seconds: float = 120) -> None:
 
 @pytest.mark.parametrize(
     "lock,name",
-    [(".dvc/tmp/touchline/train@cnn.lock", "stage train@cnn"), (".prefect/board.lock", "the board"),
-     (".prefect/flow.lock", "a flow")],
+    [(".dvc/tmp/touchline/train@cnn.lock", "stage train@cnn"),
+     pytest.param(".prefect/board.lock", "the board", marks=pytest.mark.slow),
+     pytest.param(".prefect/flow.lock", "a flow", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_it_is_refused_while_a_stage_a_flow_or_a_board_is_at_work(littered: Littered, lock: str, name: str) -> None:
     before = tree(littered.project.root)
@@ -348,6 +349,7 @@ def test_it_is_refused_while_a_stage_a_flow_or_a_board_is_at_work(littered: Litt
     assert {path for path, digest in before.items() if after.get(path) != digest} == set()
 
 
+@pytest.mark.slow
 def test_it_is_refused_while_dvc_or_a_training_is_at_work(littered: Littered, tmp_path: Path) -> None:
     project = littered.project
     program = tmp_path / "dvc"
@@ -371,6 +373,7 @@ def test_it_asks_and_where_nobody_can_answer_it_does_nothing(littered: Littered)
     assert tree(littered.project.root) == before
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_project_does_not_delete_the_artifacts_of_the_first(littered: Littered, tmp_path: Path) -> None:
     before = tree(littered.project.root / "mlflow")
     copied = Project(tmp_path / "a copy")
@@ -381,6 +384,7 @@ def test_a_copy_of_the_project_does_not_delete_the_artifacts_of_the_first(litter
     assert run_names(copied) == littered.names_before
 
 
+@pytest.mark.slow
 def test_a_store_that_is_a_server_is_left_to_whoever_keeps_it(littered: Littered) -> None:
     address = "http://me:secret@127.0.0.1:9/"
     said = littered.project.run("touchline", "clean", "--dry-run", MLFLOW_TRACKING_URI=address, COLUMNS="300")
@@ -388,6 +392,7 @@ def test_a_store_that_is_a_server_is_left_to_whoever_keeps_it(littered: Littered
     assert "whoever keeps it runs `mlflow gc`" in said and "secret" not in said
 
 
+@pytest.mark.slow
 def test_a_version_whose_run_was_deleted_holds_all_of_mlflow_back(littered: Littered) -> None:
     project = littered.project
     database = project.root / "mlflow/mlflow.db"
@@ -400,6 +405,7 @@ def test_a_version_whose_run_was_deleted_holds_all_of_mlflow_back(littered: Litt
     assert not (project.root / "data/features/unnamed").exists()
 
 
+@pytest.mark.slow
 def test_a_commit_that_dvc_cannot_read_holds_the_cache_back(littered: Littered) -> None:
     project = littered.project
     (project.root / "dvc.yaml").write_text("stages: [")
@@ -410,6 +416,7 @@ def test_a_commit_that_dvc_cannot_read_holds_the_cache_back(littered: Littered) 
     assert cached(project) == littered.cached_before
 
 
+@pytest.mark.slow
 def test_a_store_that_a_killed_writer_left_half_way_is_mended_when_it_is_opened(littered: Littered) -> None:
     database = littered.project.root / "mlflow/mlflow.db"
     names = run_names(littered.project)
@@ -426,6 +433,7 @@ def test_a_store_that_a_killed_writer_left_half_way_is_mended_when_it_is_opened(
     assert run_names(littered.project) == names
 
 
+@pytest.mark.slow
 def test_an_archive_without_git_is_cleaned_too(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     project = copy(built(tmp_path_factory).untouched, tmp_path / "an archive")
     shutil.rmtree(project.root / ".git")

@@ -89,12 +89,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(tmp_path_factory.mktemp("two devices"))
 
 
+@pytest.mark.slow
 def test_two_devices_have_the_losses_of_one(ran: Ran) -> None:
     one, both = ran.losses("one"), ran.losses("all")
     assert one.shape == (2, 2) and one[0, 0] > one[1, 0]
     np.testing.assert_allclose(both, one, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_photos_that_two_devices_cannot_share_evenly_still_train_and_all_of_validation_counts(ran: Ran) -> None:
     one, both = ran.losses("odd one"), ran.losses("odd all")
     assert np.isfinite(both).all()
@@ -103,12 +105,14 @@ def test_photos_that_two_devices_cannot_share_evenly_still_train_and_all_of_vali
     assert one.shape == both.shape
 
 
+@pytest.mark.slow
 def test_half_precision_has_nearly_the_losses_of_full(ran: Ran) -> None:
     one, half = ran.losses("one"), ran.losses("half")
     np.testing.assert_allclose(half, one, rtol=0.1, atol=0.01)
     assert (half != one).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "all", "half"])
 def test_the_finished_model_is_of_one_device_and_of_float32(ran: Ran, name: str) -> None:
     model = keras.saving.load_model(ran.folder / f"{name}.keras", safe_mode=True)
@@ -124,12 +128,14 @@ def test_the_finished_model_is_of_one_device_and_of_float32(ran: Ran, name: str)
     np.testing.assert_allclose(model.predict(photos, verbose=0), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_that_cannot_be_shared_evenly_are_refused_in_one_line(ran: Ran) -> None:
     assert ran.said["refused"] == (
         "batch_size 15 cannot be shared evenly among 2 devices: make it a multiple of 2, or set compute.devices: one"
     )
 
 
+@pytest.mark.slow
 def test_the_precision_of_other_models_stays_as_it_was(ran: Ran) -> None:
     assert ran.said["policy"] == "float32"
 

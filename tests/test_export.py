@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 from keras import layers
-from projects import built
+from projects import built, copy
 from typer.testing import CliRunner
 
 from touchline import cli
@@ -264,11 +264,9 @@ def test_an_unknown_format_is_an_error_of_use() -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory):
-    project = built(tmp_path_factory).project
-    output = project.root / "exports/rugby-soccer-version-1.tflite"
-    said = project.touchline("export", "--format", "tflite")
-    yield SimpleNamespace(project=project, output=output, said=said)
-    output.unlink()
+    project = copy(built(tmp_path_factory).project, tmp_path_factory.mktemp("exporting") / "the project")
+    said = project.call("export", "--format", "tflite").out
+    return SimpleNamespace(project=project, output=project.root / "exports/rugby-soccer-version-1.tflite", said=said)
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")

@@ -343,6 +343,7 @@ def test_a_flow_runs_by_hand_where_there_is_no_board(built_copy):
     boards.wait_for(lambda: working_in(built_copy.root) == [], 60)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_flow_started_by_hand_and_the_stage_it_was_at(built_copy):
     # Long enough to be caught at it; ingest is what would be tried again.
     built_copy.change({"ingest.sample.per_class": 100_000})

@@ -5,6 +5,7 @@ Only what a printed line cannot know is put in its place: a free port, a folder 
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run elsewhere.
 NOT_HERE = {
     "make test": "it runs this",
+    "make test-all": "and this",
 }
 # What runs until Ctrl-C: how to give it other ports than the printed ones, and where it then answers.
 SERVERS = {
@@ -39,8 +41,8 @@ SERVERS = {
         "http://127.0.0.1:{4200}/api/health",
     ),
     'make board BOARD="--port 4201"': (
-        'make board BOARD="--port {4200} --mlflow-port {5000} --reports-port {8080}"',
-        "http://127.0.0.1:{4200}/api/health",
+        'make board BOARD="--port {4201} --mlflow-port {5000} --reports-port {8080}"',
+        "http://127.0.0.1:{4201}/api/health",
     ),
     "touchline serve": ("touchline serve --port {8000}", "http://127.0.0.1:{8000}/ping"),
     "make app": ('make app APP="--port {7860}"', "http://127.0.0.1:{7860}/"),
@@ -53,7 +55,7 @@ SERVERS = {
         "http://127.0.0.1:{5001}/ping",
     ),
 }
-PORTS = ("4200", "5000", "5001", "7860", "8000", "8080")
+PORTS = ("4200", "4201", "5000", "5001", "7860", "8000", "8080")
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -66,11 +68,19 @@ def lines(block: str) -> list[str]:
     return [line for line in found if line and line not in NOT_HERE]
 
 
+# Commands that train, and a second board: test_pipeline.py, test_tuning.py and the README's own lines do the same once.
+SLOW = ("experiments.md", "schedules.md")
 COMMANDS = [
-    pytest.param(lines(block), id=f"{document.name}: {lines(block)[0]}")
+    pytest.param(
+        lines(block),
+        id=f"{document.name}: {lines(block)[0]}",
+        marks=pytest.mark.slow if document.name in SLOW else (),
+    )
     for document in DOCUMENTS
     for block in blocks(document, "sh")
 ]
+# One command and no more of a shell, that would start TensorFlow or MLflow: this process has them.
+HERE = re.compile(r"touchline (?:predict|drift|export|audit|promote|rollback|registry)\b[^|&;<>$]*")
 SETTINGS = [
     pytest.param(block, id=f"{document.name} {number}")
     for document in DOCUMENTS
@@ -108,7 +118,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     """A project that has run, with two versions in its store, and an album beside its photos."""
     root = tmp_path_factory.mktemp("readme") / "the project"
     made = as_cloned(projects.copy(projects.built(tmp_path_factory).untouched, root))
-    made.touchline("registry", "sync")
     store = open_store(Paths(root, root), projects.REGISTERED)
     first = store.alias(projects.REGISTERED, CHAMPION)
     store.promote(projects.REGISTERED, store.register(projects.REGISTERED, first.run_id, first.tags, "the same again"))
@@ -142,6 +151,8 @@ def running(project: projects.Project, command: str, address: str) -> Iterator[N
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
             process.communicate(timeout=120)
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=10)
 
 
 @pytest.mark.parametrize("commands", COMMANDS)
@@ -158,11 +169,16 @@ def test_the_commands_work_as_printed(commands, project):
         for line in commands:
             if line in SERVERS:
                 command, address = (re.sub(r"\{(\d+)\}", lambda found: ports[found[1]], each) for each in SERVERS[line])
+                # The one before has ended: of a block only the last is asked by the lines that follow.
+                servers.close()
                 servers.enter_context(running(project, command, address))
                 continue
             for printed, ours in here.items():
                 line = line.replace(printed, ours)  # noqa: PLW2901 - what stays of it is what is printed
-            project.run("bash", "-ec", line)
+            if HERE.fullmatch(line):
+                project.call(*shlex.split(line)[1:])
+            else:
+                project.run("bash", "-ec", line)
 
 
 def test_the_champion_loads_as_printed(project):
@@ -179,6 +195,7 @@ def test_the_settings_are_accepted(block, shipped):
     check(with_settings(shipped, block))
 
 
+@pytest.mark.slow
 def test_classes_of_ones_own_are_told_apart_as_the_readme_says(tmp_path, project):
     own = projects.make(tmp_path / "own")
     for name, drawn in (("cat", "rugby"), ("dog", "soccer")):

@@ -335,6 +335,7 @@ def start(paths: Paths, trials: int, seconds: float) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_work_on_one_study_and_no_trial_is_lost_or_doubled(project: Paths) -> None:
     tuners = [start(project, 8, 1.5) for _ in range(2)]
     outputs = [tuner.communicate()[0] for tuner in tuners]
@@ -348,6 +349,7 @@ def test_two_processes_work_on_one_study_and_no_trial_is_lost_or_doubled(project
     assert {run.info.status for run in [parent, *nested]} == {"FINISHED"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_trial_whose_process_is_ended_is_not_counted_and_its_values_are_tried_again(
     project: Paths, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
@@ -370,6 +372,7 @@ def test_a_trial_whose_process_is_ended_is_not_counted_and_its_values_are_tried_
     assert [run.info.status for run in [parent, *nested]] == ["FINISHED", ended, "FINISHED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_a_queued_grid_runs_whole_and_is_found_under_its_name_in_dvc_and_in_mlflow(tmp_path: Path) -> None:
     project: Project = make_project(tmp_path / "a grid")
     project.dvc("repro", "train@cnn")
