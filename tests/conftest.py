@@ -130,7 +130,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     if faults:
         write_rows(terminalreporter, [("fault", "what happened", "test"), *sorted(faults)])
-    if cases := [(report.nodeid.rpartition("::")[2], str(value)) for report, key, value in told if key == "fuzz"]:
+    if cases := [
+        (report.nodeid.rpartition("::")[2].removesuffix("@test_fuzz"), str(value))
+        for report, key, value in told
+        if key == "fuzz"
+    ]:
         write_rows(terminalreporter, [("hostile bytes", "cases"), *cases])
 
 
