@@ -386,7 +386,7 @@ def test_no_file_of_the_machine_is_served_and_too_large_a_body_is_refused(page: 
 def test_a_port_in_use_is_one_line(page: Page) -> None:
     port = page.url.rstrip("/").rpartition(":")[2]
     said = page.project.touchline("app", "--port", port, exit_code=1)
-    assert said == f"touchline: 127.0.0.1:{port} is not free (Address already in use): choose another --port\n"
+    assert f"127.0.0.1:{port}" in said and "--port" in said and said.count("\n") == 1
 
 
 def test_when_it_is_ended_no_upload_is_left(page: Page) -> None:

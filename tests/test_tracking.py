@@ -361,6 +361,7 @@ def test_a_version_gives_back_its_model_and_the_photos_it_learned_from(store, ru
         store.load("whole", 99)
 
 
+@pytest.mark.slow
 def test_the_champion_predicts_in_a_process_that_never_saw_touchline(paths, store, run_id, tmp_path):
     store.promote("served", store.register("served", run_id, {}, ""))
     script = """
@@ -499,7 +500,7 @@ def test_sync_leaves_an_alias_with_the_version_that_holds_it(paths, store, run_i
 
     lines = tracking.sync(workspace, EXPERIMENT)
 
-    assert lines[-1] == f"cnn: champion stays with version {holder}"
+    assert "cnn" in lines[-1] and str(holder) in lines[-1]
     assert store.alias(EXPERIMENT, "champion").number == holder
     assert store.alias(EXPERIMENT, "challenger").number == holder + 1
 
