@@ -516,6 +516,7 @@ def test_a_file_that_is_not_the_one_described_is_not_logged(store, keras_file, t
         store.ensure(record, tmp_path / "gone.keras")
 
 
+@pytest.mark.slow
 def test_two_trainings_may_start_at_once_on_a_fresh_store(tmp_path, keras_file):
     paths = _project(tmp_path)
     script = """
