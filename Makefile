@@ -1,4 +1,4 @@
-# make run | test | test-portable | faults | lint | format | app | mlflow | board | refresh | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
+# make run | test | test-all | test-portable | faults | lint | format | app | mlflow | board | refresh | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ export PYTHONUTF8 := 1
 # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-portable faults lint format app mlflow board refresh lock clean setup
+.PHONY: run test test-all test-portable faults lint format app mlflow board refresh lock clean setup
 .DEFAULT_GOAL := run
 
 run: setup  ## photos to a registered classifier, then a short table
@@ -26,15 +26,19 @@ run: setup  ## photos to a registered classifier, then a short table
 	@dvc --wait-for-lock repro
 	@touchline summary
 
-test: setup  ## every test
-	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## every feature once for real, in less than ten minutes on two cores: before each commit
+	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
+
+test-all: setup  ## the slow tests too, about half an hour: before a release
+	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 
 test-portable: setup  ## the tests as on one core of a processor without wide vectors; TESTS="tests/test_train.py" for some
 	@python tests/plain_processor.py --timeout=1800 $(TESTS)
 
 faults: setup  ## kill every stage at random moments, tear files, fill disks, lock stores, hand over hostile bytes; a table ends it
 	@echo "killing, tearing and overloading for an hour and more on two cores; a table says what came of it"
-	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=$(KILLS) TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadfile --timeout=1800 \
+	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=$(KILLS) TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadgroup --timeout=1800 \
 		--no-loadscope-reorder tests/test_pipeline_killed.py tests/test_flows_killed.py tests/test_fuzz.py tests/test_faults.py \
 		tests/test_ingest_faults.py tests/test_team.py tests/test_load.py tests/test_security.py
 

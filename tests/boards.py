@@ -78,10 +78,10 @@ class Board:
             )
 
     def up(self) -> None:
-        """Start it unless it runs, and wait until it has printed its addresses."""
+        """Start it unless it runs, and wait until it has printed its last address: then all of it answers."""
         if self.process is None or self.process.poll() is not None:
             self.launch()
-        wait_for(lambda: "Ctrl-C ends all of it" in self.output or self.process.poll() is not None, 300)
+        wait_for(lambda: self.reports_url in self.output or self.process.poll() is not None, 300)
         assert self.process.poll() is None, self.output
 
     def down(self, number: int = signal.SIGINT) -> int | None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boards
+import projects
 import pytest
 from servers import Host
 
@@ -71,11 +73,31 @@ def paths(tmp_path: Path) -> Paths:
     return Paths(root, root)
 
 
+@pytest.fixture(scope="session")
+def shared_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[boards.Board]:
+    """The board of all tests that need a Prefect server, of a project that has run once; `up` starts it.
+
+    Tests that use it are of the group `board`, so that one worker has it.
+    """
+    root = tmp_path_factory.mktemp("a board; $(id)") / "the project"
+    board = boards.Board(projects.copy(projects.built(tmp_path_factory).project, root))
+    yield board
+    board.down()
+
+
 @pytest.fixture
 def host() -> Iterator[Host]:
     """A server on loopback, empty."""
     with Host() as host:
         yield host
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, the tests of a file go to one, for its fixtures, unless a mark puts them with others."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -108,7 +130,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     if faults:
         write_rows(terminalreporter, [("fault", "what happened", "test"), *sorted(faults)])
-    if cases := [(report.nodeid.rpartition("::")[2], str(value)) for report, key, value in told if key == "fuzz"]:
+    if cases := [
+        (report.nodeid.rpartition("::")[2].removesuffix("@test_fuzz"), str(value))
+        for report, key, value in told
+        if key == "fuzz"
+    ]:
         write_rows(terminalreporter, [("hostile bytes", "cases"), *cases])
 
 

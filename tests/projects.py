@@ -3,23 +3,28 @@
 DVC and git run as programs, as a person runs them; settings of the machine (identity, remotes, stores) stay out.
 """
 
+import io
 import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import chdir, closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
+from touchline import cli
 from touchline.core.files import read_table
 from touchline.core.paths import Paths
 from touchline.tracking import Version, open_store
@@ -55,6 +60,14 @@ SMALL = {
     "register.min_accuracy": 0.0,
     "register.min_shared_photos": 4,
 }
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command wrote to stdout and to stderr."""
+
+    out: str
+    err: str
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,18 @@ class Project:
         )
         assert exit_code in (None, done.returncode), f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}"
         return done.stdout
+
+    def call(self, *arguments: str, exit_code: int = 0) -> Said:
+        """Run `touchline` in this process: where it imports TensorFlow or MLflow, a new one would pay that first."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            chdir(self.root), patch.object(sys, "argv", ["touchline", *arguments]),
+            redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended,
+        ):  # fmt: skip
+            cli.main()
+        said = Said(out.getvalue(), err.getvalue())
+        assert (ended.value.code or 0) == exit_code, f"touchline {' '.join(arguments)}: {ended.value.code}\n{said}"
+        return said
 
     def environment(self) -> dict[str, str]:
         """This process's environment, with the project's own code first and nobody's settings in it."""
@@ -162,30 +187,32 @@ class Built:
     """What one `dvc repro` made, once for all tests.
 
     Attributes:
-        project: where it ran; its store is whole, and dvc.lock is committed.
-        output: what it printed.
-        untouched: a copy of it (see `copy`) that no test changes.
+        project: where it ran; dvc.lock is committed. No test changes it: one that has to takes a copy (see `copy`).
+        output: what `dvc repro` printed.
     """
 
     project: Project
     output: str
-    untouched: Project
+
+    @property
+    def untouched(self) -> Project:
+        return self.project
 
 
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The project that all tests share, made by whoever asks first."""
+    """The project that all tests share, made by the first test that asks for it."""
     base = tmp_path_factory.getbasetemp()
     # With xdist each worker has a folder of its own in the common one.
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "a shared folder"
     folder.mkdir(exist_ok=True)
-    project, untouched, output = Project(folder / "the project"), folder / "untouched", folder / "output.txt"
+    project, output = Project(folder / "the project"), folder / "output.txt"
     with FileLock(folder / "lock"):
-        if not untouched.exists():
+        if not output.exists():
             make(project.root)
-            output.write_text(project.dvc("repro"))
+            said = project.dvc("repro")
             project.commit("dvc.lock of the first run")
-            copy(project, untouched)
-    return Built(project, output.read_text(), Project(untouched))
+            output.write_text(said)
+    return Built(project, output.read_text())
 
 
 def accepted(project: Project, label: str = "") -> list[Path]:
@@ -199,9 +226,27 @@ def ran(output: str) -> list[str]:
     return re.findall(r"^Running stage '([^']+)':", output, flags=re.MULTILINE)
 
 
+# Where MLflow's tables hold the absolute path of an artifact; each model's MLmodel holds its own.
+_PATHS_IN_STORE = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
 def copy(project: Project, root: Path) -> Project:
-    """The same project in another place, without its MLflow store, which knows its artifacts by absolute paths."""
-    shutil.copytree(project.root, root, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db*", "artifacts"))
+    """The same project in another place, with its MLflow store, whose paths are those of the new place."""
+    shutil.copytree(project.root, root, symlinks=True)
+    store = root / "mlflow/mlflow.db"
+    if store.exists():
+        old, new = project.root.as_uri(), root.as_uri()
+        with closing(sqlite3.connect(store)) as database, database:
+            for table, column in _PATHS_IN_STORE:
+                database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (old, new))
+        for file in (root / "mlflow/artifacts").rglob("MLmodel"):
+            file.write_text(file.read_text().replace(old, new))
     return Project(root)
 
 

@@ -113,26 +113,22 @@ def test_what_training_wrote_anew_is_asked_anew(
 
 def test_a_model_that_was_not_offered_is_not_opened(models: app.Models, store: tuple[Paths, tracking.Store]) -> None:
     models.choices()
-    with pytest.raises(TouchlineError, match="no such model: load the page again"):
+    with pytest.raises(TouchlineError):
         models.ask(str(store[0].models / "cnn.keras"), colour("red"))
 
 
 @pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"", "this file cannot be judged: empty file"),
-        (b"<!doctype html><p>gone", "this file cannot be judged: a web page"),
-        (colour("red")[:300], "this file cannot be judged: cut off"),
-    ],
+    "content", [b"", b"<!doctype html><p>gone", colour("red")[:300]], ids=["empty", "a web page", "cut off"]
 )
-def test_a_file_that_is_no_photo_is_one_line(models: app.Models, content: bytes, words: str) -> None:
+def test_a_file_that_is_no_photo_is_one_line(models: app.Models, content: bytes) -> None:
     models.choices()
-    with pytest.raises(TouchlineError, match=f"^{words}$"):
+    with pytest.raises(TouchlineError) as refused:
         models.ask("1", content)
+    assert "\n" not in str(refused.value)
 
 
 def test_without_a_champion_nothing_is_served(params_with: Any, paths: Paths) -> None:
-    with pytest.raises(TouchlineError, match="rugby-soccer has no champion yet: `make run` trains one, or name a"):
+    with pytest.raises(TouchlineError, match=r"rugby-soccer.*`make run`"):
         app.run(paths, params_with(), "", "127.0.0.1", 7860)
 
 
@@ -140,7 +136,7 @@ def test_without_gradio_there_is_a_line_that_says_what_to_install(
     params_with: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(TouchlineError, match=r"needs Gradio: pip install 'touchline\[app\]'"):
+    with pytest.raises(TouchlineError, match=r"pip install 'touchline\[app\]'"):
         app.run(paths, params_with(), "", "127.0.0.1", 7860)
 
 
@@ -172,7 +168,6 @@ class Page:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     root = tmp_path_factory.mktemp("page") / "the project"
     project = projects.copy(projects.built(tmp_path_factory).untouched, root)
-    project.touchline("registry", "sync")
     scratch = tmp_path_factory.mktemp("scratch")
     [port] = boards.free_ports(1)
     command = ["touchline", "app", "--port", str(port)]
@@ -274,10 +269,10 @@ def test_what_the_page_shows_is_what_predict_says(page: Page, photos: dict[str, 
     picture(browser, "empty")
     photo = photos["soccer"]
     give(browser, photo)
-    champion = json.loads(page.project.run("touchline", "predict", str(photo), "--format", "json").splitlines()[0])
-    other = "cnn" if "transfer" in page.project.touchline("registry", "list") else "transfer"
-    beside = json.loads(
-        page.project.run("touchline", "predict", str(photo), "--format", "json", "--model", other).splitlines()[0]
+    other = "cnn" if page.project.json("reports/registration.json")["better_model"] == "transfer" else "transfer"
+    champion, beside = (
+        json.loads(page.project.call("predict", str(photo), "--format", "json", *model).out)
+        for model in ((), ("--model", other))
     )
     names = {"first": "rugby-soccer version 1", "second": f"models/{other}.keras"}
     for place, said in {"first": champion, "second": beside}.items():
@@ -394,7 +389,7 @@ def test_no_file_of_the_machine_is_served_and_too_large_a_body_is_refused(page: 
 def test_a_port_in_use_is_one_line(page: Page) -> None:
     port = page.url.rstrip("/").rpartition(":")[2]
     said = page.project.touchline("app", "--port", port, exit_code=1)
-    assert said == f"touchline: 127.0.0.1:{port} is not free (Address already in use): choose another --port\n"
+    assert f"127.0.0.1:{port}" in said and "--port" in said and said.count("\n") == 1
 
 
 def test_when_it_is_ended_no_upload_is_left(page: Page) -> None:

@@ -90,7 +90,7 @@ def test_folds_without_a_class_are_divided_singly() -> None:
 
 @pytest.mark.parametrize("labels", [[0] * 20, [0] * 20 + [1]])
 def test_too_few_photos_to_learn_from_is_one_line(labels: list[int]) -> None:
-    with pytest.raises(TouchlineError, match="two classes or more, of two photos or more"):
+    with pytest.raises(TouchlineError):
         audit.out_of_fold(np.ones((len(labels), 4), np.float32), np.array(labels), np.arange(len(labels)))
 
 
@@ -281,7 +281,7 @@ def test_photos_of_imagenet_are_not_shown_unless_params_allow_it(project: Audite
 def test_without_features_of_a_backbone_it_is_one_line(project: Audited) -> None:
     params = project.params()
     pixels = {key: kind for key, kind in params.features.items() if not isinstance(kind, BackboneFeatures)}
-    with pytest.raises(TouchlineError, match="features of a backbone"):
+    with pytest.raises(TouchlineError, match="features"):
         audit.run(project.paths, params.model_copy(update={"features": pixels}), 3)
 
 
@@ -367,37 +367,37 @@ PHOTO = "data/photos/rugby/0123456789abcdef.jpg"
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "named"),
     [
-        ("ball.jpg,drop,,,", "line 2 names the photo 'ball.jpg'; allowed: a path of data/photos.csv, or the first 8"),
-        ("0123456,drop,,,", "line 2 names the photo '0123456'"),
-        (",drop,,,", "line 2 names the photo ''"),
-        (f"{PHOTO},remove,,,", "line 2 has the decision 'remove'; allowed: keep, drop, relabel"),
-        (f"{PHOTO},relabel,polo,,", "line 2 relabels to 'polo'; allowed: rugby, soccer"),
-        (f"{PHOTO},relabel,,,", "line 2 relabels to ''; allowed: rugby, soccer"),
-        (f"{PHOTO},drop,soccer,,", "line 2 gives the label 'soccer' to a photo it does not relabel"),
-        (f"{PHOTO},drop,,Ann,no ball, no player", "line 2 has 6 values, not 5: put double quotes around"),
-        (f"{PHOTO},drop", "line 2 has 2 values, not 5"),
-        (f'{PHOTO},drop,,,"unclosed', "line 2 is no line of a table"),
+        ("ball.jpg,drop,,,", ["line 2", "'ball.jpg'"]),
+        ("0123456,drop,,,", ["line 2", "'0123456'"]),
+        (",drop,,,", ["line 2", "''"]),
+        (f"{PHOTO},remove,,,", ["line 2", "'remove'", "keep, drop, relabel"]),
+        (f"{PHOTO},relabel,polo,,", ["line 2", "'polo'", "rugby, soccer"]),
+        (f"{PHOTO},relabel,,,", ["line 2", "''", "rugby, soccer"]),
+        (f"{PHOTO},drop,soccer,,", ["line 2", "'soccer'"]),
+        (f"{PHOTO},drop,,Ann,no ball, no player", ["line 2", "6"]),
+        (f"{PHOTO},drop", ["line 2"]),
+        (f'{PHOTO},drop,,,"unclosed', ["line 2"]),
     ],
 )
-def test_a_line_that_cannot_be_followed_is_named(workspace: Workspace, line: str, message: str) -> None:
+def test_a_line_that_cannot_be_followed_is_named(workspace: Workspace, line: str, named: list[str]) -> None:
     decide(workspace, line)
-    with pytest.raises(TouchlineError, match=rf"^data/decisions\.csv, {re.escape(message)}") as failed:
+    with pytest.raises(TouchlineError, match=r"data/decisions\.csv") as failed:
         workspace.run(params())
-    assert "\n" not in str(failed.value)
+    assert "\n" not in str(failed.value) and all(word in str(failed.value) for word in named)
 
 
 def test_a_missing_column_is_named(workspace: Workspace) -> None:
     decide(workspace, header="photo,decision,who")
-    with pytest.raises(TouchlineError, match=r"^data/decisions\.csv, line 1 lacks the column label, why"):
+    with pytest.raises(TouchlineError, match=r"data/decisions\.csv.*line 1\b.*label, why"):
         workspace.run(params())
 
 
 def test_two_decisions_that_differ_are_named_and_two_that_agree_are_one(workspace: Workspace) -> None:
     path, digest = str(workspace.rows[0]["path"]), str(workspace.rows[0]["sha256"])
     decide(workspace, f"{path},drop,,Ann,", f"{digest},relabel,soccer,Bo,")
-    with pytest.raises(TouchlineError, match=r"csv, line 3 says relabel soccer of a photo that .*, line 2 says drop"):
+    with pytest.raises(TouchlineError, match=r"data/decisions\.csv.*line 3\b.*line 2\b"):
         workspace.run(params())
     decide(workspace, f"{path},drop,,Ann,", f"{digest},drop,,Bo,")
     workspace.run(params())
@@ -408,7 +408,7 @@ def test_digits_that_begin_several_digests_are_named(workspace: Workspace) -> No
     table = pd.DataFrame({"path": ["a", "b", "c"], "sha256": ["12345678" + end * 56 for end in "aab"]})
     decide(workspace, "12345678,drop,,,", "", "12345678aaaa,keep,,,")
     first, second = decisions.read(workspace.paths.decisions, ["rugby"])
-    with pytest.raises(TouchlineError, match="line 2 names 12345678, with which the sha256 of several photos begins"):
+    with pytest.raises(TouchlineError, match=r"line 2\b.*12345678"):
         decisions.match([first], table)
     # One photo filed twice is one photo.
     assert decisions.match([second], table) == ([second, second, None], [])
@@ -421,5 +421,5 @@ def test_a_file_from_a_spreadsheet_is_read(workspace: Workspace) -> None:
     (decision,) = decisions.read(workspace.paths.decisions, ["rugby"])
     assert (decision.photo, decision.kind, decision.who) == (PHOTO, "drop", "Ann")
     workspace.paths.decisions.write_bytes(text.encode("utf-16"))
-    with pytest.raises(TouchlineError, match="is not UTF-8"):
+    with pytest.raises(TouchlineError, match=r"data/decisions\.csv.*UTF-8"):
         decisions.read(workspace.paths.decisions, ["rugby"])

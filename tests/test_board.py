@@ -17,19 +17,14 @@ import projects
 import psutil
 import pytest
 
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    board = boards.Board(projects.make(tmp_path_factory.mktemp("a board; $(id)") / "the project"))
-    yield board
-    board.down()
+pytestmark = pytest.mark.xdist_group("board")
 
 
 @pytest.fixture
-def board(shared):
+def board(shared_board):
     """A board that runs. A test may end it: the next one gets it started again."""
-    shared.up()
-    return shared
+    shared_board.up()
+    return shared_board
 
 
 @pytest.fixture
@@ -140,19 +135,20 @@ def test_one_flow_runs_at_a_time_and_a_worker_waits_for_it(board):
 
 def test_mlflow_shows_the_projects_own_store(board):
     assert get(board.mlflow_url, "/health") == (200, "OK")
-    with urlopen(f"{board.mlflow_url}/ajax-api/2.0/mlflow/experiments/get?experiment_id=0", timeout=60) as answer:
+    asked = f"{board.mlflow_url}/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name={projects.REGISTERED}"
+    with urlopen(asked, timeout=60) as answer:
         location = json.load(answer)["experiment"]["artifact_location"]
-    assert location.endswith("/0") and "the%20project/mlflow/artifacts" in location.replace(" ", "%20")
+    assert location == (board.project.root / "mlflow/artifacts").as_uri()
 
 
 def test_reports_are_served_as_they_are_now_and_nothing_outside_their_folder(board):
     page = board.project.root / "reports/a page.html"
     assert get(board.reports_url, "/a%20page.html")[0] == 404
-    page.parent.mkdir(exist_ok=True)
     page.write_text("first")
     assert get(board.reports_url, "/a%20page.html") == (200, "first")
     page.write_text("second")
     assert get(board.reports_url, "/a%20page.html") == (200, "second")
+    page.unlink()
     for path in ("/../params.yaml", "/..%2fparams.yaml", "/%2e%2e/params.yaml", f"/{board.project.root}/params.yaml"):
         assert get(board.reports_url, path.replace(" ", "%20").replace(";", "%3B"))[0] == 404
 
@@ -181,7 +177,14 @@ def test_a_second_board_of_the_same_project_says_where_the_first_one_is(board):
     assert board.process.poll() is None and (board.project.root / ".prefect/board.json").exists()
 
 
-@pytest.mark.parametrize("place, option", [(0, "--port"), (1, "--mlflow-port"), (2, "--reports-port")])
+@pytest.mark.parametrize(
+    "place, option",
+    [
+        (0, "--port"),
+        pytest.param(1, "--mlflow-port", marks=pytest.mark.slow),
+        pytest.param(2, "--reports-port", marks=pytest.mark.slow),
+    ],
+)
 def test_a_port_that_is_taken_is_one_line_and_nothing_is_started(other, place, option):
     ports = boards.free_ports(3)
     with socket.socket() as taken:
@@ -229,6 +232,7 @@ def test_whoever_has_chosen_a_place_for_prefects_files_keeps_it(monkeypatch, tmp
     assert board.environment()["PREFECT_API_URL"] == board.api_url
 
 
+@pytest.mark.slow
 def test_a_worker_that_ends_by_itself_is_started_again_and_the_run_it_had_is_given_up(board):
     run, worker = lost_run(board), board.process_of("worker start")
     worker.kill()
@@ -239,6 +243,7 @@ def test_a_worker_that_ends_by_itself_is_started_again_and_the_run_it_had_is_giv
     assert (state["type"], state["message"]) == ("CRASHED", "the worker that ran it ended")
 
 
+@pytest.mark.slow
 def test_after_a_board_that_was_killed_the_next_one_ends_what_it_left_and_gives_its_run_up(board):
     run, left = lost_run(board), list(board.processes().values())
     board.process.kill()
@@ -252,6 +257,7 @@ def test_after_a_board_that_was_killed_the_next_one_ends_what_it_left_and_gives_
     assert board.ask("GET", "/work_pools/touchline")["concurrency_limit"] == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_it_has_started_and_nothing_else(board):
     # A run at work is ended too, and the server is told.
     run = board.start_run("ingestion")
@@ -276,6 +282,7 @@ def test_ctrl_c_ends_all_it_has_started_and_nothing_else(board):
             probe.bind(("127.0.0.1", port))
 
 
+@pytest.mark.slow
 def test_without_its_server_the_board_ends_and_shows_the_servers_last_lines(board):
     # The run that Ctrl-C ended is not left as running.
     ended = board.ask("POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["CRASHED"]}}}})

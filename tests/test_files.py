@@ -120,7 +120,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
 def test_a_missing_file_says_what_makes_it(tmp_path: Path, read) -> None:
     with pytest.raises(TouchlineError) as error:
         read(tmp_path / "absent")
-    assert str(error.value) == f"{tmp_path / 'absent'} is missing: run `dvc repro` to make it"
+    assert str(tmp_path / "absent") in str(error.value) and "`dvc repro`" in str(error.value)
 
 
 @pytest.mark.parametrize(

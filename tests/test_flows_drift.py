@@ -69,7 +69,7 @@ def test_without_a_folder_it_says_so_and_runs_nothing(ran, caplog):
     caplog.set_level(logging.INFO)
     state = flow.drift.fn()
     assert (state.is_completed(), state.name) == (True, "Skipped")
-    assert state.message == "nothing is compared: drift.folder in params.yaml names no folder"
+    assert "drift.folder" in state.message
     assert state.message in caplog.text
     assert not (ran.root / "arguments.txt").exists() and ran.artifacts == ran.events == []
 
@@ -115,7 +115,7 @@ def test_a_server_without_the_pipeline_is_one_line(ran):
 
     ran.run_deployment.side_effect = ObjectNotFound(http_exc=Exception("404"))
     state = flow.drift.fn()
-    assert state.is_failed() and "no deployment `pipeline`: start `make board`" in state.message
+    assert state.is_failed() and "`make board`" in state.message
     assert len(ran.events) == 1
 
 

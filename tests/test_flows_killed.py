@@ -36,7 +36,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, undisturbed: Project) -> Iterator[boards.Board]:
     project = copy(undisturbed, tmp_path_factory.mktemp("flows under fire") / "the project")
-    project.touchline("registry", "sync")
     board = boards.Board(project)
     yield board
     board.down()

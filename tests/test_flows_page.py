@@ -7,28 +7,23 @@ import subprocess
 from html import unescape
 from pathlib import Path
 
-import boards
 import projects
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+    pytest.mark.xdist_group("board"),
+]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(shared_board):
     """A board, and a flow run that has found everything up to date."""
-    root = tmp_path_factory.mktemp("page") / "the project"
-    project = projects.copy(projects.built(tmp_path_factory).untouched, root)
-    project.touchline("registry", "sync")
-    board = boards.Board(project)
-    try:
-        board.up()
-        run = board.start_run("pipeline")
-        assert board.finished(run)["type"] == "COMPLETED"
-        yield board, run
-    finally:
-        board.down()
+    shared_board.up()
+    run = shared_board.start_run("pipeline")
+    assert shared_board.finished(run)["type"] == "COMPLETED"
+    return shared_board, run
 
 
 def look(address: str, name: str, tmp_path: Path) -> str:
@@ -69,9 +64,11 @@ def test_the_page_of_a_run_draws_its_graph_and_tells_of_every_stage_that_it_was_
 @pytest.mark.parametrize(
     "key, words",
     [
-        ("photos", ["Photos by class, source and subset", "rugby", "validation"]),
-        ("validation", ["Validation passed", "Data Docs"]),
-        ("learning-curves", ["Accuracy and loss by epoch", "data:image/png;base64,"]),
+        pytest.param("photos", ["Photos by class, source and subset", "rugby", "validation"], marks=pytest.mark.slow),
+        pytest.param("validation", ["Validation passed", "Data Docs"], marks=pytest.mark.slow),
+        pytest.param(
+            "learning-curves", ["Accuracy and loss by epoch", "data:image/png;base64,"], marks=pytest.mark.slow
+        ),
         ("decision", ["The models side by side", "the champion", "McNemar", "The whole report"]),
     ],
 )

@@ -723,6 +723,7 @@ print(said[-1], int(peak) // 1024, round(time.process_time() - began, 2))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process took at most")
 def test_decompression_bombs(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
     good, bomb = tmp_path / "good.jpg", tmp_path / "bomb"

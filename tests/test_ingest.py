@@ -106,7 +106,7 @@ def test_a_manifest_gives_group_licence_and_author(paths: Paths, params: Params)
 
 
 @pytest.mark.parametrize(
-    "content, says", [("", "is not a readable table"), ("name,group\nrugby/a.jpg,1\n", "has no column `file`")]
+    "content, says", [("", r"manifest\.csv"), ("name,group\nrugby/a.jpg,1\n", r"manifest\.csv.*`file`")]
 )
 def test_a_manifest_that_cannot_be_used_is_an_error(paths: Paths, params: Params, content: str, says: str) -> None:
     offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
@@ -153,10 +153,10 @@ def test_names_that_a_shell_would_run_go_through_whole(paths: Paths, params_with
 @pytest.mark.parametrize(
     "there, says",
     [
-        ([], r"ingest\.folder: .*incoming is no folder: put photos into .*/<class>/ or name another one"),
-        (["rugby/a.jpg"], r"class 'soccer' has no folder in .*incoming \(there: rugby\): add it, or change `classes`"),
-        (["train/rugby/a.jpg", "train/soccer/a.jpg"], r"has train/ but no test/: add it, or put classes on top"),
-        (["train/rugby/a.jpg", "test/rugby/a.jpg"], r"class 'soccer' has no folder in .*train \(there: rugby\)"),
+        ([], r"ingest\.folder.*incoming.*<class>"),
+        (["rugby/a.jpg"], r"'soccer'.*incoming.*rugby.*`classes`"),
+        (["train/rugby/a.jpg", "train/soccer/a.jpg"], r"train/.*test/"),
+        (["train/rugby/a.jpg", "test/rugby/a.jpg"], r"'soccer'.*train\b.*rugby"),
     ],
 )
 def test_a_folder_that_is_missing_is_named(paths: Paths, params: Params, there: list[str], says: str) -> None:
@@ -169,7 +169,7 @@ def test_a_folder_that_is_missing_is_named(paths: Paths, params: Params, there: 
 def test_empty_folders_offer_no_photo(paths: Paths, params: Params) -> None:
     for label in params.classes:
         (paths.project / "incoming" / label).mkdir(parents=True)
-    with pytest.raises(TouchlineError, match="the sources folder offer no photo: see `ingest`"):
+    with pytest.raises(TouchlineError, match=r"folder.*`ingest`"):
         ingest.run(paths, params)
 
 

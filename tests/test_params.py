@@ -243,7 +243,7 @@ def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, content: bytes, s
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match=r"params\.yaml is missing: restore it"):
+    with pytest.raises(ParamsError, match=r"params\.yaml"):
         params.load(tmp_path / "params.yaml")
 
 

@@ -23,6 +23,7 @@ def put_photos(folder: Path, labels: Sequence[str], count: int, seed: int = 0) -
             (folder / label / f"{seed}-{index}.png").write_bytes(cv2.imencode(".png", image)[1])
 
 
+@pytest.mark.slow
 def test_classes_with_odd_names_go_the_whole_way_and_a_new_photo_is_noticed(tmp_path: Path) -> None:
     labels = ["rugby, union", "$OCCER & co", "bóule 球"]
     folder = tmp_path / "photos of mine"
@@ -63,6 +64,7 @@ def test_an_unpacked_archive_without_git_runs_too(tmp_path: Path) -> None:
     assert UP_TO_DATE in project.dvc("repro", "split")
 
 
+@pytest.mark.slow
 def test_an_experiment_in_a_copy_takes_photos_from_a_folder_outside_the_project(tmp_path: Path) -> None:
     folder = tmp_path / "photos of mine"
     put_photos(folder, ["rugby", "soccer"], 12)
@@ -75,6 +77,7 @@ def test_an_experiment_in_a_copy_takes_photos_from_a_folder_outside_the_project(
     assert UP_TO_DATE in project.dvc("status", "ingest")
 
 
+@pytest.mark.slow
 def test_a_fresh_clone_pulls_everything_and_restores_the_registry(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

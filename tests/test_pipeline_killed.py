@@ -78,7 +78,14 @@ def kill_in_the_middle(project: Project, stage: str, *, both: bool) -> None:
     wait_until(lambda: is_over(process), f"the process of {stage} to end")
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "train@transfer"])
+# `make test` kills one; the others are killed by `make test-all`, each in another way.
+KILLED = [
+    pytest.param(stage, marks=() if stage == "split" else pytest.mark.slow)
+    for stage in STAGES if stage != "train@transfer"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", KILLED)
 def test_a_killed_stage_is_made_good_by_the_next_repro(attacked: Project, undisturbed: Project, stage: str) -> None:
     both = stage in {"split", "features@pooled", "evaluate"}
     kill_in_the_middle(attacked, stage, both=both)
@@ -95,6 +102,7 @@ def test_a_killed_stage_is_made_good_by_the_next_repro(attacked: Project, undist
     assert both or not left
 
 
+@pytest.mark.slow
 def test_the_run_of_a_killed_training_is_closed_by_the_next_process_that_opens_the_store(attacked: Project) -> None:
     kill_in_the_middle(attacked, "train@cnn", both=True)
     left = {run.info.run_id: run for run in runs(attacked, "attributes.status = 'RUNNING'")}
@@ -109,9 +117,7 @@ def test_the_run_of_a_killed_training_is_closed_by_the_next_process_that_opens_t
 @pytest.fixture(scope="module")
 def besieged(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a store of its own, for kills at random moments."""
-    project = copy(built(tmp_path_factory).untouched, tmp_path_factory.mktemp("besieged") / "the project")
-    project.touchline("registry", "sync")
-    return project
+    return copy(built(tmp_path_factory).untouched, tmp_path_factory.mktemp("besieged") / "the project")
 
 
 def kill_at_random(project: Project, stage: str, number: signal.Signals, chance: random.Random) -> bool:
@@ -154,6 +160,7 @@ def command_of(process: psutil.Process) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", STAGES if KILLS else ["validate"])
 def test_killed_at_random_moments_nothing_is_lost(

@@ -256,7 +256,7 @@ def test_low_confidence_is_unsure_and_keeps_its_guess(ask: Ask, somewhere: Path)
 @pytest.mark.parametrize("value", [-0.1, 1.1, "high", None])
 def test_a_confidence_is_a_share(shipped: dict[str, Any], value: object) -> None:
     shipped["predict"]["min_confidence"] = value
-    with pytest.raises(ParamsError, match=r"^params.yaml: predict.min_confidence is .*; allowed: "):
+    with pytest.raises(ParamsError, match=r"params\.yaml.*predict\.min_confidence"):
         params.check(shipped)
 
 

@@ -61,13 +61,13 @@ def test_a_model_of_ones_own_and_every_other_section_stay(file: Path) -> None:
 
 
 def test_an_unknown_preset_is_one_line_and_changes_nothing(file: Path) -> None:
-    with pytest.raises(ParamsError, match=r"^there is no preset 'bets'; allowed: article, best, fast$"):
+    with pytest.raises(ParamsError, match=r"'bets'.*article, best, fast"):
         write(file, "bets")
     assert file.read_bytes() == SHIPPED.read_bytes()
 
 
 def test_a_change_that_is_not_allowed_is_not_written(file: Path) -> None:
-    with pytest.raises(ParamsError, match=r"models\.cnn\.dropout is 2"):
+    with pytest.raises(ParamsError, match=r"models\.cnn\.dropout.*\b2\b"):
         params.edit(file, lambda content: content["models"]["cnn"].update(dropout=2))
     assert file.read_bytes() == SHIPPED.read_bytes()
 

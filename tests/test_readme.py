@@ -5,6 +5,7 @@ Only what a printed line cannot know is put in its place: a free port, a folder 
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import projects
 import pytest
 from boards import free_ports
 from ruamel.yaml import YAML
+from test_serve import ASK, MLFLOW_ASK, MLFLOW_JSON, MLFLOW_SERVE, SERVE
 
 from touchline.core.params import check
 from touchline.core.paths import Paths
@@ -30,6 +32,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run elsewhere.
 NOT_HERE = {
     "make test": "it runs this",
+    **dict.fromkeys((SERVE, ASK, MLFLOW_SERVE, MLFLOW_JSON, MLFLOW_ASK), "test_serve.py, which compares the answers"),
 }
 # What runs until Ctrl-C: how to give it other ports than the printed ones, and where it then answers.
 SERVERS = {
@@ -39,21 +42,12 @@ SERVERS = {
         "http://127.0.0.1:{4200}/api/health",
     ),
     'make board BOARD="--port 4201"': (
-        'make board BOARD="--port {4200} --mlflow-port {5000} --reports-port {8080}"',
-        "http://127.0.0.1:{4200}/api/health",
+        'make board BOARD="--port {4201} --mlflow-port {5000} --reports-port {8080}"',
+        "http://127.0.0.1:{4201}/api/health",
     ),
-    "touchline serve": ("touchline serve --port {8000}", "http://127.0.0.1:{8000}/ping"),
     "make app": ('make app APP="--port {7860}"', "http://127.0.0.1:{7860}/"),
-    (
-        "MLFLOW_TRACKING_URI=sqlite:///mlflow/mlflow.db mlflow models serve -m models:/rugby-soccer@champion "
-        "--env-manager local --port 5001"
-    ): (
-        "MLFLOW_TRACKING_URI=sqlite:///mlflow/mlflow.db mlflow models serve -m models:/rugby-soccer@champion "
-        "--env-manager local --port {5001}",
-        "http://127.0.0.1:{5001}/ping",
-    ),
 }
-PORTS = ("4200", "5000", "5001", "7860", "8000", "8080")
+PORTS = ("4200", "4201", "5000", "7860", "8080")
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -63,14 +57,27 @@ def blocks(document: Path, language: str) -> list[str]:
 def lines(block: str) -> list[str]:
     """The commands of an `sh` block, without comments."""
     found = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in block.replace("\\\n", " ").splitlines())
-    return [line for line in found if line and line not in NOT_HERE]
+    return [line for line in found if line]
 
 
+def run_here(block: str) -> list[str]:
+    return [line for line in lines(block) if line not in NOT_HERE]
+
+
+# Commands that train, and a second board: test_pipeline.py, test_tune.py and the README's own lines do the same once.
+SLOW = ("experiments.md", "schedules.md")
 COMMANDS = [
-    pytest.param(lines(block), id=f"{document.name}: {lines(block)[0]}")
+    pytest.param(
+        run_here(block),
+        id=f"{document.name}: {run_here(block)[0]}",
+        marks=pytest.mark.slow if document.name in SLOW else (),
+    )
     for document in DOCUMENTS
     for block in blocks(document, "sh")
+    if run_here(block)
 ]
+# One command and no more of a shell, that would start TensorFlow or MLflow: this process has them.
+HERE = re.compile(r"touchline (?:predict|drift|export|audit|promote|rollback|registry)\b[^|&;<>$]*")
 SETTINGS = [
     pytest.param(block, id=f"{document.name} {number}")
     for document in DOCUMENTS
@@ -108,7 +115,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     """A project that has run, with two versions in its store, and an album beside its photos."""
     root = tmp_path_factory.mktemp("readme") / "the project"
     made = as_cloned(projects.copy(projects.built(tmp_path_factory).untouched, root))
-    made.touchline("registry", "sync")
     store = open_store(Paths(root, root), projects.REGISTERED)
     first = store.alias(projects.REGISTERED, CHAMPION)
     store.promote(projects.REGISTERED, store.register(projects.REGISTERED, first.run_id, first.tags, "the same again"))
@@ -142,6 +148,8 @@ def running(project: projects.Project, command: str, address: str) -> Iterator[N
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
             process.communicate(timeout=120)
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=10)
 
 
 @pytest.mark.parametrize("commands", COMMANDS)
@@ -152,17 +160,26 @@ def test_the_commands_work_as_printed(commands, project):
         "/path/or/s3://bucket": f"'{project.root.parent}/remote'",
         # What `make setup` makes is there: these tests run in it.
         "make setup": f"ln -s '{project.root}/.venv' .venv",
-        ", 260)": f", {projects.SMALL['features.pooled.image_size']})",
     }
     with ExitStack() as servers:
         for line in commands:
             if line in SERVERS:
                 command, address = (re.sub(r"\{(\d+)\}", lambda found: ports[found[1]], each) for each in SERVERS[line])
+                # The one before has ended: of a block only the last is asked by the lines that follow.
+                servers.close()
                 servers.enter_context(running(project, command, address))
                 continue
             for printed, ours in here.items():
                 line = line.replace(printed, ours)  # noqa: PLW2901 - what stays of it is what is printed
-            project.run("bash", "-ec", line)
+            if HERE.fullmatch(line):
+                project.call(*shlex.split(line)[1:])
+            else:
+                project.run("bash", "-ec", line)
+
+
+def test_what_is_run_elsewhere_is_printed_there():
+    printed = {line for document in DOCUMENTS for block in blocks(document, "sh") for line in lines(block)}
+    assert set(NOT_HERE) <= printed
 
 
 def test_the_champion_loads_as_printed(project):
@@ -179,6 +196,7 @@ def test_the_settings_are_accepted(block, shipped):
     check(with_settings(shipped, block))
 
 
+@pytest.mark.slow
 def test_classes_of_ones_own_are_told_apart_as_the_readme_says(tmp_path, project):
     own = projects.make(tmp_path / "own")
     for name, drawn in (("cat", "rugby"), ("dog", "soccer")):

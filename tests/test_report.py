@@ -78,8 +78,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
         record = project.json(f"models/{name}.json")
         files.write_json(root / f"models/{name}.json", record | {"classes": [CLASS, "soccer"]})
     project.change({"classes": [CLASS, "soccer"], "evaluate.gallery": 6})
-    project.touchline("evaluate")
-    project.touchline("register")
+    project.call("evaluate")
+    project.call("register")
     return project
 
 

