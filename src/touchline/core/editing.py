@@ -116,7 +116,7 @@ def _by_hand() -> ParamsError:
 def _spot(text: str, root: "MappingNode", key: str, value: Any) -> tuple[int, int, str]:
     """Where in `text` the new value goes, from and to, and what is to stand there."""
     *sections, last = key.split(".")
-    parent: Node = root
+    parent: Any = root
     for name in sections:
         parent = _below(parent, name)[1]
     if isinstance(value, Source):
@@ -147,7 +147,7 @@ def _column(parent: "MappingNode") -> int:
 
 def _lines(text: str, key: "Node", value: "Node") -> tuple[int, int]:
     """From the key of an entry to the end of its last line, comment and all."""
-    last = value
+    last: Any = value
     while not (isinstance(last.value, str) or last.flow_style) and last.value:
         last = last.value[-1][1] if isinstance(last.value[-1], tuple) else last.value[-1]
     start, end = key.start_mark.index, len(text[: last.end_mark.index].rstrip())
