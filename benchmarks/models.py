@@ -100,13 +100,17 @@ class Ours:
     """A model of a preset: features of all photos once, then for each split a training and a saved file."""
 
     def __init__(self, photos: Photos, folder: Path, preset: str, model: str) -> None:
+        from ruamel.yaml import YAML
+
         from touchline.commands import presets
         from touchline.core import params
         from touchline.data import feature_store
         from touchline.stages import features as stage
 
         self.photos, self.folder = photos, folder
-        content = presets.applied(params_content(), preset)
+        content = params_content()
+        for key, source in presets.changes(preset).items():
+            content[key.partition(".")[0]].update(YAML().load(source))
         self.params = params.check(content, preset)
         self.model = self.params.models[model]
         self.features = self.params.features[self.model.input]

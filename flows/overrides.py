@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from touchline.core import params
+from touchline.core.editing import change
 from touchline.core.errors import ParamsError
 
 _WHERE = "the run's parameters"
@@ -41,16 +42,12 @@ def _apply(content: dict[str, Any], override: str) -> None:
     from ruamel.yaml.error import YAMLError
 
     key, equals, value = override.partition("=")
-    *sections, last = key.strip().split(".")
-    section: Any = content
-    for name in sections:
-        section = section.get(name) if isinstance(section, dict) else None
-    if not equals or not isinstance(section, dict) or last not in section:
-        raise ParamsError(f"{_WHERE}: {override!r} is not <known key>=<value>, for example models.cnn.dropout=0.3")
     try:
-        section[last] = YAML(typ="safe", pure=True).load(value)
+        known = bool(equals) and change(content, key.strip(), YAML(typ="safe", pure=True).load(value))
     except YAMLError:
         raise ParamsError(f"{_WHERE}: {override!r} has no readable value") from None
+    if not known:
+        raise ParamsError(f"{_WHERE}: {override!r} is not <known key>=<value>, for example models.cnn.dropout=0.3")
 
 
 def _content(workspace: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows import drift as flow
 from flows import project as flow_project
-from touchline.core import params
+from touchline.core.editing import set_values
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 
@@ -56,7 +56,7 @@ class Ran:
         program.chmod(0o755)
 
     def change(self, **values: object) -> None:
-        params.edit(self.root / "params.yaml", lambda content: content["drift"].update(values))
+        set_values(self.root / "params.yaml", {f"drift.{key}": value for key, value in values.items()})
 
 
 @pytest.fixture

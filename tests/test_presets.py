@@ -7,6 +7,7 @@ from ruamel.yaml import YAML
 
 from touchline.commands import presets
 from touchline.core import params
+from touchline.core.editing import set_values
 from touchline.core.errors import ParamsError
 from touchline.core.params import ArticleParams, CnnParams
 
@@ -21,7 +22,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def write(file: Path, name: str) -> params.Params:
-    params.edit(file, lambda content: presets.applied(content, name))
+    set_values(file, presets.changes(name))
     return params.load(file)
 
 
@@ -68,12 +69,12 @@ def test_an_unknown_preset_is_one_line_and_changes_nothing(file: Path) -> None:
 
 def test_a_change_that_is_not_allowed_is_not_written(file: Path) -> None:
     with pytest.raises(ParamsError, match=r"models\.cnn\.dropout.*\b2\b"):
-        params.edit(file, lambda content: content["models"]["cnn"].update(dropout=2))
+        set_values(file, {"models.cnn.dropout": 2})
     assert file.read_bytes() == SHIPPED.read_bytes()
 
 
 def test_a_changed_section_keeps_its_comments(file: Path) -> None:
-    params.edit(file, lambda content: content["split"].update(seed=43))
+    set_values(file, {"split.seed": 43})
     changed = [
         (before, after)
         for before, after in zip(SHIPPED.read_text().splitlines(), file.read_text().splitlines(), strict=True)

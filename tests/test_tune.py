@@ -26,6 +26,7 @@ from projects import runs as project_runs
 from touchline.cli import app
 from touchline.commands import tune as tuning
 from touchline.core import files, params
+from touchline.core.editing import set_values
 from touchline.core.errors import Diverged, ParamsError, TouchlineError
 from touchline.core.paths import Paths
 from touchline.data import feature_store
@@ -48,7 +49,7 @@ def project(paths: Paths) -> Paths:
     """A project as it is when `tune` begins: params.yaml, a split and stored pixels."""
     file = paths.workspace / "params.yaml"
     file.write_bytes(SHIPPED.read_bytes())
-    tuning.write_into(file, SMALL)
+    set_values(file, SMALL)
     labels = np.arange(96) % 2
     split = pd.DataFrame(
         {
@@ -160,7 +161,7 @@ def test_the_values_of_params_yaml_come_first_and_numbers_are_rounded_before_the
 
 def test_params_yaml_that_changed_is_tried_too_even_when_there_are_trials_enough(by_formula: Paths) -> None:
     tune(by_formula, 2)
-    tuning.write_into(by_formula.workspace / "params.yaml", {"models.cnn.dropout": 0.5})
+    set_values(by_formula.workspace / "params.yaml", {"models.cnn.dropout": 0.5})
     tune(by_formula, 2)
     assert study(by_formula).best_trial.number == 2 and len(study(by_formula).trials) == 3
     tune(by_formula, 2)
@@ -260,13 +261,13 @@ def test_values_are_written_wherever_they_stand(tmp_path: Path, shipped: dict) -
     block = re.sub(r"strengths: \[.*\]", "strengths:\n      - 0.1", SHIPPED.read_text())
     assert block != SHIPPED.read_text()
     file.write_bytes(block.replace("\n", "\r\n").encode())
-    tuning.write_into(file, {"models.transfer.strengths": [0.00001234], "models.transfer.balance": "none"})
+    set_values(file, {"models.transfer.strengths": [0.00001234], "models.transfer.balance": "none"})
     head = params.load(file).models["transfer"]
     assert (head.strengths, head.balance, head.folds) == ([0.00001234], "none", shipped["models"]["transfer"]["folds"])
     assert file.read_bytes().count(b"\r\n") > 100 and b"e-0" not in file.read_bytes()
     written = file.read_bytes()
     with pytest.raises(ParamsError, match=r"models\.cnn\.dropout.*\b7\b"):
-        tuning.write_into(file, {"models.cnn.dropout": 7.0})
+        set_values(file, {"models.cnn.dropout": 7.0})
     assert file.read_bytes() == written
 
 
@@ -274,7 +275,7 @@ def test_a_head_is_tuned_by_its_strength_and_what_params_yaml_tries_is_tried_as_
     project: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The finished model, which tuning throws away, would need the backbone's weights.
-    monkeypatch.setattr(train.models, "transfer", lambda *_: None)
+    monkeypatch.setattr(train.architectures, "transfer", lambda *_: None)
     tune(project, 12, "transfer")
     first, *others = study(project).trials
     assert first.user_attrs["values"]["strengths"] == [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]

@@ -382,10 +382,10 @@ def clean(
 def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -> None:
     """Write a preset's features and models into params.yaml; everything else there stays."""
     from touchline.commands import presets
-    from touchline.core import params
+    from touchline.core.editing import set_values
     from touchline.core.paths import Paths
 
-    params.edit(Paths.here().workspace / "params.yaml", lambda content: presets.applied(content, name))
+    set_values(Paths.here().workspace / "params.yaml", presets.changes(name))
     print(f"params.yaml has the features and models of '{name}': `dvc repro` trains them")
 
 

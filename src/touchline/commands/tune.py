@@ -16,14 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from touchline.core import params as params_file
+from touchline.core.editing import as_yaml, change, set_values
 from touchline.core.errors import Diverged, TouchlineError
-from touchline.core.files import read_table, write_text
+from touchline.core.files import read_table
 from touchline.core.params import ArticleParams, CnnParams, HeadParams, ModelParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
@@ -139,7 +137,7 @@ def run(paths: Paths, params: Params, name: str, trials: int, seed: int, *, appl
     study.show(best)
     changes = {f"models.{name}.{key}": value for key, value in best[0].user_attrs["values"].items()}
     if apply:
-        write_into(paths.workspace / "params.yaml", changes)
+        set_values(paths.workspace / "params.yaml", changes)
         say("params.yaml: the best values are written; `dvc repro` trains with them")
     # Printed last and whole, for a person or a program to copy.
     print(command(changes), flush=True)
@@ -147,7 +145,7 @@ def run(paths: Paths, params: Params, name: str, trials: int, seed: int, *, appl
 
 def command(changes: Mapping[str, Any]) -> str:
     """The line for a shell that makes an experiment of `changes`, by dotted key of params.yaml."""
-    options = (f"-S {shlex.quote(f'{key}={_text(value)}')}" for key, value in changes.items())
+    options = (f"-S {shlex.quote(f'{key}={as_yaml(value)}')}" for key, value in changes.items())
     return " ".join(["dvc exp run", *options])
 
 
@@ -386,7 +384,8 @@ class _Study:
 
     def _changed(self, values: Mapping[str, Any]) -> Params:
         content = self._params.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        _change(content, {f"models.{self._name}.{key}": value for key, value in values.items()})
+        for key, value in values.items():
+            change(content, f"models.{self._name}.{key}", value)
         return params_file.check(content)
 
     def best(self) -> "list[FrozenTrial]":
@@ -407,54 +406,10 @@ class _Study:
         table.add_row("validation loss", *(f"{trial.value:.4f}" for trial in shown))
         table.add_row("validation accuracy", *(f"{trial.user_attrs['accuracy']:.3f}" for trial in shown))
         for key in self._space:
-            table.add_row(key, *(escape(_text(trial.user_attrs["values"][key])) for trial in shown))
+            table.add_row(key, *(escape(as_yaml(trial.user_attrs["values"][key])) for trial in shown))
         Console().print(table)
 
 
 def _loss(trial: "FrozenTrial") -> float:
     assert trial.value is not None  # a trial that came to its end has one
     return trial.value
-
-
-def write_into(file: Path, changes: Mapping[str, Any]) -> None:
-    """Change values of params.yaml by dotted key, and not one character besides.
-
-    Raises:
-        TouchlineError: the file would not hold exactly these changes, or they are not allowed.
-    """
-    from ruamel.yaml import YAML
-
-    def read(text: str) -> Any:
-        return YAML(typ="safe", pure=True).load(text)
-
-    text = file.read_bytes().decode()
-    wanted = read(text)
-    root, spots = YAML(pure=True).compose(text), []
-    for key, value in changes.items():
-        node = root
-        for part in key.split("."):
-            node = next(inner for name, inner in node.value if name.value == part)
-        if reduce(getitem, key.split("."), wanted) != value:
-            spots.append((node.start_mark.index, node.end_mark.index, _text(value)))
-    for start, end, new in sorted(spots, reverse=True):
-        # A list of one item a line ends where the next key begins.
-        old = text[start:end]
-        text = text[:start] + new + old[len(old.rstrip()) :] + text[end:]
-    _change(wanted, changes)
-    params_file.check(wanted, file.name)
-    if read(text) != wanted:
-        raise TouchlineError(f"{file.name} shares values by anchors: write the best values into it by hand")
-    write_text(file, text)
-
-
-def _change(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        *sections, last = key.split(".")
-        reduce(getitem, sections, content)[last] = value
-
-
-def _text(value: Any) -> str:
-    """A value as YAML and as `-S` takes it; no exponents, which people and parsers read in different ways."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    return np.format_float_positional(value, trim="0") if isinstance(value, float) else str(value)

@@ -5,11 +5,10 @@ what is allowed.
 """
 
 import re
-from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +25,6 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from touchline.core.errors import ParamsError
-from touchline.core.files import write_text
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
@@ -382,44 +380,6 @@ def load(path: Path) -> Params:
     except (YAMLError, ValueError) as error:  # a date or a number that is none is a ValueError
         raise ParamsError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
     return check(content, path.name)
-
-
-def edit(path: Path, change: Callable[[Any], object]) -> None:
-    """Change params.yaml, if what comes of it is allowed; sections that stay the same stay so to the byte.
-
-    Args:
-        change: is given the content as ruamel.yaml reads it, comments and all, to change in place.
-
-    Raises:
-        ParamsError: the file, or what comes of it, is not allowed; then nothing is written.
-    """
-    from io import StringIO
-
-    from ruamel.yaml import YAML
-
-    load(path)
-    text = path.read_text(encoding="utf-8")
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 120
-    before, after = yaml.load(text), yaml.load(text)
-    change(after)
-    check(after)
-    dumped = StringIO()
-    yaml.dump(after, dumped)
-    old, new = _sections(text), _sections(dumped.getvalue())
-    parts = [old[key] if key in before and before[key] == after[key] else new[key] for key in after]
-    write_text(path, old.get("", "") + "".join(parts))
-
-
-def _sections(text: str) -> dict[str, str]:
-    """The text of each top-level key, up to the next one; what comes before the first has none."""
-    found, key = {"": ""}, ""
-    for line in text.splitlines(keepends=True):
-        if match := re.match(r"(\w+):", line):
-            key = match[1]
-        found[key] = found.get(key, "") + line
-    return found
 
 
 def check(content: object, where: str = "params.yaml") -> Params:

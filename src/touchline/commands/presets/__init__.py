@@ -4,10 +4,9 @@
 photos that matter; `article` is the simple network of the article that the project began from.
 """
 
-from collections.abc import MutableMapping
 from importlib.resources import files
-from typing import Any
 
+from touchline.core.editing import Source, entries
 from touchline.core.errors import ParamsError
 
 
@@ -15,21 +14,12 @@ def names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in files(__name__).iterdir() if path.name.endswith(".yaml"))
 
 
-def applied(content: MutableMapping[str, Any], name: str) -> MutableMapping[str, Any]:
-    """params.yaml's content with the entries of `features` and `models` that the preset has; others stay.
-
-    Args:
-        content: as ruamel.yaml reads it, comments and all; changed in place.
+def changes(name: str) -> dict[str, Source]:
+    """The entries of `features` and `models` that the preset has, for `set_values`; others stay.
 
     Raises:
         ParamsError: there is no such preset.
     """
-    from ruamel.yaml import YAML
-
     if name not in names():
         raise ParamsError(f"there is no preset '{name}'; allowed: {', '.join(names())}")
-    preset = YAML().load((files(__name__) / f"{name}.yaml").read_text())
-    for section, entries in preset.items():
-        for entry, values in entries.items():
-            content[section][entry] = values
-    return content
+    return entries((files(__name__) / f"{name}.yaml").read_text())
