@@ -110,13 +110,13 @@ class Project:
 
     def call(self, *arguments: str, exit_code: int = 0) -> Said:
         """Run `touchline` in this process: where it imports TensorFlow or MLflow, a new one would pay that first."""
-        out, err = io.StringIO(), io.StringIO()
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
         with (
             chdir(self.root), patch.object(sys, "argv", ["touchline", *arguments]),
             redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended,
         ):  # fmt: skip
             cli.main()
-        said = Said(out.getvalue(), err.getvalue())
+        said = Said(*(stream.buffer.getvalue().decode() for stream in (out, err)))
         assert (ended.value.code or 0) == exit_code, f"touchline {' '.join(arguments)}: {ended.value.code}\n{said}"
         return said
 

@@ -74,7 +74,7 @@ def lost_run(board: boards.Board) -> str:
 def test_it_prints_where_prefect_mlflow_and_the_reports_are_and_how_it_ends(board):
     for address in (
         board.url,
-        f"{board.mlflow_url}/#/experiments?workflowType=machine_learning",
+        f"{board.mlflow_url}/#/experiments/",
         board.reports_url,
         f"{board.project.root}/.prefect",
     ):

@@ -46,6 +46,7 @@ def test_dvc_repro_takes_photos_to_a_registered_champion(
     assert version.run_id == registration["run_ids"][better]
 
 
+@pytest.mark.slow
 def test_the_champion_predicts_as_its_file_does_where_touchline_is_not_installed(
     project: Project, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_third_model_joins_and_leaves_without_training_the_others(project: Pro
     assert UP_TO_DATE in project.dvc("repro")
 
 
+@pytest.mark.slow
 def test_training_again_with_the_same_seed_gives_the_same_metrics(project: Project) -> None:
     history = project.root / "reports/history/cnn.csv"
     first, run_id = pd.read_csv(history), project.json("models/cnn.json")["run_id"]
@@ -134,9 +136,10 @@ def test_training_again_with_the_same_seed_gives_the_same_metrics(project: Proje
     pd.testing.assert_frame_equal(pd.read_csv(history), first, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strength", "where"),
-    [(0.01, []), pytest.param(0.02, ["--temp"], marks=pytest.mark.slow)],
+    [(0.01, []), (0.02, ["--temp"])],
     ids=["in the workspace", "in a copy of it"],
 )
 def test_an_experiment_logs_to_the_projects_store_and_moves_no_alias(
@@ -159,6 +162,7 @@ def test_an_experiment_logs_to_the_projects_store_and_moves_no_alias(
         assert not project.json("reports/registration.json")["promoted"]
 
 
+@pytest.mark.slow
 def test_a_deleted_store_is_put_back_from_the_files(project: Project) -> None:
     before = aliases(project)
     (project.root / "mlflow/mlflow.db").unlink()

@@ -60,21 +60,23 @@ def lines(block: str) -> list[str]:
     return [line for line in found if line]
 
 
-def run_here(block: str) -> list[str]:
-    return [line for line in lines(block) if line not in NOT_HERE]
+def blocks_to_run() -> Iterator[tuple[Path, list[str]]]:
+    """Each document's commands by block; what an earlier block has shown is left out of a later one."""
+    shown = set(NOT_HERE)
+    for document in DOCUMENTS:
+        for block in blocks(document, "sh"):
+            if new := [line for line in lines(block) if line not in shown]:
+                yield document, new
+            shown.update(new)
 
 
 # Commands that train, and a second board: test_pipeline.py, test_tune.py and the README's own lines do the same once.
 SLOW = ("experiments.md", "schedules.md")
 COMMANDS = [
     pytest.param(
-        run_here(block),
-        id=f"{document.name}: {run_here(block)[0]}",
-        marks=pytest.mark.slow if document.name in SLOW else (),
+        commands, id=f"{document.name}: {commands[0]}", marks=pytest.mark.slow if document.name in SLOW else ()
     )
-    for document in DOCUMENTS
-    for block in blocks(document, "sh")
-    if run_here(block)
+    for document, commands in blocks_to_run()
 ]
 # One command and no more of a shell, that would start TensorFlow or MLflow: this process has them.
 HERE = re.compile(r"touchline (?:predict|drift|export|audit|promote|rollback|registry)\b[^|&;<>$]*")
@@ -185,9 +187,12 @@ def test_what_is_run_elsewhere_is_printed_there():
 def test_the_champion_loads_as_printed(project):
     block = next(block for block in blocks(ROOT / "README.md", "python") if "load_model" in block)
     side = projects.SMALL["features.pooled.image_size"]
-    setting = f"import numpy; photos = numpy.zeros((2, {side}, {side}, 3), numpy.uint8)"
+    photos = f"import numpy; photos = numpy.zeros((2, {side}, {side}, 3), numpy.uint8)"
+    without = "import sys; sys.modules['touchline'] = None"  # importing it fails from here on
     *lines, last = block.strip().splitlines()
-    said = project.run(sys.executable, "-c", "\n".join([setting, *lines, f"print(({last.partition('#')[0]}).shape)"]))
+    said = project.run(
+        sys.executable, "-c", "\n".join([without, photos, *lines, f"print(({last.partition('#')[0]}).shape)"])
+    )
     assert said.splitlines()[-1] == "(2, 2)"
 
 
