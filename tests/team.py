@@ -165,7 +165,8 @@ class Team:
             "MLFLOW_S3_ENDPOINT_URL": self.s3_url,
         }
         command = [sys.executable, "-m", "mlflow", "server", "--serve-artifacts", "--workers", "2",
-                   "--host", "127.0.0.1", "--port", self._port("mlflow")]  # fmt: skip
+                   "--host", "127.0.0.1", "--port", self._port("mlflow"),
+                   "--gunicorn-opts", "--threads 8 --timeout 0"]  # fmt: skip
         self._start("mlflow", command, environment)
         self._await("mlflow", lambda: _status(self.mlflow_url, "/health") == 200)
 
