@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from flows import BOARD
 from touchline import tracking
-from touchline.core import params
+from touchline.core import params, ports
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import write_json
 from touchline.core.paths import Paths
@@ -303,10 +304,23 @@ def _check_ports(board: Board) -> None:
 
 
 class _Reports(SimpleHTTPRequestHandler):
-    """Files of one folder, as they are now."""
+    """Files of one folder, as they are now; to be looked at, and not to be shown inside another page."""
+
+    def __init__(self, *arguments: Any, hosts: Collection[str], **options: Any) -> None:
+        self._hosts = hosts
+        super().__init__(*arguments, **options)
+
+    def send_head(self) -> Any:
+        if self._hosts and self.headers.get("Host") not in self._hosts:
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST, "Unknown Host", f"This is {' or '.join(self._hosts)}.")
+            return None
+        return super().send_head()
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-cache")
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -321,7 +335,8 @@ class _ReportsServer(ThreadingHTTPServer):
 @contextmanager
 def _reports(board: Board) -> Iterator[None]:
     """Serve the reports while the block runs. The folder need not be there yet."""
-    handler = partial(_Reports, directory=str(board.project / "reports"))
+    hosts = ports.trusted_hosts(board.host, board.reports_port)
+    handler = partial(_Reports, directory=str(board.project / "reports"), hosts=hosts)
     with _ReportsServer((board.host, board.reports_port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True, name="reports").start()
         try:
