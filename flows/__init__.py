@@ -20,15 +20,24 @@ _DEFAULTS = {
 BOARD = Path(".prefect/board.json")
 _OF_THE_BOARD = {
     "api_url": "PREFECT_API_URL",
+    "api_auth_string": "PREFECT_API_AUTH_STRING",
     "mlflow_url": "TOUCHLINE_MLFLOW_URL",
     "reports_url": "TOUCHLINE_REPORTS_URL",
 }
 
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
-if "PREFECT_API_URL" not in os.environ:
-    # A flow started by hand is shown on the board, if there is one.
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        _board = json.loads(BOARD.read_text())
-        os.kill(_board["pid"], 0)
+# A flow started by hand is shown on the board if one runs, unless another server is named.
+with suppress(OSError, ValueError, KeyError, TypeError):
+    _board = json.loads(BOARD.read_text())
+    os.kill(_board["pid"], 0)
+    if os.environ.get("PREFECT_API_URL", _board["api_url"]) == _board["api_url"]:
         os.environ |= {variable: _board[key] for key, variable in _OF_THE_BOARD.items()}
+
+
+def private_folder(project: Path) -> Path:
+    """The project's `.prefect`, which other users of this machine cannot look into; made if missing."""
+    folder = project / BOARD.parent
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)
+    return folder

@@ -3,9 +3,11 @@
 `make board` runs it. Everything listens on one address of this machine and keeps its state in the project's .prefect.
 """
 
+import base64
 import http.client
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +28,9 @@ import psutil
 import typer
 from filelock import FileLock, Timeout
 
-from flows import BOARD
+from flows import BOARD, private_folder
 from touchline import tracking
-from touchline.core import params
+from touchline.core import params, ports
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import write_json
 from touchline.core.paths import Paths
@@ -60,6 +63,8 @@ _SECONDS_TO_END = 10
 _SECONDS_FOR_BUSY_SERVER = 60
 _LONGEST_PAUSE = 60
 _LINES_SHOWN = 12
+# A umask: nothing for others.
+_PRIVATE = 0o077
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
@@ -70,6 +75,8 @@ class Board:
     Attributes:
         project: absolute path of the project.
         host: address that all of it listens on.
+        auth_string: what Prefect's server asks of every client, new at each start. Without it any web page in the
+            user's browser and any other user of this machine could have the worker run commands.
     """
 
     project: Path
@@ -77,6 +84,9 @@ class Board:
     port: int
     mlflow_port: int
     reports_port: int
+    auth_string: str = field(
+        default_factory=lambda: os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or secrets.token_hex(16), repr=False
+    )
 
     @property
     def folder(self) -> Path:
@@ -117,9 +127,11 @@ class Board:
 
     def environment(self) -> dict[str, str]:
         """Variables of all that is started here."""
-        kept = {"PREFECT_HOME": str(self.folder)} | _QUIET | os.environ
+        kept = {"PREFECT_HOME": str(self.folder), "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self.url} | _QUIET | os.environ
         return kept | {
             "PREFECT_API_URL": self.api_url,
+            "PREFECT_API_AUTH_STRING": self.auth_string,
+            "PREFECT_SERVER_API_AUTH_STRING": self.auth_string,
             "TOUCHLINE_PROJECT": str(self.project),
             "TOUCHLINE_MLFLOW_URL": self.mlflow_url,
             "TOUCHLINE_REPORTS_URL": self.reports_url,
@@ -151,8 +163,9 @@ class Board:
             OSError, http.client.HTTPException: nothing answers as HTTP.
         """
         until = time.monotonic() + _SECONDS_FOR_BUSY_SERVER
+        login = {"Authorization": f"Basic {base64.b64encode(self.auth_string.encode()).decode()}"}
         while True:
-            status, text = _request(urlsplit(self.api_url + path), method, body)
+            status, text = _request(urlsplit(self.api_url + path), method, body, login)
             # Its database was locked by another request for longer than it waits.
             if status != 503 or time.monotonic() > until:
                 break
@@ -167,11 +180,13 @@ class Board:
         return json.loads(text) if text else None
 
 
-def _request(url: SplitResult, method: str = "GET", body: Any = None) -> tuple[int, bytes]:
+def _request(
+    url: SplitResult, method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=30)
     try:
         content = None if body is None else json.dumps(body)
-        connection.request(method, url.path, content, {"Content-Type": "application/json"})
+        connection.request(method, url.path, content, {"Content-Type": "application/json", **(headers or {})})
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -205,6 +220,8 @@ def run(board: Board) -> None:
             _say(f"ending what an earlier board of this project left running ({len(left)} processes)")
             _end_flow_runs(board)
             _end(_processes(board), _SECONDS_TO_END)
+        for file in filter(Path.is_file, board.folder.iterdir()):
+            file.chmod(0o600)
         running: dict[str, subprocess.Popen[bytes]] = {}
         try:
             _check_ports(board)
@@ -226,9 +243,11 @@ def run(board: Board) -> None:
 
 
 def _tell(board: Board) -> None:
+    # A file that the output goes to may be readable by others.
+    login = board.auth_string if sys.stdout.isatty() else f"api_auth_string in {board.file}"
     _say(
         f"""
-Prefect UI  {board.url}
+Prefect UI  {board.url}  (it asks for a password: {login})
 MLflow UI   {board.mlflow_url}{_runs_page()}
 Reports     {board.reports_url}
 
@@ -244,7 +263,7 @@ def _runs_page() -> str:
 
 @contextmanager
 def _alone(board: Board) -> Iterator[None]:
-    board.folder.mkdir(exist_ok=True)
+    private_folder(board.project)
     lock = FileLock(board.folder / "board.lock")
     try:
         lock.acquire(timeout=0)
@@ -303,10 +322,23 @@ def _check_ports(board: Board) -> None:
 
 
 class _Reports(SimpleHTTPRequestHandler):
-    """Files of one folder, as they are now."""
+    """Files of one folder, as they are now; to be looked at, and not to be shown inside another page."""
+
+    def __init__(self, *arguments: Any, hosts: Collection[str], **options: Any) -> None:
+        self._hosts = hosts
+        super().__init__(*arguments, **options)
+
+    def send_head(self) -> Any:
+        if self._hosts and self.headers.get("Host") not in self._hosts:
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST, "Unknown Host", f"This is {' or '.join(self._hosts)}.")
+            return None
+        return super().send_head()
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-cache")
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -321,7 +353,8 @@ class _ReportsServer(ThreadingHTTPServer):
 @contextmanager
 def _reports(board: Board) -> Iterator[None]:
     """Serve the reports while the block runs. The folder need not be there yet."""
-    handler = partial(_Reports, directory=str(board.project / "reports"))
+    hosts = ports.trusted_hosts(board.host, board.reports_port)
+    handler = partial(_Reports, directory=str(board.project / "reports"), hosts=hosts)
     with _ReportsServer((board.host, board.reports_port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True, name="reports").start()
         try:
@@ -349,12 +382,25 @@ def _start(board: Board, running: dict[str, subprocess.Popen[bytes]]) -> None:
     _await(board, running, WORKER, partial(_has_worker, board))
     if MLFLOW in running:
         _await(board, running, MLFLOW, lambda: _request(urlsplit(f"{board.mlflow_url}/health"))[0] == 200)
-    urls = {name: getattr(board, name) for name in ("api_url", "mlflow_url", "reports_url")}
-    write_json(board.file, {"pid": os.getpid(), **urls})
+    told = {name: getattr(board, name) for name in ("api_url", "mlflow_url", "reports_url")}
+    with _private_files():
+        write_json(board.file, {"pid": os.getpid(), "api_auth_string": board.auth_string, **told})
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Files made in this block are for this user alone."""
+    before = os.umask(_PRIVATE)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _launch(board: Board, name: str) -> subprocess.Popen[bytes]:
-    with board.log(name).open("ab") as log:
+    with _private_files():
+        log = board.log(name).open("ab")
+    with log:
         # In a session of its own: Ctrl-C is for this process, which ends the others in their order.
         return subprocess.Popen(
             board.command(name),
@@ -364,6 +410,8 @@ def _launch(board: Board, name: str) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Flow runs make photos, models and DVC's cache, which the user may share.
+            umask=-1 if name == WORKER else _PRIVATE,
         )
 
 

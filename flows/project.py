@@ -3,6 +3,7 @@
 import html
 import inspect
 import os
+import secrets
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,19 +16,25 @@ from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.context import FlowRunContext
+from prefect.context import FlowRunContext, refresh_global_settings_context
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Failed, State
 from prefect.utilities.asyncutils import run_coro_as_sync
 
-from flows import stages
+from flows import private_folder, stages
 from touchline.core import params
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import read_json
 
 # A scheduled run that could not begin in time came upon another one, or the board was off: it is not made up for.
 _LATE_AFTER_SECONDS = float(os.environ.get("TOUCHLINE_LATE_AFTER", "120"))
+
+if not PREFECT_API_URL.value():
+    # Prefect starts a temporary server, which would answer any web page and any other user of this machine.
+    os.environ |= dict.fromkeys(("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"), secrets.token_hex(16))
+    refresh_global_settings_context()
 
 
 def run(
@@ -78,8 +85,7 @@ def run(
 @contextmanager
 def alone() -> Iterator[None]:
     """Wait until no other flow is at work in this project."""
-    (Path.cwd() / ".prefect").mkdir(exist_ok=True)
-    lock = FileLock(Path.cwd() / ".prefect/flow.lock")
+    lock = FileLock(private_folder(Path.cwd()) / "flow.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -6,6 +6,7 @@ board.ask("POST", "/deployments/filter", {})
 board.down()
 """
 
+import base64
 import json
 import re
 import signal
@@ -56,6 +57,17 @@ class Board:
         return f"http://127.0.0.1:{self.ports[2]}"
 
     @property
+    def auth_string(self) -> str:
+        """What Prefect's server asks for: known once the board is up."""
+        return self.project.json(".prefect/board.json")["api_auth_string"]
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has started everything: only then it writes the file by which others find it."""
+        file = self.project.root / ".prefect/board.json"
+        return file.exists() and self.project.json(".prefect/board.json")["pid"] == self.process.pid
+
+    @property
     def output(self) -> str:
         """What the board has printed since it was last started."""
         return self._log.read_text()
@@ -75,13 +87,15 @@ class Board:
                 stderr=subprocess.STDOUT,
                 # As a terminal's job is: what it starts must not need our group to end.
                 start_new_session=True,
+                # What is a secret is nobody else's, whatever the umask.
+                umask=0,
             )
 
     def up(self) -> None:
-        """Start it unless it runs, and wait until it has printed its last address: then all of it answers."""
+        """Start it unless it runs, and wait until all of it runs."""
         if self.process is None or self.process.poll() is not None:
             self.launch()
-        wait_for(lambda: self.reports_url in self.output or self.process.poll() is not None, 300)
+        wait_for(lambda: self.is_up or self.process.poll() is not None, 300)
         assert self.process.poll() is None, self.output
 
     def down(self, number: int = signal.SIGINT) -> int | None:
@@ -116,7 +130,9 @@ class Board:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to Prefect's API; the answer's JSON."""
         content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.api_url + path, content, {"Content-Type": "application/json"})
+        login = f"Basic {base64.b64encode(self.auth_string.encode()).decode()}"
+        headers = {"Content-Type": "application/json", "Authorization": login}
+        request = urllib.request.Request(self.api_url + path, content, headers)
         request.method = method
         for _ in range(60):
             try:

@@ -30,7 +30,7 @@ import psutil
 from boards import free_ports, wait_for
 
 BUCKET = "touchline"
-_PASSWORD = "of-postgresql"
+_PASSWORD, _LOGIN = "of-postgresql", "of:prefect"
 _KEYS = {"AWS_ACCESS_KEY_ID": "team", "AWS_SECRET_ACCESS_KEY": "of-the-s3-server", "AWS_DEFAULT_REGION": "us-east-1"}
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -94,7 +94,8 @@ class Team:
     def environment(self) -> dict[str, str]:
         """What a person of the team has in the environment."""
         named = {"mlflow": {"MLFLOW_TRACKING_URI": self.mlflow_url},
-                 "prefect": {"PREFECT_API_URL": f"{self.prefect_url}/api"}}  # fmt: skip
+                 "prefect": {"PREFECT_API_URL": f"{self.prefect_url}/api",
+                             "PREFECT_API_AUTH_STRING": _LOGIN}}  # fmt: skip
         return _KEYS | {key: value for name in self._running for key, value in named.get(name, {}).items()}
 
     def database(self, name: str, driver: str) -> str:
@@ -165,7 +166,8 @@ class Team:
             "MLFLOW_S3_ENDPOINT_URL": self.s3_url,
         }
         command = [sys.executable, "-m", "mlflow", "server", "--serve-artifacts", "--workers", "2",
-                   "--host", "127.0.0.1", "--port", self._port("mlflow")]  # fmt: skip
+                   "--host", "127.0.0.1", "--port", self._port("mlflow"),
+                   "--gunicorn-opts", "--threads 8 --timeout 0"]  # fmt: skip
         self._start("mlflow", command, environment)
         self._await("mlflow", lambda: _status(self.mlflow_url, "/health") == 200)
 
@@ -175,6 +177,7 @@ class Team:
         environment = {
             "PREFECT_API_DATABASE_CONNECTION_URL": self.database("prefect", "asyncpg"),
             "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_SERVER_API_AUTH_STRING": _LOGIN,
         }
         command = [sys.executable, "-m", "prefect", "--no-prompt", "server", "start",
                    "--host", "127.0.0.1", "--port", self._port("prefect")]  # fmt: skip

@@ -1,12 +1,15 @@
-"""The board as a person uses it: started in a project, looked at in a browser, ended with Ctrl-C or worse."""
+"""The board as a person uses it: started in a project, asked by strangers, ended with Ctrl-C or worse."""
 
+import base64
 import http.client
 import json
+import pty
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +19,17 @@ import boards
 import projects
 import psutil
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+EVIL = "http://evil.example"
+# Another site's page, a page whose name was pointed at this machine, and another user's program.
+STRANGERS = {
+    "a page": {"Origin": EVIL},
+    "a rebound page": {"Origin": "http://10.evil.example:{port}", "Host": "10.evil.example:{port}"},
+    "a rebound page that only reads": {"Host": "10.evil.example:{port}"},
+    "another user": {},
+}
 
 pytestmark = pytest.mark.xdist_group("board")
 
@@ -41,12 +55,21 @@ def run_board(project: projects.Project, ports: list[int], exit_code: int) -> st
 
 
 def get(url: str, path: str = "/") -> tuple[int, str]:
+    answer, text = send("GET", url, path)
+    return answer.status, text
+
+
+def send(
+    method: str, url: str, path: str, headers: Mapping[str, str] | None = None, body: str | None = None
+) -> tuple[http.client.HTTPResponse, str]:
+    """One request; without a Content-Type among its headers it is one that a page may send to any server."""
     host = url.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=60)
     try:
-        connection.request("GET", path)
+        headers = {name: value.format(port=connection.port) for name, value in (headers or {}).items()}
+        connection.request(method, path, body, headers)
         answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        return answer, answer.read().decode()
     finally:
         connection.close()
 
@@ -77,14 +100,16 @@ def test_it_prints_where_prefect_mlflow_and_the_reports_are_and_how_it_ends(boar
         f"{board.mlflow_url}/#/experiments/",
         board.reports_url,
         f"{board.project.root}/.prefect",
+        "Ctrl-C",
     ):
-        assert address in board.output
-    assert "Ctrl-C" in board.output and "Traceback" not in board.output
+        boards.wait_for(lambda address=address: address in board.output, 30)
+    assert "Traceback" not in board.output
 
 
 def test_other_programs_find_it_by_a_file(board):
     assert board.project.json(".prefect/board.json") == {
         "pid": board.process.pid,
+        "api_auth_string": board.auth_string,
         "api_url": board.api_url,
         "mlflow_url": board.mlflow_url,
         "reports_url": board.reports_url,
@@ -151,6 +176,182 @@ def test_reports_are_served_as_they_are_now_and_nothing_outside_their_folder(boa
     page.unlink()
     for path in ("/../params.yaml", "/..%2fparams.yaml", "/%2e%2e/params.yaml", f"/{board.project.root}/params.yaml"):
         assert get(board.reports_url, path.replace(" ", "%20").replace(";", "%3B"))[0] == 404
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("content_type", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json"}])
+def test_prefects_server_does_nothing_for_a_stranger(board, stranger, content_type):
+    headers = STRANGERS[stranger] | content_type
+    for method, path, body in (
+        ("POST", "/api/flows/", '{"name": "evil"}'),
+        ("POST", "/api/deployments/", '{"name": "evil", "job_variables": {"command": "id"}}'),
+        ("POST", f"/api/deployments/{board.deployments()['drift']['id']}/create_flow_run", "{}"),
+        ("POST", "/api/block_documents/filter", '{"include_secrets": true}'),
+        ("GET", "/api/admin/settings", None),
+        ("GET", "/api/admin/version?/api/health", None),
+    ):
+        answer, text = send(method, board.url, path, headers, body)
+        assert answer.status == 401 and "Access-Control-Allow-Origin" not in answer.headers, (path, text)
+        login = {"Authorization": f"Basic {base64.b64encode(b'admin:pass').decode()}"}
+        assert send(method, board.url, path, headers | login, body)[0].status == 401
+    assert "evil" not in {flow["name"] for flow in board.ask("POST", "/flows/filter", {})}
+
+
+def test_a_page_may_not_ask_whether_it_may_send_a_login(board):
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    for origin, is_allowed in {EVIL: False, "null": False, "http://localhost:1": False, board.url: True}.items():
+        answer, _ = send("OPTIONS", board.url, "/api/flows/", asks | {"Origin": origin})
+        assert answer.getheader("Access-Control-Allow-Origin") == (origin if is_allowed else None)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "events/in",
+        "events/out",
+        "logs/out",
+        "task_runs/subscriptions/scheduled",
+        "work_pools/touchline/workers/connect",
+    ],
+)
+@pytest.mark.parametrize("stranger", [{"origin": EVIL}, {"origin": None}])
+def test_prefects_websockets_refuse_clients_without_the_password(board, path, stranger):
+    socket_url = f"ws://127.0.0.1:{board.ports[0]}/api/{path}"
+    rebound = {"uri": f"ws://evil.example:{board.ports[0]}/api/{path}", "sock": socket.create_connection(
+        ("127.0.0.1", board.ports[0]))}  # fmt: skip
+    for address in ({"uri": socket_url}, rebound):
+        with pytest.raises(InvalidStatus), connect(**address, **stranger, proxy=None):
+            pass
+    for token in (None, "admin:pass"):
+        with connect(socket_url, **stranger, subprotocols=["prefect"], proxy=None) as refused:
+            refused.send(json.dumps({"type": "auth", "token": token}))
+            with pytest.raises(ConnectionClosed) as closed:
+                refused.recv(30)
+            assert closed.value.rcvd.code == 1008
+    with connect(socket_url, subprotocols=["prefect"], proxy=None) as ours:
+        ours.send(json.dumps({"type": "auth", "token": board.auth_string}))
+        assert json.loads(ours.recv(30)) == {"type": "auth_success"}
+
+
+def test_a_rebound_page_reads_nothing_of_mlflow(board):
+    path = "/ajax-api/2.0/mlflow/experiments/get?experiment_id=0"
+    for host in ("10.evil.example:{port}", "192.168.evil.example", "localhost:1.evil.example", "evil.example:{port}"):
+        assert send("GET", board.mlflow_url, path, {"Host": host})[0].status == 403
+    for host in ("localhost:{port}", "127.0.0.1:{port}", "[::1]:{port}"):
+        assert send("GET", board.mlflow_url, path, {"Host": host})[0].status == 200
+
+
+@pytest.mark.parametrize("stranger", ["a page", "a rebound page"])
+@pytest.mark.parametrize("content_type", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json"}])
+def test_a_page_changes_nothing_in_mlflow(board, stranger, content_type):
+    headers = STRANGERS[stranger] | content_type
+    path = "/ajax-api/2.0/mlflow/experiments/"
+    assert send("POST", board.mlflow_url, f"{path}create", headers, '{"name": "evil"}')[0].status == 403
+    assert send("GET", board.mlflow_url, f"{path}get-by-name?experiment_name=evil")[0].status == 404
+
+
+@pytest.mark.parametrize("origin", [{}, {"Origin": "http://localhost:1"}])
+def test_mlflow_has_no_assistant_that_runs_commands_and_takes_no_files(board, origin):
+    assistant = "/ajax-api/3.0/mlflow/assistant"
+    settings = json.dumps({"providers": {"ollama": {"selected": True, "base_url": EVIL}}})
+    json_headers = origin | {"Content-Type": "application/json"}
+    for method, path, body in (
+        ("GET", "/config", None),
+        ("PUT", "/config", settings),
+        ("POST", "/message", '{"message": "hello"}'),
+    ):
+        assert send(method, board.mlflow_url, assistant + path, json_headers, body)[0].status == 404
+    assert send("PUT", board.mlflow_url, "/api/2.0/mlflow-artifacts/artifacts/x", origin, "x")[0].status == 503
+    assert not (board.project.root / "mlartifacts").exists()
+
+
+def test_reports_are_shown_to_no_rebound_page_and_in_no_other_page_and_nothing_changes_them(board):
+    page = board.project.root / "reports/kept.html"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("kept")
+    for host in ("evil.example:{port}", "127.0.0.1", "127.0.0.1:1", ""):
+        answer, text = send("GET", board.reports_url, "/kept.html", {"Host": host})
+        assert answer.status == 421 and "kept" not in text
+    for host in ("127.0.0.1:{port}", "localhost:{port}", "[::1]:{port}"):
+        answer, text = send("GET", board.reports_url, "/kept.html", {"Host": host, "Origin": EVIL})
+        assert (answer.status, text) == (200, "kept")
+        assert answer.getheader("Content-Security-Policy") == "frame-ancestors 'none'"
+        assert answer.getheader("X-Content-Type-Options") == "nosniff"
+        assert answer.getheader("Cross-Origin-Resource-Policy") == "same-origin"
+        assert "Access-Control-Allow-Origin" not in answer.headers
+    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+        assert send(method, board.reports_url, "/kept.html", STRANGERS["a page"], "evil")[0].status == 501
+    assert page.read_text() == "kept"
+
+
+def test_other_users_of_the_machine_cannot_read_its_files(board):
+    folder = board.project.root / ".prefect"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    rights = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir() if path.suffix != ".lock"}
+    assert {"board.json", "prefect.db", "old.log", "server.log", "worker.log", "mlflow.log"} <= rights.keys()
+    assert {name: mode for name, mode in rights.items() if mode != 0o600 and (folder / name).is_file()} == {}
+    assert (board.project.root / "mlflow/mlflow.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_flow_runs_keep_the_users_umask(board):
+    status = Path(f"/proc/{board.process_of('worker start').pid}/status")
+    if not status.exists():
+        pytest.skip("only Linux tells a process's umask")
+    assert "Umask:\t0000" in status.read_text()
+
+
+def test_the_password_is_shown_on_a_terminal_and_in_no_file_that_output_goes_to(board, monkeypatch):
+    import flows.board
+
+    assert board.auth_string not in board.output and ".prefect/board.json" in board.output
+    monkeypatch.chdir(board.project.root)
+    ours, terminals = pty.openpty()
+    with open(terminals, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        told = flows.board.Board(board.project.root, "127.0.0.1", *board.ports, auth_string="the password")
+        flows.board._tell(told)
+    shown = b""
+    with suppress(OSError), open(ours, "rb", buffering=0) as terminal:
+        while b"Ctrl-C" not in shown:
+            shown += terminal.read(1000)
+    assert b"the password" in shown
+
+
+def test_each_start_has_another_password_and_a_user_may_choose_it(monkeypatch, tmp_path):
+    from flows.board import Board
+
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
+    first, second = (Board(tmp_path, "127.0.0.1", 1, 2, 3).auth_string for _ in range(2))
+    assert first != second and len(first) == 32
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:pass")
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "of another server")
+    environment = Board(tmp_path, "127.0.0.1", 1, 2, 3).environment()
+    assert environment["PREFECT_API_AUTH_STRING"] == environment["PREFECT_SERVER_API_AUTH_STRING"] == "admin:pass"
+
+
+def test_programs_beside_the_board_log_in_by_themselves(board):
+    assert "drift/drift" in board.project.run(sys.executable, "-m", "flows", "deployment", "ls")
+
+
+def test_elsewhere_flows_log_in_to_the_server_that_the_user_names(board, other):
+    count = (
+        "import flows.project; from prefect import get_client\n"
+        "with get_client(sync_client=True) as client: print(len(client.read_deployments()), 'deployments')"
+    )
+    login = {"PREFECT_API_URL": board.api_url, "PREFECT_API_AUTH_STRING": board.auth_string}
+    assert "4 deployments" in other.run(sys.executable, "-c", count, **login)
+
+
+def test_beside_a_board_the_server_that_the_user_names_keeps_its_password(board):
+    login = "import os, flows; print(*(os.environ.get(f'PREFECT_API_{name}') for name in ('URL', 'AUTH_STRING')))"
+    ours, theirs = f"{board.api_url} {board.auth_string}", "https://prefect.example.com/api of:theirs"
+    for named, expected in (
+        ({}, ours),
+        ({"PREFECT_API_URL": board.api_url}, ours),
+        ({"PREFECT_API_URL": board.api_url, "PREFECT_API_AUTH_STRING": "of another board"}, ours),
+        (dict(zip(("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"), theirs.split(), strict=True)), theirs),
+    ):
+        assert board.project.run(sys.executable, "-c", login, **named).strip() == expected
 
 
 def test_it_listens_on_loopback_alone(board):
@@ -264,6 +465,8 @@ def test_ctrl_c_ends_all_it_has_started_and_nothing_else(board):
     boards.wait_for(lambda: board.state(run)["type"] == "RUNNING", 120)
     started = board.processes()
     assert any("prefect.engine" in command or "_workspace_supervisor" in command for command in started)
+    password = board.auth_string
+    assert not any(password in command for command in started)
     # Of the same program, and by the same hand.
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], cwd=board.project.root) as unrelated:
         try:
@@ -275,6 +478,8 @@ def test_ctrl_c_ends_all_it_has_started_and_nothing_else(board):
             unrelated.kill()
     assert board.output.rstrip().endswith("ended") and "Traceback" not in board.output
     assert not (board.project.root / ".prefect/board.json").exists()
+    written = [path for path in board.project.root.rglob("*") if path.is_file()]
+    assert [path for path in written if password.encode() in path.read_bytes()] == []
     # The ports are free again.
     for port in board.ports:
         with socket.socket() as probe:

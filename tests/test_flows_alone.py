@@ -1,9 +1,11 @@
 """What the flows do that needs no board: params given to a run, the branch, the clone, and a flow started by hand."""
 
+import http.client
 import logging
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -333,6 +335,18 @@ def working_in(folder: Path) -> list[str]:
     return found
 
 
+def asked_by_a_stranger(process: subprocess.Popen[str]) -> int:
+    """What the temporary server of a flow started by hand answers to a client without its password."""
+    [server] = [
+        words for child in psutil.Process(process.pid).children()
+        if "prefect.server.api.server:create_app" in (words := child.cmdline())
+    ]  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", int(server[server.index("--port") + 1]), timeout=60)
+    connection.request("POST", "/api/flows/", '{"name": "evil"}', {"Origin": "http://evil.example"})
+    with closing(connection):
+        return connection.getresponse().status
+
+
 def test_a_flow_runs_by_hand_where_there_is_no_board(built_copy):
     process = by_hand(built_copy, "pipeline")
     assert process.wait(300) == 0, (built_copy.root.parent / "output.txt").read_text()
@@ -349,6 +363,7 @@ def test_ctrl_c_ends_a_flow_started_by_hand_and_the_stage_it_was_at(built_copy):
     built_copy.change({"ingest.sample.per_class": 100_000})
     process = by_hand(built_copy, "pipeline")
     boards.wait_for(lambda: any("touchline ingest" in line for line in working_in(built_copy.root)), 300)
+    assert asked_by_a_stranger(process) == 401
     process.send_signal(signal.SIGINT)
     # Ten tries of a minute and more would take longer.
     assert process.wait(55) not in (0, None)

@@ -19,7 +19,7 @@ from conftest import SHIPPED, shipped_values
 from PIL import Image
 
 from touchline.commands import predict
-from touchline.core import files, params
+from touchline.core import files, params, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.core.tensorflow import import_tensorflow
@@ -265,3 +265,18 @@ def test_servers_listen_on_loopback_unless_told() -> None:
 
     for command in (cli.mlflow, cli.serve, cli.try_models, board.main):
         assert inspect.signature(command).parameters["host"].default == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "host, port, trusted",
+    [
+        ("127.0.0.1", 5000, ["127.0.0.1:5000", "localhost:5000", "[::1]:5000"]),
+        ("localhost", 80, ["localhost", "127.0.0.1", "[::1]"]),
+        ("127.0.0.2", 1, ["127.0.0.2:1", "127.0.0.1:1", "localhost:1", "[::1]:1"]),
+        ("::1", 1, ["[::1]:1", "127.0.0.1:1", "localhost:1"]),
+        ("0.0.0.0", 5000, []),
+        ("192.0.2.1", 5000, []),
+    ],
+)
+def test_a_server_on_loopback_knows_its_names(host: str, port: int, trusted: list[str]) -> None:
+    assert ports.trusted_hosts(host, port) == trusted

@@ -606,6 +606,24 @@ def test_a_damaged_store_is_one_clear_line(tmp_path):
         tracking.open_store(paths, EXPERIMENT)
 
 
+def test_the_database_is_for_its_owner_alone_also_where_it_was_not(paths, store):
+    database = paths.mlflow / "mlflow.db"
+    assert database.stat().st_mode & 0o777 == 0o600
+    for open_again in (lambda: tracking.server_settings(paths, []), lambda: tracking.open_store(paths, EXPERIMENT)):
+        database.chmod(0o666)
+        open_again()
+        assert database.stat().st_mode & 0o777 == 0o600
+
+
+def test_mlflows_server_answers_to_the_hosts_that_are_given_unless_the_user_says_otherwise(paths, monkeypatch):
+    name = "MLFLOW_SERVER_ALLOWED_HOSTS"
+    monkeypatch.delenv(name, raising=False)
+    assert tracking.server_settings(paths, ["127.0.0.1:5000", "[::1]:5000"])[name] == "127.0.0.1:5000,[::1]:5000"
+    assert name not in tracking.server_settings(paths, [])
+    monkeypatch.setenv(name, "mlflow.example.com")
+    assert name not in tracking.server_settings(paths, ["127.0.0.1:5000"])
+
+
 def test_a_store_that_was_moved_with_its_project_is_refused(paths, store, run_id, tmp_path):
     moved = _project(tmp_path)
     shutil.copytree(paths.mlflow, moved.mlflow)

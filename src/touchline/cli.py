@@ -313,14 +313,23 @@ def mlflow(
 
     ports.bound(host, port).close()
     paths = Paths.here()
-    # One worker answers one person, and four would each take 0.3 GB.
-    command = [sys.executable, "-m", "mlflow", "server"]
-    settings = tracking.server_settings(paths)
+    settings = tracking.server_settings(paths, ports.trusted_hosts(host, port))
     page = tracking.page(paths, params.load(paths.workspace / "params.yaml").register_.name)
     print(f"MLflow UI: http://{host}:{port}{page} (Ctrl-C ends it)", flush=True)
-    # In place of this process, so that whoever ends it ends the server.
-    command += ["--host", host, "--port", str(port), "--workers", "1"]
-    os.execve(command[0], command, os.environ | settings)
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port),
+        # One worker answers one person, and four would each take 0.3 GB.
+        "--workers", "1",
+        # Or any client could write files to ./mlartifacts.
+        "--no-serve-artifacts",
+        # MLflow's default server, uvicorn, has its AI assistant as well: from any client on this machine, without a
+        # login, that takes the address of a language model and runs the commands which that one answers. gunicorn
+        # serves MLflow without it. Threads, because a browser opens connections and lets them wait; no time limit,
+        # because its start takes longer on a busy machine.
+        "--gunicorn-opts", "--threads 8 --timeout 0 --no-control-socket",
+    ]  # fmt: skip
+    # In place of this process, so that ending it ends the server. MLflow warns of every use of gunicorn.
+    os.execve(command[0], command, os.environ | settings | {"PYTHONWARNINGS": "ignore::FutureWarning"})
 
 
 @app.command()

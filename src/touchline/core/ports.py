@@ -1,6 +1,7 @@
 """Addresses that servers listen on."""
 
 import socket
+from ipaddress import ip_address
 
 from touchline.core.errors import TouchlineError
 
@@ -19,3 +20,14 @@ def bound(host: str, port: int) -> socket.socket:
         holding.close()
         raise TouchlineError(f"{host}:{port} is not free ({error.strerror}): choose another --port") from None
     return holding
+
+
+def trusted_hosts(host: str, port: int) -> list[str]:
+    """Host headers that requests to a server on a loopback address have; empty for any other address.
+
+    A web page whose name was pointed at this machine (DNS rebinding) sends its own name.
+    """
+    if not ip_address(host if ":" in host else socket.gethostbyname(host)).is_loopback:
+        return []
+    names = dict.fromkeys((f"[{host}]" if ":" in host else host, "127.0.0.1", "localhost", "[::1]"))
+    return [name if port == 80 else f"{name}:{port}" for name in names]

@@ -1171,16 +1171,23 @@ def _own_uri(paths: Paths) -> str:
     return f"sqlite:///{_database(paths).as_posix()}"
 
 
-def server_settings(paths: Paths) -> dict[str, str]:
+def server_settings(paths: Paths, hosts: Collection[str]) -> dict[str, str]:
     """Variables of `mlflow server` that make it show this project's store; all could read a password among its options.
 
+    Args:
+        hosts: Host headers that it answers to, unless the user's own variable says so; MLflow's list where empty.
+
     Raises:
-        TouchlineError: the store is a server already.
+        TouchlineError: the store is a server already, or the database cannot be used.
     """
     uri = _tracking_uri(paths)
     if uri.startswith("http"):
         raise TouchlineError(f"the store is a server, {_where(uri)}: open that address, or unset MLFLOW_TRACKING_URI")
+    _check_database(paths, uri)
     settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_REGISTRY_STORE_URI": _registry_uri(paths)}
+    # MLflow's own list takes 10.evil.example for a private address.
+    if hosts and "MLFLOW_SERVER_ALLOWED_HOSTS" not in os.environ:
+        settings["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(hosts)
     artifacts = _artifacts_uri(paths, uri)
     return settings | ({"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts} if artifacts else {})
 
@@ -1219,17 +1226,28 @@ def _artifacts_uri(paths: Paths, tracking_uri: str) -> str | None:
 
 def _check_database(paths: Paths, uri: str) -> None:
     # MLflow tries a damaged file again and again for minutes before it says so.
-    database = _database(paths)
-    if uri != _own_uri(paths) or not database.exists():
+    if uri != _own_uri(paths):
         return
+    database = _database(paths)
     try:
+        _guard(database)
         # Not read-only: what a writer killed half-way left in the journal has to be undone first.
         with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         otherwise = "close what uses it, or move it away and run `make run` to log everything again"
         remedy = next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, str(error))), otherwise)
         raise TouchlineError(f"{database} is not usable ({error}): {remedy}") from None
+
+
+def _guard(database: Path) -> None:
+    """Keep the database from other users of this machine; made if missing, because MLflow's own would be for all."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    if not database.exists():
+        database.touch(0o600)
+    # Another person's file is theirs to guard.
+    with suppress(PermissionError):
+        database.chmod(0o600)
 
 
 def _where(uri: str) -> str:
