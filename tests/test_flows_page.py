@@ -70,7 +70,7 @@ def test_the_page_of_a_run_draws_its_graph_and_tells_of_every_stage_that_it_was_
     "key, words",
     [
         ("photos", ["Photos by class, source and subset", "rugby", "validation"]),
-        ("validation", ["Validation passed", "Data Docs"]),
+        ("validation", ["Validation passed", "What was rejected"]),
         ("learning-curves", ["Accuracy and loss by epoch", "data:image/png;base64,"]),
         ("decision", ["The models side by side", "the champion", "McNemar", "The whole report"]),
     ],
