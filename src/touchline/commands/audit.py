@@ -16,11 +16,10 @@ from touchline.core.files import read_table, write_table, write_text
 from touchline.core.params import BackboneFeatures, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.data import decisions
+from touchline.data import decisions, similarity
 from touchline.data.feature_store import Arrays
 from touchline.models import heads
 from touchline.report import html, plots
-from touchline.stages import split
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +90,7 @@ def run(paths: Paths, params: Params, top: int, who: str = "") -> None:
     labels = table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
     features = Arrays(paths.features / name)[list(table["sha256"])]
 
-    alike = split.near_duplicates(table["perceptual_hash"], params.split.near_duplicate_bits)
+    alike = similarity.near_duplicates(table["perceptual_hash"], params.split.near_duplicate_bits)
     probabilities = out_of_fold(features, labels, groups(paths, table, alike))
     found = [
         *wrong_labels(labels, probabilities),
@@ -125,20 +124,14 @@ def groups(paths: Paths, table: "pd.DataFrame", alike: Sequence[tuple[int, int]]
     Returns:
         Names, shape (len(table),).
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     group = table["group"]
     if paths.split_table.exists():
         split = read_table(paths.split_table)
         # The split gives near-duplicates a common group, and leaves some photos out.
         group = table["path"].map(dict(zip(split["path"], split["group"], strict=True))).fillna(group)
     small = group.ne("") & (group.map(group.value_counts()) <= _LARGEST_GROUP * len(table))
-    first, second = np.array(alike, dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(table), len(table)))
-    _, component = connected_components(graph, directed=False)
     # A line break, which no CSV cell of ours holds, keeps the two kinds of names apart.
-    return np.where(small, group, [f"\n{number}" for number in component])
+    return np.where(small, group, [f"\n{number}" for number in similarity.components(len(table), alike)])
 
 
 def out_of_fold(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = _SEED) -> np.ndarray:

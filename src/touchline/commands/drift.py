@@ -29,11 +29,11 @@ from touchline.core.params import BackboneFeatures, DriftParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
 from touchline.core.tensorflow import import_tensorflow
-from touchline.data import photos
+from touchline.data import photos, similarity
 from touchline.data.feature_store import Arrays
 from touchline.models import inference
 from touchline.report import html, plots
-from touchline.stages import evaluate, split
+from touchline.stages import evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,12 +261,7 @@ def compare(new: Side, training: Side, held_out: Side, near_duplicate_bits: int)
 
 def belonging(hashes: Sequence[str], bits: int) -> np.ndarray:
     """Numbers, shape (n,), equal for near-duplicates, also for those that others link."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    first, second = np.array(split.near_duplicates(hashes, bits), dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(hashes), len(hashes)))
-    return connected_components(graph, directed=False)[1]
+    return similarity.components(len(hashes), similarity.near_duplicates(hashes, bits))
 
 
 def _without_near_duplicates(side: Side, bits: int) -> Side:
