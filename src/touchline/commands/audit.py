@@ -16,10 +16,11 @@ from touchline.core.files import read_table, write_table, write_text
 from touchline.core.params import BackboneFeatures, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.data import decisions, similarity
+from touchline.data import decisions, similarity, terms
 from touchline.data.feature_store import Arrays
+from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import heads
-from touchline.report import html, plots
+from touchline.report import html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -312,17 +313,12 @@ def _listed(found: Sequence[Finding], table: "pd.DataFrame", classes: Sequence[s
 
 def _thumbnails(paths: Paths, params: Params, table: "pd.DataFrame", shown: Sequence[Finding]) -> dict[int, str]:
     """JPEGs in base64 of the photos on the page that may be seen by others, by position."""
-    allowed = set(plots.shown(table.reset_index(drop=True), params).index)
+    allowed = set(terms.shown(table.reset_index(drop=True), params).index)
     wanted = dict.fromkeys(row for each in shown for row in (each.photo, each.near) if row is not None)
     chosen = [row for row in wanted if row in allowed]
-    sizes = table[["width", "height"]].to_numpy(float)
-    files = table["path"].to_numpy()
-
-    def thumbnail(row: int) -> str:
-        width, height = sizes[row]
-        return plots.jpeg(plots.small(paths.workspace / files[row], width, height, _THUMBNAIL))
-
-    return dict(zip(chosen, track(parallel.in_order(thumbnail, chosen), len(chosen), "thumbnails"), strict=True))
+    files = [paths.workspace / table["path"].iloc[row] for row in chosen]
+    drawn = parallel.in_order(lambda file: jpeg(thumbnail(file, _THUMBNAIL)), files)
+    return dict(zip(chosen, track(drawn, len(chosen), "thumbnails"), strict=True))
 
 
 def _print(listed: "pd.DataFrame", paths: Paths) -> None:
