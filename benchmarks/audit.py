@@ -20,8 +20,8 @@ from touchline.core import parallel
 from touchline.core.params import BackboneFeatures, load
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.data import photos
-from touchline.stages import features, split
+from touchline.data import photos, similarity
+from touchline.stages import features
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARE = 0.05
@@ -41,7 +41,7 @@ def main() -> None:
     found = np.stack(list(track(rows, len(files), "computing features")))
     measured = parallel.in_order(lambda path: photos.measure(path, params.validate_.max_megapixels), files)
     hashes = [each.perceptual_hash or "0" for each in track(measured, len(files), "hashing")]
-    alike = split.near_duplicates(hashes, params.split.near_duplicate_bits)
+    alike = similarity.near_duplicates(hashes, params.split.near_duplicate_bits)
     groups = audit.groups(Paths(arguments.photos, arguments.photos), table, alike)
     classes = sorted(set(table["class"]))
     labels = table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy()

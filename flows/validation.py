@@ -22,7 +22,7 @@ def validation(clone: bool = False) -> State | list[State]:
 
 
 def show_validation(workspace: Path, _: str) -> None:
-    """What was expected and seen, what failed, and where the Data Docs are."""
+    """What was expected and seen, and what failed."""
     report = read_json(workspace / "reports/validation.json")
     # A photo that fails is rejected and that is all; a class or the set that fails stops the pipeline.
     failed = [found for found in report["expectations"] if not found["passed"] and found["level"] != "photo"]
@@ -38,8 +38,7 @@ def show_validation(workspace: Path, _: str) -> None:
         lines.append("| " + " | ".join(map(escaped, words)) + " |")
     if failed:
         lines += ["", "**Failed:** " + escaped("; ".join(f"{found['name']}: {found['observed']}" for found in failed))]
-    lines += ["", f"{report_link('validation.html', 'What was rejected, and why')} · "
-              f"{report_link('data_docs/index.html', 'Data Docs')}"]  # fmt: skip
+    lines += ["", report_link("validation.html", "What was rejected, and why")]
     create_markdown_artifact("\n".join(lines), key="validation", description="Great Expectations' word on the photos")
 
 

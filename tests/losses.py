@@ -82,8 +82,7 @@ def lost(project: Project, undisturbed: Project) -> list[str]:
     found += [
         f"{path.relative_to(project.root)} is left"
         for name in ("data", "models", "reports", "mlflow")
-        for kind in (".partial-*", ".data_docs-*")
-        for path in (project.root / name).rglob(kind)
+        for path in (project.root / name).rglob(".partial-*")
     ]
     found += [f"{name} is another" for name in TABLES if not same_bytes(project, undisturbed, name)]
     ours, theirs = (each.json("reports/metrics.json")["models"] for each in (project, undisturbed))

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from touchline import cli
 from touchline.commands import export as exporting
+from touchline.commands.export_formats import FORMATS
 from touchline.core import files, params
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import BackboneFeatures, Params
@@ -31,7 +32,6 @@ from touchline.models.heads import Head
 from touchline.sources.sample import encode
 
 SIDE, CLASSES, CHANNELS = 32, ["rugby", "Fußball", "<b>"], 6
-FORMATS = ["tflite", "onnx", "saved_model"]
 KINDS = ["cnn", "one view", "two views", "two backbones"]
 
 
@@ -177,7 +177,7 @@ def test_it_says_how_the_export_compares_and_on_what(
 def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(
     form: str, change: float, export: Callable[..., keras.Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert = exporting._FORMATS[form].write
+    convert = FORMATS[form].write
 
     def tampering(model: keras.Model, draft: Path) -> None:
         bias = model.weights[-1].numpy()
@@ -185,7 +185,7 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(
         convert(model, draft)
         model.weights[-1].assign(bias)
 
-    monkeypatch.setitem(exporting._FORMATS, form, replace(exporting._FORMATS[form], write=tampering))
+    monkeypatch.setitem(FORMATS, form, replace(FORMATS[form], write=tampering))
     output = tmp_path / "out/model"
     with pytest.raises(TouchlineError, match=rf"{form}.*models/little\.keras") as e:
         export(form, output)
@@ -202,13 +202,13 @@ def test_a_conversion_that_breaks_off_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    convert = exporting._FORMATS[form].write
+    convert = FORMATS[form].write
 
     def breaking(model: keras.Model, draft: Path) -> None:
         convert(model, draft)
         raise failure
 
-    monkeypatch.setitem(exporting._FORMATS, form, replace(exporting._FORMATS[form], write=breaking))
+    monkeypatch.setitem(FORMATS, form, replace(FORMATS[form], write=breaking))
     output = tmp_path / "out/model"
     expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else TouchlineError
     with pytest.raises(expected) as error:

@@ -13,7 +13,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json, read_table
 from touchline.core.params import Params, check
 from touchline.core.paths import Paths
-from touchline.report import plots
+from touchline.data import terms
 from touchline.sources.imagenet import TERMS
 from touchline.stages import ingest as ingestion
 
@@ -80,7 +80,7 @@ def test_figures_show_photos_of_imagenet_only_if_they_may_be_passed_on(params: P
     values = params.model_dump(mode="json", by_alias=True, exclude_unset=True)
     values["ingest"]["imagenet"]["share"] = share
     rows = pd.DataFrame({"path": ["a", "b", "c"], "source": ["openimages", "imagenet", "folder"]})
-    assert list(plots.shown(rows, check(values))["path"]) == (["a", "b", "c"] if share else ["a", "c"])
+    assert list(terms.shown(rows, check(values))["path"]) == (["a", "b", "c"] if share else ["a", "c"])
 
 
 def test_dvc_pushes_photos_to_the_remote_that_params_name_and_to_no_other(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.params import SUBSETS, Params, SplitParams
 from touchline.core.paths import Paths
+from touchline.data import similarity
 from touchline.stages import split as splitting
 
 CLASSES = ["rugby", "soccer"]
@@ -211,22 +212,22 @@ def test_a_chain_of_near_duplicates_is_one_group() -> None:
 
 def test_photos_further_apart_than_the_limit_are_strangers() -> None:
     two = table([("rugby", "", 0), ("rugby", "", 0b111)])
-    assert splitting.near_duplicates(two["perceptual_hash"], 3) == [(0, 1)]
-    assert splitting.near_duplicates(two["perceptual_hash"], 2) == []
+    assert similarity.near_duplicates(two["perceptual_hash"], 3) == [(0, 1)]
+    assert similarity.near_duplicates(two["perceptual_hash"], 2) == []
 
 
 def test_hashes_are_compared_in_blocks_as_if_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     hashes = [f"{int(bits):016x}" for bits in random.integers(0, 2**12, 50)]
-    at_once = splitting.near_duplicates(hashes, 2)
+    at_once = similarity.near_duplicates(hashes, 2)
     expected = [
         (one, other)
         for one in range(50)
         for other in range(one + 1, 50)
         if differing_bits(hashes[one], hashes[other]) <= 2
     ]
-    monkeypatch.setattr(splitting, "_PAIRS_AT_ONCE", 120)
-    assert splitting.near_duplicates(hashes, 2) == at_once == expected != []
+    monkeypatch.setattr(similarity, "_PAIRS_AT_ONCE", 120)
+    assert similarity.near_duplicates(hashes, 2) == at_once == expected != []
 
 
 def test_groups_may_be_taken_apart() -> None:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from touchline.core.errors import TouchlineError
+from touchline.commands.export_formats import FORMATS
+from touchline.core.errors import ParamsError, TouchlineError
 
 if TYPE_CHECKING:
+    from touchline.core.params import Params
+    from touchline.core.paths import Paths
     from touchline.tracking import Store
 
 # Nothing calls home, and TensorFlow's start-up notes are no news to anyone; whoever wants either sets it before.
@@ -48,12 +51,8 @@ class Format(StrEnum):
     csv = "csv"
 
 
-class Target(StrEnum):
-    """What `export` writes."""
-
-    tflite = "tflite"
-    onnx = "onnx"
-    saved_model = "saved_model"
+# What `export` writes.
+Target = StrEnum("Target", list(FORMATS))  # type: ignore[misc]  # mypy wants the names spelt out
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -88,13 +87,11 @@ def _run(name: str, *arguments: str) -> None:
     """Run a stage, under its lock: `run` of the module that does its work."""
     from importlib import import_module
 
-    from touchline.core import params, stage
-    from touchline.core.paths import Paths
+    from touchline.core import stage
 
-    paths = Paths.here()
-    values = params.load(paths.workspace / "params.yaml")
+    paths, params = _project()
     with stage.running(paths, "@".join([name, *arguments])):
-        import_module(STAGES[name]).run(paths, values, *arguments)
+        import_module(STAGES[name]).run(paths, params, *arguments)
 
 
 @app.command()
@@ -151,11 +148,8 @@ def audit(
 ) -> None:
     """Look for likely wrong labels, near-duplicates and outliers among the photos."""
     from touchline.commands import audit
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    audit.run(paths, params.load(paths.workspace / "params.yaml"), top, who)
+    audit.run(*_project(), top, who)
 
 
 @app.command()
@@ -173,12 +167,8 @@ def tune(
     start the command twice: both work on one study.
     """
     from touchline.commands import tune
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    values = params.load(paths.workspace / "params.yaml")
-    tune.run(paths, values, _known(model, "models"), trials, seed, apply=apply)
+    tune.run(*_project(), _known(model, "models"), trials, seed, apply=apply)
 
 
 @app.command()
@@ -200,11 +190,8 @@ def predict(
     In a folder, what is no photo is left out. Exit code 1: some could not be read; they are named, the rest is done.
     """
     from touchline.commands import predict
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    predict.run(paths, params.load(paths.workspace / "params.yaml"), names, model, form.value, explain=explain)
+    predict.run(*_project(), names, model, form.value, explain=explain)
 
 
 @app.command()
@@ -220,11 +207,8 @@ def export(
     Exit code 1: it answered differently; then nothing is written.
     """
     from touchline.commands import export
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    export.run(paths, params.load(paths.workspace / "params.yaml"), model, form.value, output)
+    export.run(*_project(), model, form.value, output)
 
 
 @app.command()
@@ -240,12 +224,8 @@ def drift(
     be read are named, and the others compared.
     """
     from touchline.commands import drift
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    outcome = drift.run(paths, params.load(paths.workspace / "params.yaml"), names or [])
-    raise typer.Exit(drift.EXIT_CODES[outcome])
+    raise typer.Exit(drift.EXIT_CODES[drift.run(*_project(), names or [])])
 
 
 @app.command()
@@ -290,11 +270,9 @@ def list_versions() -> None:
 def sync() -> None:
     """Put runs, version and champion back from the project's files where the store lacks them."""
     from touchline import tracking
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    name = params.load(paths.workspace / "params.yaml").register_.name
+    paths, params = _project()
+    name = params.register_.name
     if tracking.in_sync(paths, name):
         return
     for line in tracking.sync(paths, name):
@@ -308,13 +286,12 @@ def mlflow(
 ) -> None:
     """Open the MLflow UI on the project's store, until Ctrl-C."""
     from touchline import tracking
-    from touchline.core import params, ports
-    from touchline.core.paths import Paths
+    from touchline.core import ports
 
     ports.bound(host, port).close()
-    paths = Paths.here()
+    paths, params = _project()
     settings = tracking.server_settings(paths, ports.trusted_hosts(host, port))
-    page = tracking.page(paths, params.load(paths.workspace / "params.yaml").register_.name)
+    page = tracking.page(paths, params.register_.name)
     print(f"MLflow UI: http://{host}:{port}{page} (Ctrl-C ends it)", flush=True)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port),
@@ -340,11 +317,8 @@ def serve(
 ) -> None:
     """Answer over HTTP what is on a photo, until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
     from touchline.commands import serve
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    serve.run(paths, params.load(paths.workspace / "params.yaml"), model, host, port)
+    serve.run(*_project(), model, host, port)
 
 
 @app.command("app")
@@ -355,12 +329,10 @@ def try_models(
 ) -> None:
     """Open a page to try the models on photos and to say where they are wrong, until Ctrl-C."""
     from touchline.commands import app
-    from touchline.core import params, ports
-    from touchline.core.paths import Paths
+    from touchline.core import ports
 
     ports.bound(host, port).close()
-    paths = Paths.here()
-    app.run(paths, params.load(paths.workspace / "params.yaml"), model, host, port)
+    app.run(*_project(), model, host, port)
 
 
 @app.command()
@@ -380,11 +352,8 @@ def clean(
     there is `make clean`, which deletes what the stages made.
     """
     from touchline.commands import clean
-    from touchline.core import params
-    from touchline.core.paths import Paths
 
-    paths = Paths.here()
-    clean.run(paths, params.load(paths.workspace / "params.yaml"), days, dry_run=dry_run, yes=yes)
+    clean.run(*_project(), days, dry_run=dry_run, yes=yes)
 
 
 @app.command()
@@ -412,12 +381,9 @@ def _plan() -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from touchline.core import params
-    from touchline.core.paths import Paths
     from touchline.stages import ingest
 
-    paths = Paths.here()
-    planned = ingest.plan(paths, params.load(paths.workspace / "params.yaml"))
+    planned = ingest.plan(*_project())
     licences = list(dict.fromkeys(row.licence for row in planned))
     table = Table("what", "MB", "state", "licence", title="would be fetched", title_justify="left")
     table.add_column("where", overflow="fold")
@@ -435,25 +401,27 @@ def _plan() -> None:
 
 
 def _store() -> "tuple[Store, str]":
-    from touchline.core import params
-    from touchline.core.paths import Paths
     from touchline.tracking import open_store
 
-    paths = Paths.here()
-    name = params.load(paths.workspace / "params.yaml").register_.name
-    return open_store(paths, name), name
+    paths, params = _project()
+    return open_store(paths, params.register_.name), params.register_.name
 
 
 def _known(name: str, section: str) -> str:
     """`name`, if the section of params.yaml has it."""
-    from touchline.core import params
-    from touchline.core.errors import ParamsError
-    from touchline.core.paths import Paths
-
-    known = getattr(params.load(Paths.here().workspace / "params.yaml"), section)
+    known = getattr(_project()[1], section)
     if name not in known:
         raise ParamsError(f"params.yaml: {section} has no entry '{name}'; allowed: {', '.join(known)}")
     return name
+
+
+def _project() -> "tuple[Paths, Params]":
+    """The project of the current folder, and its params.yaml."""
+    from touchline.core import params
+    from touchline.core.paths import Paths
+
+    paths = Paths.here()
+    return paths, params.load(paths.workspace / "params.yaml")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import photos
+from touchline.data import terms
+from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import explain
 from touchline.models.inference import Forward, forward_pass
-from touchline.report import html, plots
+from touchline.report import html
 from touchline.sources import feedback
 
 if TYPE_CHECKING:
@@ -328,13 +329,7 @@ def _standing(aliases: Sequence[str]) -> str:
 
 def _picture(content: bytes, heat: np.ndarray) -> str:
     """A photo with the heat over it, as a JPEG in base64."""
-    import cv2
-
-    found = photos.header(content)
-    scale = _SIDE / max(found.width, found.height)
-    size = tuple(max(1, round(scale * side)) for side in (found.width, found.height))
-    photo = cv2.resize(photos.decode(content, _SIDE), size, interpolation=cv2.INTER_AREA)
-    return plots.jpeg(explain.warmed(photo, heat))
+    return jpeg(explain.warmed(thumbnail(content, _SIDE), heat))
 
 
 def _card(said: Said) -> str:
@@ -356,4 +351,4 @@ def _examples(paths: Paths, params: Params) -> "pd.DataFrame":
     known = known.drop_duplicates("path").drop(columns=["class", "subset", "group", "sha256"])
     test = split[split["subset"] == "test"].merge(known, on="path")
     there = test["path"].map(lambda path: (paths.workspace / path).is_file())
-    return plots.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)
+    return terms.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)

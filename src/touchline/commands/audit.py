@@ -16,11 +16,11 @@ from touchline.core.files import read_table, write_table, write_text
 from touchline.core.params import BackboneFeatures, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.data import decisions
+from touchline.data import decisions, similarity, terms
 from touchline.data.feature_store import Arrays
+from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import heads
-from touchline.report import html, plots
-from touchline.stages import split
+from touchline.report import html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +91,7 @@ def run(paths: Paths, params: Params, top: int, who: str = "") -> None:
     labels = table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
     features = Arrays(paths.features / name)[list(table["sha256"])]
 
-    alike = split.near_duplicates(table["perceptual_hash"], params.split.near_duplicate_bits)
+    alike = similarity.near_duplicates(table["perceptual_hash"], params.split.near_duplicate_bits)
     probabilities = out_of_fold(features, labels, groups(paths, table, alike))
     found = [
         *wrong_labels(labels, probabilities),
@@ -125,20 +125,14 @@ def groups(paths: Paths, table: "pd.DataFrame", alike: Sequence[tuple[int, int]]
     Returns:
         Names, shape (len(table),).
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     group = table["group"]
     if paths.split_table.exists():
         split = read_table(paths.split_table)
         # The split gives near-duplicates a common group, and leaves some photos out.
         group = table["path"].map(dict(zip(split["path"], split["group"], strict=True))).fillna(group)
     small = group.ne("") & (group.map(group.value_counts()) <= _LARGEST_GROUP * len(table))
-    first, second = np.array(alike, dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(table), len(table)))
-    _, component = connected_components(graph, directed=False)
     # A line break, which no CSV cell of ours holds, keeps the two kinds of names apart.
-    return np.where(small, group, [f"\n{number}" for number in component])
+    return np.where(small, group, [f"\n{number}" for number in similarity.components(len(table), alike)])
 
 
 def out_of_fold(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = _SEED) -> np.ndarray:
@@ -319,17 +313,12 @@ def _listed(found: Sequence[Finding], table: "pd.DataFrame", classes: Sequence[s
 
 def _thumbnails(paths: Paths, params: Params, table: "pd.DataFrame", shown: Sequence[Finding]) -> dict[int, str]:
     """JPEGs in base64 of the photos on the page that may be seen by others, by position."""
-    allowed = set(plots.shown(table.reset_index(drop=True), params).index)
+    allowed = set(terms.shown(table.reset_index(drop=True), params).index)
     wanted = dict.fromkeys(row for each in shown for row in (each.photo, each.near) if row is not None)
     chosen = [row for row in wanted if row in allowed]
-    sizes = table[["width", "height"]].to_numpy(float)
-    files = table["path"].to_numpy()
-
-    def thumbnail(row: int) -> str:
-        width, height = sizes[row]
-        return plots.jpeg(plots.small(paths.workspace / files[row], width, height, _THUMBNAIL))
-
-    return dict(zip(chosen, track(parallel.in_order(thumbnail, chosen), len(chosen), "thumbnails"), strict=True))
+    files = [paths.workspace / table["path"].iloc[row] for row in chosen]
+    drawn = parallel.in_order(lambda file: jpeg(thumbnail(file, _THUMBNAIL)), files)
+    return dict(zip(chosen, track(drawn, len(chosen), "thumbnails"), strict=True))
 
 
 def _print(listed: "pd.DataFrame", paths: Paths) -> None:

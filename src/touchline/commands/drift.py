@@ -29,11 +29,12 @@ from touchline.core.params import BackboneFeatures, DriftParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
 from touchline.core.tensorflow import import_tensorflow
-from touchline.data import photos
+from touchline.data import photos, similarity
 from touchline.data.feature_store import Arrays
+from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import inference
 from touchline.report import html, plots
-from touchline.stages import evaluate, split
+from touchline.stages import evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,7 +207,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
     comparisons: list[Comparison] = []
     unlike: list[dict[str, Any]] = []
     figures: list[str] = []
-    thumbnails: list[str] = []
+    pictures: list[str] = []
     if counts["different"] >= FEWEST:
         sides = (
             _side_of_new(new),
@@ -219,10 +220,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
             {"photo": predict.shown(new.paths[row]), "farther_than": round(share, 1)}
             for row, share in zip(rows, beyond, strict=True)
         ]
-        thumbnails = [
-            plots.jpeg(plots.small(new.paths[row], new.measured[row][0], new.measured[row][1], _THUMBNAIL))
-            for row in rows
-        ]
+        pictures = [jpeg(thumbnail(new.paths[row], _THUMBNAIL)) for row in rows]
         figures = _figures(sides, comparisons, champion.classifier.classes)
     report: dict[str, Any] = {
         "model": champion.classifier.name,
@@ -233,7 +231,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
         "most_unlike": unlike,
         "unreadable": [{"photo": predict.shown(path), "why": why} for path, why in new.unreadable],
     }
-    _write(paths, params, report, figures, thumbnails)
+    _write(paths, params, report, figures, pictures)
     _print(report, paths)
     return report["outcome"]
 
@@ -261,12 +259,7 @@ def compare(new: Side, training: Side, held_out: Side, near_duplicate_bits: int)
 
 def belonging(hashes: Sequence[str], bits: int) -> np.ndarray:
     """Numbers, shape (n,), equal for near-duplicates, also for those that others link."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    first, second = np.array(split.near_duplicates(hashes, bits), dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(hashes), len(hashes)))
-    return connected_components(graph, directed=False)[1]
+    return similarity.components(len(hashes), similarity.near_duplicates(hashes, bits))
 
 
 def _without_near_duplicates(side: Side, bits: int) -> Side:

@@ -1,35 +1,25 @@
-"""`touchline export`: a model in a format that other programs run, checked against Keras before it counts as done.
-
-In every format uint8 RGB photos, shape (n, side, side, 3), go in, for any n, and probabilities, float32, shape
-(n, classes), come out. What else a program must know lies inside (see `_about`):
-
-- `tflite`: `touchline.json` in a zip archive behind the model, where TFLite's metadata keeps its files too;
-- `onnx`: the model's `metadata_props`, each value JSON;
-- `saved_model`: `assets.extra/touchline.json`.
-"""
+"""`touchline export`: a model in a format that other programs run, checked against Keras before it counts as done."""
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import tempfile
 import time
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from touchline.commands.export_formats import FORMATS, Format
 from touchline.commands.predict import Classifier, resolve
 from touchline.core import parallel
 from touchline.core.errors import ParamsError, TouchlineError
-from touchline.core.files import read_table, replacing, write_json
+from touchline.core.files import read_table, replacing
 from touchline.core.params import Params, SampleParams
 from touchline.core.paths import Paths
 from touchline.data import photos
@@ -42,31 +32,7 @@ if TYPE_CHECKING:
 # Of a probability. Sums in another order differ by about 1e-6; a layer that was converted wrongly, by far more.
 TOLERANCE = 1e-4
 PHOTOS = 64
-RECORD = "touchline.json"
-# What tf2onnx writes by itself; ONNX Runtime reads it since 1.10, and our layers gain nothing from later ones.
-_OPSET = 15
 _TIMED_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class _Format:
-    """A format to export to.
-
-    Attributes:
-        ending: of the file; empty where it is a folder.
-        engine: what runs it.
-        needs: packages that the plain installation lacks.
-        write: puts a Keras model into a file of that name.
-        describe: puts the record into it.
-        load: what makes it ready to run.
-    """
-
-    ending: str
-    engine: str
-    write: Callable[["keras.Model", Path], None]
-    describe: Callable[[Path, dict[str, Any]], None]
-    load: Callable[[Path], Forward]
-    needs: tuple[str, ...] = ()
 
 
 def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | None) -> None:
@@ -74,7 +40,7 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
 
     Args:
         wanted: see `predicting.resolve`.
-        form: `tflite`, `onnx` or `saved_model`.
+        form: a key of FORMATS.
         output: the file (of `saved_model` the folder) to make; None for `exports/<name of the model>`.
 
     Raises:
@@ -82,7 +48,7 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
         TouchlineError: a package is missing, the model cannot be had or converted, or the result answers differently
             from Keras; then nothing is left at `output`.
     """
-    target = _FORMATS[form]
+    target = FORMATS[form]
     missing = [name for name in target.needs if importlib.util.find_spec(name) is None]
     if missing:
         raise TouchlineError(
@@ -232,7 +198,7 @@ def _about(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-def _write(target: _Format, classifier: Classifier, draft: Path, form: str) -> None:
+def _write(target: Format, classifier: Classifier, draft: Path, form: str) -> None:
     try:
         with warnings.catch_warnings():
             # Keras asks NumPy for a name that is no more, for the sake of tf2onnx.
@@ -246,85 +212,3 @@ def _write(target: _Format, classifier: Classifier, draft: Path, form: str) -> N
             f"{classifier.name} cannot be converted to {form} ({reason}): try another --format"
         ) from None
     target.describe(draft, _about(classifier))
-
-
-def _write_tflite(model: "keras.Model", draft: Path) -> None:
-    import tensorflow as tf
-
-    # Built-in operations alone: Keras allows TensorFlow's too, which no plain interpreter has.
-    operations = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    model.export(str(draft), format="litert", verbose=False, target_spec=operations)
-
-
-def _describe_tflite(draft: Path, about: dict[str, Any]) -> None:
-    with zipfile.ZipFile(draft, "a") as archive:
-        archive.writestr(RECORD, json.dumps(about, ensure_ascii=False))
-
-
-def _load_tflite(draft: Path) -> Forward:
-    import tensorflow as tf
-
-    with warnings.catch_warnings():
-        # It says that its place will be a package of its own, ai_edge_litert; TensorFlow 2.21 still has it.
-        warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
-        interpreter = tf.lite.Interpreter(model_path=str(draft), num_threads=os.cpu_count())
-    asked = interpreter.get_signature_runner()
-    [photo], [probabilities] = asked.get_input_details(), asked.get_output_details()
-    return lambda images: asked(**{photo: images})[probabilities]
-
-
-def _write_onnx(model: "keras.Model", draft: Path) -> None:
-    model.export(str(draft), format="onnx", verbose=False, opset_version=_OPSET)
-
-
-def _describe_onnx(draft: Path, about: dict[str, Any]) -> None:
-    import onnx
-
-    model = onnx.load(draft)
-    # tf2onnx names both after its own bookkeeping.
-    [photo], [output] = model.graph.input, model.graph.output
-    for node in model.graph.node:
-        node.output[:] = ["probabilities" if name == output.name else name for name in node.output]
-    output.name = "probabilities"
-    for value in (photo, output):
-        value.type.tensor_type.shape.dim[0].dim_param = "photos"
-    onnx.helper.set_model_props(model, {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()})
-    onnx.checker.check_model(model)
-    onnx.save(model, draft)
-
-
-def _load_onnx(draft: Path) -> Forward:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(draft, providers=["CPUExecutionProvider"])
-    [photo] = session.get_inputs()
-    return lambda images: session.run(None, {photo.name: images})[0]
-
-
-def _write_saved_model(model: "keras.Model", draft: Path) -> None:
-    import tensorflow as tf
-
-    # As `model.export` names things; that stores every weight twice.
-    module = tf.Module()
-    module.weights = [weight.value for weight in model.weights]
-    photo = tf.TensorSpec(model.input_shape, tf.uint8, name="photo")
-    module.serve = tf.function(lambda photo: model(photo, training=False), input_signature=[photo])
-    tf.saved_model.save(module, str(draft), signatures=module.serve)
-
-
-def _describe_saved_model(draft: Path, about: dict[str, Any]) -> None:
-    write_json(draft / "assets.extra" / RECORD, about)
-
-
-def _load_saved_model(draft: Path) -> Forward:
-    import tensorflow as tf
-
-    loaded = tf.saved_model.load(str(draft))
-    return lambda images: loaded.serve(tf.constant(images)).numpy()
-
-
-_FORMATS = {
-    "tflite": _Format(".tflite", "TFLite", _write_tflite, _describe_tflite, _load_tflite),
-    "onnx": _Format(".onnx", "ONNX Runtime", _write_onnx, _describe_onnx, _load_onnx, needs=("tf2onnx", "onnxruntime")),
-    "saved_model": _Format("", "SavedModel", _write_saved_model, _describe_saved_model, _load_saved_model),
-}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from touchline.core.errors import TouchlineError
-from touchline.data import photos
+from touchline.data.thumbnails import thumbnail
 
 if TYPE_CHECKING:
     import keras
@@ -85,10 +85,8 @@ def overlay(content: bytes, heat: np.ndarray, caption: str) -> bytes:
     """
     import cv2
 
-    found = photos.header(content)
-    scale = _LONGER_SIDE / max(found.width, found.height, 1)
-    width, height = (max(1, round(scale * side)) for side in (found.width, found.height))
-    photo = cv2.resize(photos.decode(content, max(width, height)), (width, height), interpolation=cv2.INTER_AREA)
+    photo = thumbnail(content, _LONGER_SIDE)
+    height, width = photo.shape[:2]
     canvas = np.full((height + _CAPTION, max(width, _CAPTION_WIDTH), 3), 255, np.uint8)
     canvas[:height, :width] = warmed(photo, heat)
     cv2.putText(canvas, caption, (8, height + 28), (30, 30, 30), cv2.FontFace("sans"), 20)

@@ -13,7 +13,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import RENEW, read_json, read_table, sha256, write_text
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
-from touchline.data import photos
+from touchline.data import photos, terms, thumbnails
 from touchline.models import explain
 from touchline.report import html, plots
 
@@ -74,7 +74,7 @@ def write(
         slices=_slices(tables["slices"]),
         mistakes={name: int((part["class"] != part["predicted"]).sum()) for name, part in of_model},
         galleries=_galleries(paths, tables["gallery"], split),
-        hidden=len(split) - len(plots.shown(split, params)),
+        hidden=len(split) - len(terms.shown(split, params)),
         costs=_costs(paths, params),
         hardware=records[outcome["better_model"]]["tags"]["touchline.hardware"],
         code=stage.code(paths),
@@ -151,7 +151,7 @@ def _random_photos(paths: Paths, params: Params, split: "pd.DataFrame") -> dict[
 
 def _rejected_photos(paths: Paths, params: Params, rejected: "pd.DataFrame") -> list[dict[str, Any]]:
     """Some of the rejected photos that can be seen at all, of as many reasons as there are."""
-    rows = plots.shown(rejected, params)
+    rows = terms.shown(rejected, params)
     turn = rows.groupby("reason").cumcount()
     found = []
     for row in rows.loc[turn.sort_values(kind="stable").index].to_dict("records"):
@@ -160,7 +160,7 @@ def _rejected_photos(paths: Paths, params: Params, rejected: "pd.DataFrame") -> 
         if not 0 < header.width * header.height <= 1e6 * params.validate_.max_megapixels:
             continue
         try:
-            found.append(_card(row, _thumbnail(paths, {**row, "width": header.width, "height": header.height})))
+            found.append(_card(row, _thumbnail(paths, row)))
         except TouchlineError:
             continue
         if len(found) == _MOST_REJECTED_PHOTOS:
@@ -178,7 +178,7 @@ def _galleries(paths: Paths, gallery: "pd.DataFrame", split: "pd.DataFrame") -> 
         for said, heat in zip(rows, heats, strict=True):
             row = known.loc[said["path"]].to_dict() | said
             pixels = _thumbnail(paths, row)
-            warm = plots.jpeg(explain.warmed(pixels, heat / np.float32(255))) if heat.size else ""
+            warm = thumbnails.jpeg(explain.warmed(pixels, heat / np.float32(255))) if heat.size else ""
             found[name].append(_card(row, pixels) | {"heat": warm, "wrong": row["class"] != row["predicted"]})
     return found
 
@@ -193,12 +193,12 @@ def _heats(path: Path) -> dict[str, np.ndarray]:
 
 
 def _thumbnail(paths: Paths, row: Mapping[str, Any]) -> np.ndarray:
-    return plots.small(paths.workspace / row["path"], row["width"], row["height"], _LONGER_SIDE)
+    return thumbnails.thumbnail(paths.workspace / row["path"], _LONGER_SIDE)
 
 
 def _card(row: Mapping[str, Any], pixels: np.ndarray) -> dict[str, Any]:
     """A row of photos.csv and its thumbnail."""
-    return {**row, "photo": plots.jpeg(pixels)}
+    return {**row, "photo": thumbnails.jpeg(pixels)}
 
 
 def _costs(paths: Paths, params: Params) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
-"""Figures of a run: files in `reports/figures` for MLflow and DVC, SVG and small photos for the report."""
+"""Figures of a run: files in `reports/figures` for MLflow and DVC, SVG for the report."""
 
-import base64
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -12,7 +11,7 @@ import numpy as np
 from touchline.core.files import replacing
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
-from touchline.data import photos
+from touchline.data import photos, terms
 from touchline.models import explain
 
 if TYPE_CHECKING:
@@ -98,42 +97,12 @@ def svgs(params: Params, tables: Mapping[str, "pd.DataFrame"]) -> dict[str, list
     }
 
 
-def shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
-    """The rows whose photos may be seen by others: figures are passed on, and ImageNet's photos may not be."""
-    return rows if params.ingest.imagenet.share else rows[rows["source"] != "imagenet"]
-
-
 def random_photos(split: "pd.DataFrame", params: Params, most: int = _PHOTOS_A_CLASS) -> Iterator["pd.DataFrame"]:
     """For each class, rows of `split` drawn at random from those that may be shown; always the same ones."""
-    rows = shown(split, params)
+    rows = terms.shown(split, params)
     for label in params.classes:
         members = rows[rows["class"] == label]
         yield members.sample(min(most, len(members)), random_state=params.split.seed)
-
-
-def small(path: Path, width: float, height: float, longer_side: int) -> np.ndarray:
-    """A photo at its own aspect, RGB, uint8, shape (rows, columns, 3).
-
-    Args:
-        width, height: of the photo, in any unit.
-
-    Raises:
-        TouchlineError: the file is missing or no readable photo.
-    """
-    import cv2
-
-    # Photos are read squashed to a square; a person wants to see them as they are.
-    scale = longer_side / max(width, height)
-    size = (max(1, round(scale * width)), max(1, round(scale * height)))
-    return cv2.resize(photos.read(path, longer_side), size, interpolation=cv2.INTER_AREA)
-
-
-def jpeg(pixels: np.ndarray) -> str:
-    """Pixels, RGB, uint8, shape (rows, columns, 3), as a JPEG in base64."""
-    import cv2
-
-    _, content = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return base64.b64encode(content.tobytes()).decode()
 
 
 def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Iterable[str]) -> None:

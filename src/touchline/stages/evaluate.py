@@ -16,7 +16,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
 from touchline.core.tensorflow import import_tensorflow
-from touchline.data import photos
+from touchline.data import photos, terms
 from touchline.models import explain, inference
 from touchline.report import plots
 
@@ -269,7 +269,7 @@ def _gallery(name: str, test: "pd.DataFrame", probabilities: np.ndarray, params:
     import pandas as pd
 
     rows = _predictions(test, {name: probabilities}, params.classes)
-    rows = plots.shown(rows, params)[["model", "path", "class", "predicted", "confidence"]]
+    rows = terms.shown(rows, params)[["model", "path", "class", "predicted", "confidence"]]
     right = rows["class"] == rows["predicted"]
     mistakes = rows[~right].nlargest(params.evaluate.gallery, "confidence")
     room = max(0, min(_LEAST_SHOWN, params.evaluate.gallery) - len(mistakes))

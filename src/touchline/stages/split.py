@@ -5,7 +5,6 @@ function of its group and the seed alone, so that new photos move no old one.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from touchline.core.files import read_table, write_json, write_table
 from touchline.core.params import SUBSETS, Params, SplitParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
+from touchline.data import similarity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 COLUMNS = ("path", "class", "subset", "group", "sha256")
 # Cross-validation leaves one out and learns from the other.
 FEWEST_TO_LEARN_FROM = 2
-_PAIRS_AT_ONCE = 4_000_000
 _MOST_FOLDS = 100
 # How far a stratified share may lie from what was asked for, as a part of the smaller side.
 _TOLERATED = 0.2
@@ -121,7 +120,7 @@ def assign(photos: "pd.DataFrame", params: SplitParams) -> tuple["pd.DataFrame",
         raise TouchlineError(
             f"split.test_groups: no photo is of group {', '.join(sorted(unknown))}: see data/photos.csv"
         )
-    pairs = near_duplicates(photos["perceptual_hash"], params.near_duplicate_bits)
+    pairs = similarity.near_duplicates(photos["perceptual_hash"], params.near_duplicate_bits)
     split, conflicts = _without_conflicts(_with_subsets(photos, pairs, params), pairs)
     if params.method != "hash" or params.exact:
         return split, [], conflicts
@@ -144,39 +143,17 @@ def _with_subsets(photos: "pd.DataFrame", pairs: list[tuple[int, int]], params: 
     return grouped.assign(subset=np.select([test, validation], ["test", "validation"], "train"))
 
 
-def near_duplicates(hashes: Sequence[str], bits: int) -> list[tuple[int, int]]:
-    """Pairs of positions whose 64-bit hashes differ in at most `bits` bits, the smaller position first.
-
-    Hashes are compared in blocks, so memory does not grow with the square of the photos.
-    """
-    values = np.array([int(value, 16) for value in hashes], dtype=np.uint64)
-    rows = max(1, _PAIRS_AT_ONCE // max(1, len(values)))
-    pairs = []
-    for start in range(0, len(values), rows):
-        block = values[start : start + rows]
-        near = np.bitwise_count(block[:, None] ^ values[None, start:]) <= bits
-        for row, column in np.argwhere(np.triu(near, 1)):
-            pairs.append((start + int(row), start + int(column)))
-    return pairs
-
-
 def _grouped(photos: "pd.DataFrame", pairs: list[tuple[int, int]], by_group: bool) -> "pd.DataFrame":
     """The photos with `group`, their own where they have one, else their near-duplicates' common one, and with `key`.
 
     Two named groups are not joined by a pair of near-duplicates between them: with few large groups all would soon be
     one. `_without_conflicts` looks after such pairs.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     named = photos["group"].ne("").to_numpy() & by_group
     free = [(a, b) for a, b in pairs if not (named[a] or named[b])]
-    first, second = np.array(free, dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(photos), len(photos)))
-    _, component = connected_components(graph, directed=False)
     shas = photos["sha256"].str[:16]
     # A cluster is called after its smallest digest; which subset it gets hangs on its photos' keys, not on that name.
-    names = shas.groupby(component).transform("min")
+    names = shas.groupby(similarity.components(len(photos), free)).transform("min")
     return photos.assign(group=np.where(named, photos["group"], names), key=np.where(named, photos["group"], shas))
 
 

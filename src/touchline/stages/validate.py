@@ -5,14 +5,10 @@ and one row for the whole set (a set that fails stops the pipeline, after every 
 """
 
 import os
-import re
-import shutil
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,8 +94,8 @@ def run(paths: Paths, params: Params) -> None:
     What people decided of single photos (data/decisions.csv) comes first: a dropped one is rejected, a relabelled one
     is judged under its new class.
 
-    Writes data/validated.csv, data/rejected.csv, reports/validation.html, reports/validation.json and
-    reports/data_docs/; keeps what was rejected in the ledger, except in an experiment.
+    Writes data/validated.csv, data/rejected.csv, reports/validation.html and reports/validation.json; keeps what was
+    rejected in the ledger, except in an experiment.
 
     Raises:
         TouchlineError: an expectation of the set failed (after all is written), data/photos.csv is not what ingest
@@ -111,27 +107,21 @@ def run(paths: Paths, params: Params) -> None:
     photos = relabel(offered, decided)
     dropped = [found is not None and found.kind == "drop" for found in decided]
     table = describe(photos, _measure_all(paths, photos["path"], params), dropped)
-    with tempfile.TemporaryDirectory(prefix="touchline-") as folder:
-        # A level below, because a temporary folder itself is its owner's alone and the pages are ordinary files.
-        built = Path(folder, "data_docs")
-        context = _new_context(built)
-        rules = photo_rules(limits)
-        failing = judge(context, "photo", table, rules, label="path")
-        outcomes = photo_outcomes(rules, failing, len(table))
-        reasons = first_reasons(len(table), rules, failing)
-        for row, decision in enumerate(decided):
-            # A person's word comes before any rule.
-            if decision and decision.kind == "drop":
-                reasons[row] = decision.reason
-        judged = table.assign(reason=reasons, decided=[found.where if found else "" for found in decided])
-        classes = count_classes(judged, params.classes)
-        rules_of_class = class_rules(limits)
-        outcomes += class_outcomes(rules_of_class, judge(context, "class", classes, rules_of_class, "class"), classes)
-        rules_of_set = set_rules(limits)
-        summary = summarise_set(judged, classes)
-        outcomes += set_outcomes(rules_of_set, judge(context, "set", summary, rules_of_set, "set"), judged, classes)
-        context.build_data_docs()
-        _publish_data_docs(built, paths.reports / "data_docs", outcomes)
+    context = _new_context()
+    rules = photo_rules(limits)
+    failing = judge(context, table, rules)
+    outcomes = photo_outcomes(rules, failing, len(table))
+    reasons = first_reasons(len(table), rules, failing)
+    for row, decision in enumerate(decided):
+        # A person's word comes before any rule.
+        if decision and decision.kind == "drop":
+            reasons[row] = decision.reason
+    judged = table.assign(reason=reasons, decided=[found.where if found else "" for found in decided])
+    classes = count_classes(judged, params.classes)
+    rules_of_class, rules_of_set = class_rules(limits), set_rules(limits)
+    outcomes += class_outcomes(rules_of_class, judge(context, classes, rules_of_class), classes)
+    failing_of_set = judge(context, summarise_set(judged, classes), rules_of_set)
+    outcomes += set_outcomes(rules_of_set, failing_of_set, judged, classes)
 
     fit = judged["reason"] == ""
     accepted, rejected = judged[fit], judged[~fit]
@@ -154,8 +144,7 @@ def run(paths: Paths, params: Params) -> None:
     say(f"{len(accepted):,} of {len(judged):,} photos accepted, {len(rejected):,} rejected")
     for reason, count in Counter(rejected["reason"]).most_common():
         say(f"  {count:,} {reason}")
-    pages = [paths.relative(paths.reports / name) for name in ("validation.html", "data_docs/index.html")]
-    say(f"see {' and '.join(pages)}")
+    say(f"see {paths.relative(paths.reports / 'validation.html')}")
     if failures := _failures(outcomes):
         raise TouchlineError("validation failed: " + "; ".join(_one_line(failure) for failure in failures))
 
@@ -307,15 +296,8 @@ def describe(
     )
 
 
-def judge(
-    context: "EphemeralDataContext", name: str, table: "pd.DataFrame", rules: Sequence[Rule], label: str
-) -> list[list[int]]:
-    """Let Great Expectations say which rows fail each rule.
-
-    Args:
-        context: keeps the result for its Data Docs.
-        name: of the suite in the Data Docs.
-        label: column that names a row in the Data Docs.
+def judge(context: "EphemeralDataContext", table: "pd.DataFrame", rules: Sequence[Rule]) -> list[list[int]]:
+    """Let Great Expectations find the rows that fail each rule; several rules may look at one column.
 
     Returns:
         For each rule the positions of the rows that fail it, ascending.
@@ -323,53 +305,23 @@ def judge(
     Raises:
         TouchlineError: Great Expectations failed to evaluate a rule.
     """
-    import great_expectations as gx
     import great_expectations.expectations as gxe
-    from great_expectations.core.run_identifier import RunIdentifier
 
-    expectations: list[gxe.Expectation] = []
-    for rule in rules:
-        words: dict[str, Any] = {
-            "description": escape(f"{rule.name}: {rule.allowed}"),
-            "meta": {"reason": rule.reason or rule.remedy},
-        }
-        if rule.lowest is None and rule.highest is None:
-            expectations.append(gxe.ExpectColumnValuesToBeNull(column=rule.column, **words))
-        else:
-            expectations.append(
-                gxe.ExpectColumnValuesToBeBetween(
-                    column=rule.column, min_value=rule.lowest, max_value=rule.highest, **words
-                )
-            )
-
-    shown = table[[label, *dict.fromkeys(rule.column for rule in rules)]].reset_index(drop=True)
-    for column in shown.columns:
-        if shown[column].dtype.kind not in "iuf":
-            # The Data Docs put values into their pages unescaped, and a class may be called <script>.
-            shown[column] = shown[column].map(escape, na_action="ignore")
-    shown.insert(0, "row", range(len(shown)))
-
-    asset = context.data_sources.add_pandas(name).add_dataframe_asset(name)
-    definition = context.validation_definitions.add(
-        gx.ValidationDefinition(
-            name=name,
-            data=asset.add_batch_definition_whole_dataframe(name),
-            suite=context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations)),
-        )
-    )
-    result_format = {"result_format": "COMPLETE", "unexpected_index_column_names": ["row", label]}
-    result = definition.run(
-        batch_parameters={"dataframe": shown}, result_format=result_format, run_id=RunIdentifier(run_name="validate")
-    )
-    by_column = {
-        entry.expectation_config.kwargs["column"]: entry for entry in result.results if entry.expectation_config
-    }
+    numbered = table[list(dict.fromkeys(rule.column for rule in rules))].assign(row=range(len(table)))
+    batch = context.data_sources.pandas_default.read_dataframe(numbered)
     failing = []
     for rule in rules:
-        entry = by_column[rule.column]
-        rows = sorted(int(found["row"]) for found in entry.result.get("unexpected_index_list") or ())
-        if entry.success == bool(rows):
-            raise TouchlineError(f"Great Expectations could not evaluate {rule.name}: {entry.exception_info}")
+        expectation = (
+            gxe.ExpectColumnValuesToBeNull(column=rule.column)
+            if rule.lowest is None and rule.highest is None
+            else gxe.ExpectColumnValuesToBeBetween(column=rule.column, min_value=rule.lowest, max_value=rule.highest)
+        )
+        found = batch.validate(
+            expectation, result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["row"]}
+        )
+        rows = sorted(int(entry["row"]) for entry in found.result.get("unexpected_index_list") or ())
+        if found.success == bool(rows):
+            raise TouchlineError(f"Great Expectations could not evaluate {rule.name}: {found.exception_info}")
         failing.append(rows)
     return failing
 
@@ -531,52 +483,6 @@ def merge_ledger(ledger: "pd.DataFrame", accepted: "pd.DataFrame", rejected: "pd
     return merged.sort_values(["class", "sha256", "origin"], kind="stable", ignore_index=True)
 
 
-def offline(page: str, note: str) -> str:
-    """A page of the Data Docs without anything that is fetched from elsewhere, readable as it is.
-
-    As Great Expectations writes them, the pages load styles, scripts and a logo from a dozen outside hosts, the logo
-    with an id in its address. All of those go, the scripts that need them too; a small stylesheet takes their place,
-    and a content security policy forbids the browser whatever a later version may add.
-
-    Args:
-        note: HTML that is put on top of the page.
-    """
-    page = _FETCHED.sub("", page)
-    page = page.replace("<head>", f"<head>{_DATA_DOCS_HEAD}", 1)
-    return page.replace("<body>", f"<body><aside>{note}</aside>", 1)
-
-
-_FETCHED = re.compile(
-    r"<script\b.*?</script\s*>|<style\b.*?</style\s*>|<iframe\b.*?</iframe\s*>|<footer\b.*?</footer\s*>|<(?:link|img)\b[^>]*>",
-    re.DOTALL | re.IGNORECASE,
-)
-
-# Collapsed details open through :target, which needs no script; controls that only a script could serve are hidden.
-_DATA_DOCS_HEAD = """
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
-nav[style] { height: auto !important }
-ol, .ge-navigation-sidebar-content { list-style: none; display: flex; flex-wrap: wrap; gap: 0 1rem; padding: 0 }
-table { border-collapse: collapse; margin: .5rem 0 }
-td, th { border: 1px solid #8886; padding: .3rem .6rem; text-align: left; vertical-align: top }
-th { white-space: nowrap }
-.show-scrollbars { overflow: auto; max-height: 24rem }
-.badge { border: 1px solid #8888; border-radius: .3rem; padding: 0 .3rem }
-.alert { border-left: .3rem solid #888; padding: .2rem .8rem; background: #8882; margin: 1rem 0 }
-.alert h5 { font-size: 1.1rem; margin: .2rem 0 }
-h4, h6 { margin: .3rem 0; font-size: 1rem }
-aside { border: 1px solid #8886; border-radius: .5rem; padding: .2rem 1rem }
-i.text-success::before { content: "\\2713"; font-weight: bold; color: #2a8a4a }
-i.text-danger::before { content: "\\2717"; font-weight: bold; color: #d0453e }
-.collapse, .cooltip > span, .btn-group, button, .card:has(.btn-group), .navbar-brand,
-.ge-index-page-tabs-container, .ge-index-page-site-name-title { display: none }
-.collapse:target { display: block }
-</style>
-"""
-
-
 def _read_photos(path: Path, classes: Sequence[str]) -> "pd.DataFrame":
     # As text, so that a group called 007 is not turned into a number and every column comes out as it went in.
     photos = files.read_table(path, dtype=str)
@@ -628,8 +534,11 @@ def _one_line(failure: Outcome) -> str:
     return f"{rule.name}: seen {failure.observed}, allowed {rule.allowed} ({rule.remedy})"
 
 
-def _new_context(data_docs: Path) -> "EphemeralDataContext":
-    """A context that lives in memory, tells nobody anything and writes its Data Docs to the folder `data_docs`."""
+def _new_context() -> "EphemeralDataContext":
+    """A context of Great Expectations that lives in memory and sends nothing anywhere.
+
+    It builds none of its own pages (Data Docs): they load styles, scripts and a logo from a dozen outside hosts.
+    """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     from great_expectations.data_context.types.base import (
@@ -638,51 +547,12 @@ def _new_context(data_docs: Path) -> "EphemeralDataContext":
         ProgressBarsConfig,
     )
 
-    site = {
-        "class_name": "SiteBuilder",
-        "show_how_to_buttons": False,
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(data_docs)},
-        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-    }
     config = DataContextConfig(
         store_backend_defaults=InMemoryStoreBackendDefaults(),
-        data_docs_sites={"touchline": site},
         analytics_enabled=False,
         progress_bars=ProgressBarsConfig(globally=False),
     )
     return gx.get_context(mode="ephemeral", project_config=config)
-
-
-def _publish_data_docs(built: Path, target: Path, outcomes: Sequence[Outcome]) -> None:
-    # Fonts and pictures: 4 MB that only the styles and scripts which go would use.
-    shutil.rmtree(built / "static", ignore_errors=True)
-    note = "<p>Readable without a network: what these pages would load from outside hosts is taken out.</p>"
-    # The tables of the index are drawn by a script, so their links are written out here.
-    links = ""
-    for kind in ("validations", "expectations"):
-        for level in ("photo", "class", "set"):
-            failed = any(outcome.level == level and not outcome.passed for outcome in outcomes)
-            words = f"{kind} of each {level}".replace("each set", "the set")
-            status = (": failed" if failed else ": passed") if kind == "validations" else ""
-            (page,) = [*built.glob(f"{kind}/{level}/**/*.html"), *built.glob(f"{kind}/{level}.html")]
-            links += f'<li><a href="{quote(page.relative_to(built).as_posix())}">{words}</a>{status}</li>'
-    for page in built.rglob("*.html"):
-        its_note = f"<h1>Data Docs</h1>{note}<ul>{links}</ul>" if page == built / "index.html" else note
-        page.write_text(offline(page.read_text(encoding="utf-8"), its_note), encoding="utf-8")
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(".data_docs-*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".data_docs-", dir=target.parent) as folder:
-        # A rename cannot replace a folder that is not empty, and works only within one file system.
-        for file in (path for path in built.rglob("*") if path.is_file()):
-            copied = Path(folder, "new", file.relative_to(built))
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            # Not `copytree`, which gathers errors and loses which they are: a full disk is to be told as one.
-            shutil.copyfile(file, copied)
-        if target.exists():
-            target.rename(Path(folder, "old"))
-        Path(folder, "new").rename(target)
 
 
 def _seen(column: str, row: dict[str, Any]) -> str:

@@ -1,0 +1,13 @@
+"""Which photos the terms of their sources let others see."""
+
+from typing import TYPE_CHECKING
+
+from touchline.core.params import Params
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
+    """The rows whose photos may be seen by others: figures are passed on, and ImageNet's photos may not be."""
+    return rows if params.ingest.imagenet.share else rows[rows["source"] != "imagenet"]
