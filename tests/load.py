@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 PATIENCE = 90  # seconds; every limit of the server ends before
 
 

@@ -34,7 +34,9 @@ in_a_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no Chromium with chromedriver here: apt-get install chromium-driver"
 )
 NAME = "rugby-soccer"
-TOO_MUCH = 20 * 2**20 + 1
+TOO_MUCH = 20 * 2**20 + 1  # bytes of a photo
+TOO_LARGE = 22 * 2**20  # bytes of any request
+ENDED = 4_194_305  # no process has this number, which is higher than Linux gives
 
 
 def colour(name: str) -> bytes:
@@ -169,6 +171,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     root = tmp_path_factory.mktemp("page") / "the project"
     project = projects.copy(projects.built(tmp_path_factory).untouched, root)
     scratch = tmp_path_factory.mktemp("scratch")
+    for owner in (ENDED, os.getpid()):
+        (scratch / f"touchline-app-{owner}-left" / "0123").mkdir(parents=True)
     [port] = boards.free_ports(1)
     command = ["touchline", "app", "--port", str(port)]
     # A proxy that answers nobody: the page must not need the network to find itself.
@@ -242,8 +246,13 @@ def picture(browser: Any, name: str) -> None:
 
 
 def requested(browser: Any, page: Page) -> set[str]:
-    """The addresses that the page has asked for since this was last called; not those of the browser's own pages."""
+    """The addresses that the page has asked for since this was last called; not those of the browser's own pages.
+
+    None of them may have been refused: `app._ROUTES` has to have all that the page uses.
+    """
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    answers = [each["params"]["response"] for each in messages if each["method"] == "Network.responseReceived"]
+    assert not [each["url"] for each in answers if each["status"] >= 400]
     asked = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     return {each["request"]["url"] for each in asked if each["documentURL"].startswith(page.url)}
 
@@ -368,22 +377,170 @@ def test_a_test_photo_can_be_tried_and_its_author_is_named(page: Page, browser: 
     found(browser, ".aside", "Photos by Touchline sample (CC0-1.0)")
     found(browser, ".gallery-item").click()
     found(browser, "#first", "Answered by")
+    assert requested(browser, page)
 
 
-def test_no_file_of_the_machine_is_served_and_too_large_a_body_is_refused(page: Page) -> None:
+@pytest.fixture
+def client(page: Page) -> Iterator[httpx.Client]:
+    """A program that speaks to the page's server as its browser would."""
     with httpx.Client(base_url=page.url, trust_env=False, timeout=60) as client:
-        inside = page.project.root / "params.yaml"
-        for name in ("/etc/passwd", str(inside), "params.yaml"):
-            assert client.get(f"gradio_api/file={name}").status_code == 403
-        large = client.post("gradio_api/upload", files={"files": ("a.jpg", bytes(TOO_MUCH))})
-        assert large.status_code == 413
-        functions = {each["api_name"]: each["id"] for each in client.get("config").json()["dependencies"]}
-        photo = {"path": str(inside), "meta": {"_type": "gradio.FileData"}}
-        asked = {"data": [photo, "1", ""], "fn_index": functions["answer"], "session_hash": "test"}
-        client.post("gradio_api/queue/join", json=asked).raise_for_status()
-        with client.stream("GET", "gradio_api/queue/data?session_hash=test") as lines:
-            [done] = [json.loads(line[6:]) for line in lines.iter_lines() if "process_completed" in line]
-        assert done["success"] is False
+        yield client
+
+
+def functions(client: httpx.Client) -> dict[str, int]:
+    return {each["api_name"]: each["id"] for each in client.get("config").json()["dependencies"]}
+
+
+def called(client: httpx.Client, function: str, data: list[Any], session: str = "test", **headers: str) -> dict:
+    """What became of a call of one of the page's functions."""
+    asked = {"data": data, "fn_index": functions(client)[function], "session_hash": session}
+    client.post("gradio_api/queue/join", json=asked, headers=headers).raise_for_status()
+    with client.stream("GET", f"gradio_api/queue/data?session_hash={session}", headers=headers) as lines:
+        [done] = [json.loads(line[6:]) for line in lines.iter_lines() if "process_completed" in line]
+    return done
+
+
+def uploaded(client: httpx.Client, content: bytes, name: str = "a.jpg", **headers: str) -> Path:
+    answer = client.post("gradio_api/upload", files={"files": (name, content)}, headers=headers)
+    [path] = answer.raise_for_status().json()
+    return Path(path)
+
+
+def to_try(client: httpx.Client) -> set[Path]:
+    """The test photos that the page shows."""
+    paths = re.findall(r'"path": ?"([^"]+\.jpg)"', client.get("config").text)
+    assert paths
+    return set(map(Path, paths))
+
+
+def lies_in(page: Page) -> list[Path]:
+    """Files of the page's temporary folder."""
+    folder = page.scratch / next(path.name for path in page.scratch.iterdir() if f"-{page.process.pid}-" in path.name)
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_no_file_of_the_machine_is_served_and_too_large_a_body_is_refused(page: Page, client: httpx.Client) -> None:
+    inside = page.project.root / "params.yaml"
+    for name in ("/etc/passwd", str(inside), "params.yaml", "file:///etc/passwd"):
+        assert client.get(f"gradio_api/file={name}").status_code in (403, 404)
+        photo = {"path": name, "meta": {"_type": "gradio.FileData"}}
+        assert called(client, "answer", [photo, "1", ""])["success"] is False
+    assert client.post("gradio_api/upload", files={"files": ("a.jpg", bytes(TOO_MUCH))}).status_code == 413
+
+
+@pytest.mark.parametrize("foreign", ["rebound", "other origin", "null", "other port", "embedded"])
+def test_a_foreign_page_reads_nothing_and_changes_nothing(page: Page, client: httpx.Client, foreign: str) -> None:
+    evil = f"evil.example:{client.base_url.port}"
+    headers = {
+        "rebound": {"Host": evil, "Origin": f"http://{evil}"},
+        "other origin": {"Origin": "http://evil.example"},
+        "null": {"Origin": "null"},
+        "other port": {"Origin": "http://127.0.0.1:3000"},
+        "embedded": {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"},
+    }[foreign]
+    shown = next(iter(to_try(client)))
+    ids, queue, files = functions(client), page.queue(), lies_in(page)
+    event = {"data": ["", "rugby"], "fn_index": ids["correct"], "session_hash": "foreign"}
+    for method, path, body in (
+        ("GET", "", {}), ("GET", "config", {}), ("GET", f"gradio_api/file={shown}", {}), ("GET", "gradio_api/info", {}),
+        ("GET", "gradio_api/heartbeat/foreign", {}), ("GET", "gradio_api/queue/data?session_hash=foreign", {}),
+        ("GET", "gradio_api/deep_link?session_hash=test", {}), ("GET", "gradio_api/startup-events", {}),
+        ("POST", "gradio_api/upload", {"files": {"files": ("a.jpg", colour("red"))}}),
+        ("POST", "gradio_api/process_recording", {"files": {"video": ("a.mp4", b"a")}}),
+        ("POST", "gradio_api/queue/join", {"json": event}), ("POST", "gradio_api/run/predict", {"json": event}),
+        ("POST", "gradio_api/component_server", {"json": event}), ("POST", "login", {"data": {"username": "a"}}),
+    ):  # fmt: skip
+        answer = client.request(method, path, headers=headers, **body)
+        assert answer.status_code == 403, path
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    asked = {"Access-Control-Request-Method": "POST"}
+    assert client.options("gradio_api/upload", headers=headers | asked).status_code == 403
+    assert page.queue() == queue and lies_in(page) == files
+
+
+def test_no_web_socket_is_opened(client: httpx.Client) -> None:
+    wanted = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+              "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw=="}  # fmt: skip
+    for path in ("", "gradio_api/queue/join", "gradio_api/heartbeat/x"):
+        for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+            assert client.get(path, headers=wanted | headers).status_code == 403
+
+
+def test_the_users_own_page_is_answered_under_each_name(page: Page, client: httpx.Client) -> None:
+    for name in ("localhost", "127.0.0.1", "[::1]"):
+        own = f"{name}:{client.base_url.port}"
+        path = uploaded(client, colour("red"), Host=own, Origin=f"http://{own}")
+        photo = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        done = called(client, "answer", [photo, "1", ""], f"at{name[1:-1]}", Host=own, Origin=f"http://{own}")
+        assert done["success"] and "Answered by" in done["output"]["data"][0]
+
+
+def test_only_the_routes_that_the_page_uses_are_there(page: Page, client: httpx.Client) -> None:
+    before = lies_in(page), sorted(page.scratch.iterdir())
+    called(client, "refresh", [], "linked")
+    for method, path in (
+        ("GET", "gradio_api/deep_link?session_hash=linked"), ("GET", "gradio_api/file=http://127.0.0.1:9/a.jpg"),
+        ("GET", "gradio_api/proxy=http://127.0.0.1:9/a.jpg"), ("GET", "monitoring"), ("GET", "gradio_api/vibe-code"),
+        ("GET", "docs"), ("GET", "openapi.json"), ("POST", "gradio_api/process_recording"), ("POST", "login"),
+        ("POST", "gradio_api/component_server"), ("POST", "gradio_api/call/correct"), ("POST", "gradio_api/cancel"),
+    ):  # fmt: skip
+        files = {"video": ("a.mp4", b"a")} if "recording" in path else None
+        assert client.request(method, path, files=files).status_code == 404
+    assert (lies_in(page), sorted(page.scratch.iterdir())) == before
+    # What goes through the queue does not go past it.
+    ids = functions(client)
+    for function in ("answer", "correct"):
+        asked = {"data": [None, "rugby"], "fn_index": ids[function], "session_hash": "test"}
+        assert client.post("gradio_api/run/predict", json=asked).status_code == 404
+
+
+def test_a_photo_is_taken_and_not_fetched(params_with: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    import gradio
+
+    fetched = []
+    monkeypatch.setattr(
+        gradio.processing_utils, "async_ssrf_protected_download", lambda *asked, **_: fetched.append(asked)
+    )
+    photo = gradio.Image()
+    app._take_bytes(photo)
+    with pytest.raises(gradio.Error):
+        asyncio.run(photo.async_move_resource_to_block_cache("https://example.com/large.jpg"))
+    assert not fetched
+
+
+def test_uploads_are_limited_in_size_together(client: httpx.Client) -> None:
+    large = {f"{number}.jpg": bytes(5 * 2**20) for number in range(5)}
+    answer = client.post("gradio_api/upload", files=[("files", each) for each in large.items()])
+    assert answer.status_code == 413
+    # A field of a form is held in memory: it is no way round the limit.
+    assert client.post("gradio_api/upload", files={"a": (None, bytes(TOO_LARGE))}).status_code == 413
+    assert client.post("gradio_api/queue/join", content=iter([bytes(2**20)] * (TOO_LARGE // 2**20))).status_code == 413
+
+
+def test_uploads_are_limited_in_number_and_old_ones_are_swept(page: Page, client: httpx.Client) -> None:
+    before = len(lies_in(page))
+    for number in range(3):
+        many = [("files", (f"{number} {each}.jpg", os.urandom(9))) for each in range(app._UPLOADS)]
+        client.post("gradio_api/upload", files=many).raise_for_status()
+        assert len(lies_in(page)) <= before + 2 * app._UPLOADS
+    last = uploaded(client, colour("red"))
+    assert last.exists() and len(lies_in(page)) <= before + app._UPLOADS
+    # What is there to be tried stays, and what broke off goes as what arrived.
+    assert to_try(client) <= set(lies_in(page))
+    broken = last.parent.parent / "tmpbroken"
+    broken.write_bytes(b"a")
+    for path in (last, broken):
+        os.utime(path, (1, 1))
+    uploaded(client, colour("blue"))
+    assert not last.exists() and not broken.exists()
+
+
+def test_what_killed_apps_left_is_deleted_and_what_others_have_is_not(page: Page) -> None:
+    left = {path.name for path in page.scratch.glob("touchline-app-*-left")}
+    assert left == {f"touchline-app-{os.getpid()}-left"}
 
 
 def test_a_port_in_use_is_one_line(page: Page) -> None:
@@ -392,10 +549,8 @@ def test_a_port_in_use_is_one_line(page: Page) -> None:
     assert f"127.0.0.1:{port}" in said and "--port" in said and said.count("\n") == 1
 
 
-def test_when_it_is_ended_no_upload_is_left(page: Page) -> None:
-    with httpx.Client(base_url=page.url, trust_env=False, timeout=60) as client:
-        client.post("gradio_api/upload", files={"files": ("a.jpg", colour("red"))}).raise_for_status()
-    assert list(page.scratch.rglob("a.jpg"))
+def test_when_it_is_ended_no_upload_is_left(page: Page, client: httpx.Client) -> None:
+    assert uploaded(client, colour("red")).exists()
     page.process.send_signal(signal.SIGTERM)
     assert page.process.wait(60) == 0
-    assert not list(page.scratch.glob("touchline-app-*")) and not list(page.scratch.rglob("*.jpg"))
+    assert not list(page.scratch.glob(f"touchline-app-{page.process.pid}-*")) and not list(page.scratch.rglob("*.jpg"))

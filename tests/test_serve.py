@@ -105,9 +105,9 @@ class Model:
 class Served:
     """A server in this process, and what a client may do to it."""
 
-    def __init__(self, params: Any, model: Model, limits: Limits) -> None:
+    def __init__(self, params: Any, model: Model, limits: Limits, **options: Any) -> None:
         self.model, self.limits = model, limits
-        self.server = serving.server(Classifier(model, CLASSES, "a planted model"), params, limits)
+        self.server = serving.server(Classifier(model, CLASSES, "a planted model"), params, limits, **options)
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self._listening.getsockname()[1]
         self.thread = threading.Thread(target=self.server.run, args=([self._listening],), daemon=True)
@@ -154,7 +154,7 @@ class Served:
         boards.wait_for(lambda: len(self.server.server_state.tasks) >= photos, 60)
 
 
-POST = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def all_of(connection: socket.socket) -> bytes:
@@ -274,7 +274,7 @@ def test_who_is_slow_is_not_waited_for(serve: Callable[..., Served]) -> None:
         deaf.settimeout(1)
         with suppress(OSError):
             while True:
-                deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+                deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
         boards.wait_for(lambda: not served.server.server_state.connections, 60)
     assert served.is_well()
 

@@ -28,6 +28,15 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# Options of the servers that answer a browser.
+_Allowed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host", metavar="NAME", show_default=False,
+        help="a name that clients reach it by, beside localhost and --host; may be given more than once",
+    ),
+]  # fmt: skip
+
 # What no code can help: the disk is full, over quota or read-only, or this user may not write there.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -312,13 +321,14 @@ def mlflow(
 @app.command()
 def serve(
     model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; another than loopback lets others in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+    allowed_host: _Allowed = None,
 ) -> None:
     """Answer over HTTP what is on a photo, until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
     from touchline.commands import serve
 
-    serve.run(*_project(), model, host, port)
+    serve.run(*_project(), model, host, port, allowed_host or ())
 
 
 @app.command("app")
@@ -326,13 +336,14 @@ def try_models(
     host: Annotated[str, typer.Option(help="address to listen on; another than loopback lets others in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 7860,
     model: Annotated[str, typer.Option(help="the first to ask, as for `predict` (default: the champion)")] = "",
+    allowed_host: _Allowed = None,
 ) -> None:
     """Open a page to try the models on photos and to say where they are wrong, until Ctrl-C."""
     from touchline.commands import app
     from touchline.core import ports
 
     ports.bound(host, port).close()
-    app.run(*_project(), model, host, port)
+    app.run(*_project(), model, host, port, allowed_host or ())
 
 
 @app.command()

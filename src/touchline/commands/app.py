@@ -6,19 +6,28 @@ in the queue of `touchline.sources.feedback`.
 """
 
 import os
+import re
+import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from touchline.commands.predict import Answer, Classifier, pixels, resolve
+from touchline.core import guard, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
 from touchline.core.params import Params
@@ -37,10 +46,12 @@ if TYPE_CHECKING:
 _MAX_MEGABYTES = 20
 # Pixels of the longer side of what is shown of a photo.
 _SIDE = 480
-# Models in memory, photos of each class to try, requests that wait.
-_LOADED, _EXAMPLES, _WAITING = 4, 3, 16
-# Seconds: how often uploads are looked through, and how old they grow.
-_SWEEP, _KEPT = 600, 3600
+# Models in memory, photos of each class to try, requests that wait, sessions (each remembers its last photo).
+_LOADED, _EXAMPLES, _WAITING, _SESSIONS = 4, 3, 16, 32
+# Seconds: how often uploads are looked through, how old they grow, and how long one may take.
+_SWEEP, _KEPT, _UPLOAD = 600, 3600, 120
+# Uploads kept at most, in files and in bytes, and bytes on their way at most.
+_UPLOADS, _UPLOADED, _UPLOADING = 100, 256 * 2**20, 128 * 2**20
 _NONE = ""
 _INTRO = Markup("<h1>{}</h1><p>Give a photo, and see what a model makes of it and where it looked.</p>")
 _WRONG = """<h2>Wrong?</h2><p>Say what it is. Only then is the photo kept, in <code>data/feedback</code>: to be learned
@@ -189,8 +200,11 @@ class Models:
         return _Loaded(classifier, forward_pass(classifier.model, 1), explainer)
 
 
-def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None:
+def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
+
+    Args:
+        allowed_hosts: see `guard.Guard`.
 
     Raises:
         TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `predicting.resolve`.
@@ -199,24 +213,37 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None
     # Gradio asks its own server whether it is up, and a proxy of the network would not know it.
     proxied_not = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["no_proxy"] = ",".join(filter(None, [proxied_not, "127.0.0.1", "localhost", host]))
-    try:
-        import gradio
-    except ModuleNotFoundError:
-        raise TouchlineError("`touchline app` needs Gradio: pip install 'touchline[app]'") from None
     models = Models(paths, params, wanted)
-    models.warm()
-    with tempfile.TemporaryDirectory(prefix="touchline-app-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        built = page(paths, params, models)
+    with _temporary_folder() as folder:
+        # Before Gradio is imported: some of its modules read it once.
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
+        try:
+            import gradio
+        except ModuleNotFoundError:
+            raise TouchlineError("`touchline app` needs Gradio: pip install 'touchline[app]'") from None
+        models.warm()
+        built, uploads = page(paths, params, models), _Uploads(folder)
+
+        @asynccontextmanager
+        async def guarded(server: "gradio.routes.App") -> AsyncIterator[None]:
+            # Around all of Gradio: its own middleware lets pages of this machine's other ports ask.
+            starlette = server.middleware_stack
+            assert starlette is not None  # Starlette has built it by now
+            limited = guard.Bodies(_Routes(starlette, uploads), (_MAX_MEGABYTES + 1) * 2**20, _UPLOADING, _UPLOAD)
+            server.middleware_stack = guard.Guard(limited, host, allowed_hosts)
+            yield
+
         ended = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: ended.set())
         try:
             built.launch(
-                server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True,
+                server_name=f"[{host}]" if ":" in host else host, server_port=port, share=False,
+                prevent_thread_lock=True, quiet=True,
                 max_file_size=f"{_MAX_MEGABYTES}mb", footer_links=[], run_history=False, ssr_mode=False,
                 enable_monitoring=False, mcp_server=False, pwa=False, inbrowser=False, num_workers=0,
-                css=_STYLE, theme=gradio.themes.Default(
+                state_session_capacity=_SESSIONS, app_kwargs={"lifespan": guarded}, css=_STYLE,
+                theme=gradio.themes.Default(
                     primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
                     font_mono=["ui-monospace", "monospace"],
                 ),
@@ -225,11 +252,63 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None
             if "empty port" not in str(error):
                 raise
             raise TouchlineError(f"{host}:{port} is not free: choose another --port") from None
-        print(f"Try the models: http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+        print(f"Try the models: {ports.url(host, port)}/ (Ctrl-C ends it)", flush=True)
         try:
-            ended.wait()
+            while not ended.wait(_SWEEP):
+                uploads.sweep()
         finally:
             built.close(verbose=False)
+
+
+# Of Gradio's routes those that the page uses. Among the others are some that write files where they are not swept, that
+# fetch an address for their client, or that change state on a GET, which other pages can link to.
+_ROUTES = re.compile(
+    r"/(config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*"
+    r"|gradio_api/(startup-events|upload|upload_progress|file=/.*|heartbeat/\w+|run/predict|queue/(join|data)))?"
+)
+
+
+class _Routes:
+    """ASGI middleware: the routes that the page uses, and room for what is uploaded."""
+
+    def __init__(self, app: ASGIApp, uploads: "_Uploads") -> None:
+        self._app, self._uploads = app, uploads
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 404 or pass the request on."""
+        if scope["type"] == "http" and not _ROUTES.fullmatch(scope["path"]):
+            await JSONResponse({"detail": "the page does not use this"}, 404)(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"].endswith("/upload"):
+            await run_in_threadpool(self._uploads.sweep)
+        await self._app(scope, receive, send)
+
+
+class _Uploads:
+    """The folder of uploads. What lies in it at the beginning, photos to try, stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stay = set(self._files())
+
+    def sweep(self) -> None:
+        """Delete what is too old or too much, oldest first; uploads too that broke off, which Gradio forgets."""
+        uploads = {path: stat for path, stat in self._files().items() if path not in self._stay}
+        files, size = len(uploads), sum(stat.st_size for stat in uploads.values())
+        for path, stat in sorted(uploads.items(), key=lambda item: item[1].st_mtime):
+            if files < _UPLOADS and size < _UPLOADED and time.time() - stat.st_mtime < _KEPT:
+                return
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # each lies in a folder of its own
+                path.parent.rmdir()
+            files, size = files - 1, size - stat.st_size
+
+    def _files(self) -> dict[Path, os.stat_result]:
+        found = {}
+        for path in self._folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                found[path] = path.stat()
+        return {path: stat for path, stat in found.items() if S_ISREG(stat.st_mode)}
 
 
 def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
@@ -276,7 +355,7 @@ def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
         )  # fmt: skip
         return Markup("{} as <strong>{}</strong>; {}.").format("Kept" if new else "Kept before", label, learned)
 
-    with gradio.Blocks(title=_title(params), analytics_enabled=False, delete_cache=(_SWEEP, _KEPT)) as built:
+    with gradio.Blocks(title=_title(params), analytics_enabled=False) as built:
         gradio.HTML(_INTRO.format(_title(params)), js_on_load=None)
         kept = gradio.State(time_to_live=_KEPT)
         with gradio.Row(equal_height=False):
@@ -286,8 +365,7 @@ def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
                     webcam_options=gradio.WebcamOptions(mirror=False), buttons=[], height=320, elem_id="photo",
                     placeholder="# Drop a photo here\nor click to choose one",
                 )  # fmt: skip
-                # Gradio would open it, and fail without a word on what is no photo; its bytes are what counts.
-                photo.preprocess = lambda upload: upload.path if upload else None  # type: ignore[method-assign,assignment]  # it has no option for it
+                _take_bytes(photo)
                 examples = _examples(paths, params)
                 if len(examples):
                     gradio.Examples(
@@ -316,8 +394,39 @@ def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
         )  # fmt: skip
         built.load(refresh, None, [first, second], show_progress="hidden", **options)
         button.click(correct, [kept, label], outcome, show_progress="hidden", **options)
-        built.queue(max_size=_WAITING)
+        built.queue(max_size=_WAITING, api_open=False)
     return built
+
+
+def _take_bytes(photo: "gradio.Image") -> None:
+    """Have an image component give the path of what was uploaded, and take nothing but uploads."""
+    import gradio
+
+    # Gradio would open it, and fail without a word on what is not an image; its bytes are what counts.
+    photo.preprocess = lambda upload: upload.path if upload else None  # type: ignore[method-assign,assignment]  # it has no option for it
+    cached = photo.async_move_resource_to_block_cache
+
+    async def uploaded(path: str | None) -> str | None:
+        # Gradio would fetch it, however large it is.
+        if path and "://" in path:
+            raise gradio.Error("Give the photo itself, not its address.")
+        return await cached(path)
+
+    photo.async_move_resource_to_block_cache = uploaded  # type: ignore[method-assign,assignment]  # likewise
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder of this process's own while the block runs; those of processes that were killed are deleted."""
+    import psutil
+
+    place, name = Path(tempfile.gettempdir()), "touchline-app-"
+    for left in place.glob(f"{name}*"):
+        owner = left.name.removeprefix(name).partition("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)  # another user's cannot be deleted, and links are not followed
+    with tempfile.TemporaryDirectory(prefix=f"{name}{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def _standing(aliases: Sequence[str]) -> str:

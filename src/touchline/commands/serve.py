@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from touchline.commands import predict
 from touchline.commands.predict import Answer, Classifier
-from touchline.core import ports
+from touchline.core import guard, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
@@ -82,8 +82,11 @@ class Refusal(BaseModel):
     detail: str
 
 
-def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None:
+def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
     """Serve the model that is asked for (see `predicting.resolve`) until Ctrl-C or SIGTERM.
+
+    Args:
+        allowed_hosts: see `guard.Guard`.
 
     Raises:
         TouchlineError: the port is not free, or there is no such model.
@@ -92,19 +95,25 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int) -> None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), ports.bound(host, port) as listening:
         classifier = predict.resolve(paths, params, wanted)
-        serving = server(classifier, params)
+        serving = server(classifier, params, host=host, allowed_hosts=allowed_hosts)
         # Until here a client is turned away, and does not hang.
         listening.listen()
-        print(f"{classifier.name}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"{classifier.name}: {ports.url(host, port)} (Ctrl-C ends it)", flush=True)
         serving.run([listening])
 
 
-def server(classifier: Classifier, params: Params, limits: Limits | None = None) -> uvicorn.Server:
-    """A server of the model, ready to run on a socket."""
+def server(
+    classifier: Classifier,
+    params: Params,
+    limits: Limits | None = None,
+    host: str = "127.0.0.1",
+    allowed_hosts: Sequence[str] = (),
+) -> uvicorn.Server:
+    """A server of the model, ready to run on a socket that is bound to `host`."""
     limits = limits or Limits()
     return _Server(
         uvicorn.Config(
-            application(classifier, params, limits),
+            guard.Guard(application(classifier, params, limits), host, allowed_hosts),
             http=partial(_Connection, limits=limits),  # type: ignore[arg-type]  # uvicorn calls what it is given
             ws="none",
             lifespan="on",

@@ -12,7 +12,7 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         TouchlineError: another program has it.
     """
-    holding = socket.socket()
+    holding = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         holding.bind((host, port))
@@ -31,3 +31,9 @@ def trusted_hosts(host: str, port: int) -> list[str]:
         return []
     names = dict.fromkeys((f"[{host}]" if ":" in host else host, "127.0.0.1", "localhost", "[::1]"))
     return [name if port == 80 else f"{name}:{port}" for name in names]
+
+
+def url(host: str, port: int) -> str:
+    """Where a server that listens on `host` is reached from this machine."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every address, compared with
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

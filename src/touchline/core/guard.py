@@ -1,0 +1,158 @@
+"""ASGI middleware of the servers that people open in a browser: it keeps foreign web pages out, and bodies in limits.
+
+A web page that is open in the user's browser reaches loopback in two ways. It sends requests across origins: it cannot
+read the answers, but what a request changes is changed. Or its name is made to resolve to 127.0.0.1 (DNS rebinding),
+and then the browser takes our server for the page's own, answers included. Browsers say which it is, and no page can
+make them lie: `Origin` and `Sec-Fetch-Site` give the first away, `Host` the second.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from ipaddress import ip_address
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+
+
+class Guard:
+    """Answers only under names of this server, and no other page's requests.
+
+    Starlette's TrustedHostMiddleware knows names alone: not that a server on every address is reached by addresses that
+    cannot be listed, which are safe, because a rebound page has a name; nor Origin.
+
+    Args:
+        host: the address that the server listens on.
+        allowed: further names that it is reached by, without port: the port of a forwarded connection is another one.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, allowed: Sequence[str] = ()) -> None:
+        self._app = app
+        self._names = {*_LOOPBACK, *(_bracketed(name.lower()) for name in (host, *allowed))}
+        self._any_address = host in _EVERY_ADDRESS
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403 (a WebSocket is not accepted) or pass the request on."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
+                headers.append("Content-Security-Policy", "frame-ancestors 'none'")
+            await send(message)
+
+        reason = self._refusal(scope.get("method", ""), Headers(scope=scope))
+        if not reason:
+            await self._app(scope, receive, send_guarded)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await JSONResponse({"detail": reason}, 403)(scope, receive, send_guarded)
+
+    def _refusal(self, method: str, headers: Headers) -> str:
+        """Why a request is refused, or nothing."""
+        host = headers.get("host", "").lower()
+        parts = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:]+)(:\d+)?", host)
+        if not parts or not (parts[1] in self._names or (self._any_address and _is_address(parts[1]))):
+            return "this server does not answer to that name: use localhost, or start it with --allowed-host NAME"
+        origin = headers.get("origin")
+        if origin is not None and origin.lower().partition("://")[2] != host:
+            return "a page of another origin may not ask this server"
+        # Sent without Origin: what a page embeds. A link to this server is neither.
+        fetched = [headers.get(f"sec-fetch-{name}") for name in ("site", "mode", "dest")]
+        if fetched[0] in ("cross-site", "same-site") and (method != "GET" or fetched[1:] != ["navigate", "document"]):
+            return "another page may not embed or ask this server"
+        return ""
+
+
+class Bodies:
+    """Bodies of requests, within limits: 413 and 408 say which was exceeded, 503 that all bodies together are too many.
+
+    Where a request is answered before its body has come, the rest is received and dropped until the time is up: a
+    connection that is closed while its client still sends is reset, and the answer may be lost with it.
+
+    Args:
+        most: bytes of one body.
+        together: bytes of all bodies whose requests are being answered.
+        seconds: for a body to come.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, together: int, seconds: float) -> None:
+        self._app, self._most, self._together, self._seconds = app, most, together, seconds
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, with its body counted."""
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        length = headers.get("content-length", "0")
+        if length == "0" and "transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
+            return
+        deadline = asyncio.get_running_loop().time() + self._seconds
+        held, whole = 0, False
+
+        async def next_message() -> Message:
+            nonlocal whole
+            async with asyncio.timeout_at(None if whole else deadline):
+                message = await receive()
+            whole = not message.get("more_body")
+            return message
+
+        async def receive_counted() -> Message:
+            nonlocal held
+            try:
+                message = await next_message()
+            except TimeoutError:
+                raise HTTPException(408, f"the body took more than {self._seconds:g} s") from None
+            size = len(message.get("body", b""))
+            if held + size > self._most:
+                raise self._too_large()
+            if self._held + size > self._together:
+                raise HTTPException(503, "too many requests at once: try again in a moment", {"Retry-After": "1"})
+            held += size
+            self._held += size
+            return message
+
+        async def send_and_hear(message: Message) -> None:
+            if message["type"] == "http.response.start" and not whole:
+                MutableHeaders(scope=message)["Connection"] = "close"
+            elif message["type"] == "http.response.body" and not message.get("more_body") and not whole:
+                await send({**message, "more_body": True})
+                with suppress(TimeoutError):
+                    while not whole:
+                        await next_message()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        try:
+            if int(length) > self._most:
+                error = self._too_large()
+                await JSONResponse({"detail": error.detail}, error.status_code)(scope, receive, send_and_hear)
+            else:
+                await self._app(scope, receive_counted, send_and_hear)
+        finally:
+            self._held -= held
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body is larger than {self._most / 2**20:g} MB")
+
+
+def _bracketed(name: str) -> str:
+    return f"[{name}]" if ":" in name and not name.startswith("[") else name
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ip_address(name.strip("[]")))
+    except ValueError:
+        return False
