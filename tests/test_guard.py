@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from test_serving import Model, Served, jpeg
+from test_serve import Model, Served, jpeg
 
 from touchline.commands import serve as serving
 from touchline.commands.serve import Limits
