@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import boards
 import numpy as np
 import pytest
 from distributed import Client
@@ -112,6 +114,14 @@ def held_up(numbers: Iterable[int], trace: Path) -> Iterator[int]:
         while number >= 8 and not (trace / "go").exists():
             time.sleep(0.01)
         yield number
+
+
+def known(dask_scheduler: Any) -> list[str]:
+    return list(dask_scheduler.tasks)
+
+
+def not_begun(dask_worker: Any) -> list[str]:
+    return [task.key for task in dask_worker.state.tasks.values() if task.state == "ready"]
 
 
 def failing(numbers: Iterable[int]) -> Iterator[int]:
@@ -247,6 +257,9 @@ def test_who_stops_early_leaves_no_work_behind(cluster: Cluster, tmp_path: Path)
     # Two workers, each with a batch in hand and one waiting; and the batch that is being looked at.
     assert len(asked) == 20
     results.close()
+    with Client(cluster.address, set_as_default=False) as client:
+        # The word that it is not wanted any more travels from here to the scheduler, and from there to the workers.
+        boards.wait_for(lambda: not client.run_on_scheduler(known) and not any(client.run(not_begun).values()), 60)
     (tmp_path / "go").touch()
     # What is in hand is finished, what waits is not begun; and the workers are free for the next.
     assert len(list(parallel.spread(told, range(40), cluster.address, 4))) == 40
