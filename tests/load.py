@@ -1,7 +1,8 @@
 """Clients of `touchline serve` on loopback, far more of them than it can answer, some slow and some rude.
 
-Each client's end is one word of what became of it: the status it was told, or `reset`, `closed` or `hung`. Clients are
-coroutines of one thread: a thousand threads would be slower than the server, and measure themselves.
+Each client's end is one word of what became of it: the status it was told, or `reset`, `closed`, `left` (it gave up by
+itself) or `hung`. Clients are coroutines of one thread: a thousand threads would be slower than the server, and measure
+themselves.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from typing import Any
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 PATIENCE = 90  # seconds; every limit of the server ends before
+A_WHILE = 5  # seconds of a client that does not wait for an answer
 
 
 def post(photo: bytes) -> bytes:
@@ -93,13 +95,13 @@ class Clients:
             self.answers.append((number, json.loads(body)))
 
     async def _half_a_head(self, _: int) -> None:
-        await self._ask("half a head", [HEAD])
+        await self._ask("half a head", [HEAD], patience=A_WHILE)
 
     async def _half_a_body(self, number: int) -> None:
         await self._ask("half a body", [HEAD + b"Content-Length: 9000000\r\n\r\n" + bytes(1000 * (number % 1000))])
 
     async def _dripping(self, _: int) -> None:
-        await self._ask("dripping", [HEAD[at : at + 1] for at in range(len(HEAD))] * 9, pause=0.5)
+        await self._ask("dripping", [HEAD + b"Content-Length: 9000000\r\n\r\n", *[b"\0"] * 200], pause=0.5)
 
     async def _oversize(self, number: int) -> None:
         known = b"Content-Length: 50000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
@@ -113,10 +115,12 @@ class Clients:
         writer.transport.abort()
         self.outcomes["broken off", "-"] += 1
 
-    async def _ask(self, kind: str, pieces: Sequence[bytes], pause: float = 0) -> tuple[str, bytes]:
+    async def _ask(
+        self, kind: str, pieces: Sequence[bytes], pause: float = 0, patience: float = PATIENCE
+    ) -> tuple[str, bytes]:
         said = b""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(patience):
                 reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
                 try:
                     sending = asyncio.create_task(_send(writer, pieces, pause))
@@ -130,11 +134,13 @@ class Clients:
                 finally:
                     writer.transport.abort()
         except TimeoutError:
-            end = "hung"
+            end = "hung" if patience == PATIENCE else "left"
         except ConnectionError:
             end = "reset"
         head, _, body = said.partition(b"\r\n\r\n")
         status = head[9:12].decode() or end
+        if status == "503" and b"\r\nretry-after: 1" not in head.lower():
+            status = "503 without Retry-After"
         self.outcomes[kind, status] += 1
         return status, body
 

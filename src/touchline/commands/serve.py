@@ -1,28 +1,26 @@
-"""`touchline serve`: the bytes of one photo in, its answer out, over HTTP.
+"""`touchline serve`: photos in, their answers out, over HTTP.
 
-The answer is that of `touchline predict`: decoded by `predicting.pixels`, through the same forward pass. Whatever a
-client sends, and however slowly, costs the server no more than its `Limits`: what is beyond them is refused.
+An answer is that of `touchline predict`: decoded by `predict.pixels`, through the same forward pass. `Limits` bound
+what clients cost. Connections are left to uvicorn, which waits for the head of a request as long as a client likes: on
+a network, a reverse proxy stands in front (docs/serving.md).
 """
 
 import asyncio
+import logging
 import os
 import signal
-import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import h11
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from touchline.commands import predict
 from touchline.commands.predict import Answer, Classifier
@@ -33,31 +31,30 @@ from touchline.core.paths import Paths
 from touchline.models.inference import BATCH, forward_pass
 from touchline.report import html
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes upon itself at most.
+    """What a server accepts at most; what is beyond is answered with 413, 408 or 503.
 
     Attributes:
         body: bytes of one photo's file.
-        bodies: bytes of all files that are on their way in or in work.
-        in_work: photos that are being decoded or wait for the model.
-        connections: open ones; twice as many more are told so and heard to their end, and who comes on top waits until
-            one of these is gone.
-        head_seconds: for the head of a request to come, on a new connection as on a kept one.
-        body_seconds: for the body to come.
-        request_seconds: for a request as a whole, until its client has taken the answer.
-        end_seconds: for what is in work when the server is told to end.
+        bodies: bytes of all bodies that are being received or answered.
+        body_seconds: for a body to arrive.
+        photos: photos that are being decoded or wait for the model.
+        connections: open connections, among them those whose request has not come yet.
+        keep_seconds: for the next request on a connection to begin.
+        end_seconds: for requests in progress when the server is told to end.
     """
 
     body: int = 20 * 2**20
     bodies: int = 256 * 2**20
-    in_work: int = 2 * BATCH
-    connections: int = 256
-    head_seconds: float = 10
     body_seconds: float = 20
-    request_seconds: float = 60
-    end_seconds: float = 5
+    photos: int = 2 * BATCH
+    connections: int = 4096
+    keep_seconds: int = 10
+    end_seconds: int = 5
 
 
 class Prediction(BaseModel):
@@ -83,7 +80,7 @@ class Refusal(BaseModel):
 
 
 def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
-    """Serve the model that is asked for (see `predicting.resolve`) until Ctrl-C or SIGTERM.
+    """Serve the model that is asked for (see `predict.resolve`) until Ctrl-C or SIGTERM.
 
     Args:
         allowed_hosts: see `guard.Guard`.
@@ -91,6 +88,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
     Raises:
         TouchlineError: the port is not free, or there is no such model.
     """
+    _allow_open_files(Limits.connections + 512)
     # What ends a server from outside ends it as Ctrl-C does, also while the model is being loaded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), ports.bound(host, port) as listening:
@@ -111,19 +109,21 @@ def server(
 ) -> uvicorn.Server:
     """A server of the model, ready to run on a socket that is bound to `host`."""
     limits = limits or Limits()
-    return _Server(
+    return uvicorn.Server(
         uvicorn.Config(
             guard.Guard(application(classifier, params, limits), host, allowed_hosts),
-            http=partial(_Connection, limits=limits),  # type: ignore[arg-type]  # uvicorn calls what it is given
+            http="h11",
             ws="none",
             lifespan="on",
+            limit_concurrency=limits.connections,
+            timeout_keep_alive=limits.keep_seconds,
+            timeout_graceful_shutdown=limits.end_seconds,
             log_config=None,
             log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,
-        ),
-        most=3 * limits.connections,
+        )
     )
 
 
@@ -139,12 +139,13 @@ def application(classifier: Classifier, params: Params, limits: Limits) -> FastA
         redoc_url=None,
         lifespan=desk.open,
     )
+    app.add_middleware(guard.Bodies, most=limits.body, together=limits.bodies, seconds=limits.body_seconds)
     refusals: dict[int | str, dict[str, Any]] = {
         408: {"description": f"The body took more than {limits.body_seconds:g} s."},
         413: {"description": f"The body is larger than {limits.body / 2**20:g} MB."},
         415: {"description": "The photo came in a form, not as the body itself."},
-        422: {"description": "The body is no photo, or none that can be judged."},
-        503: {"description": "Too much is in work: ask again after as many seconds as Retry-After says."},
+        422: {"description": "The body is not an image, or none that can be judged."},
+        503: {"description": "Too many requests at once: try again after as many seconds as Retry-After says."},
     }
 
     @app.post(
@@ -160,7 +161,14 @@ def application(classifier: Classifier, params: Params, limits: Limits) -> FastA
         },
     )
     async def predict(request: Request) -> Prediction:
-        answer = await desk.answer(request)
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise HTTPException(415, "send the photo itself as the body, not in a form: curl --data-binary @photo.jpg")
+        desk.refuse_if_full(1)
+        try:
+            content = await request.body()
+        except ClientDisconnect:
+            raise HTTPException(400, "the body broke off") from None
+        answer = await desk.answer(content)
         return Prediction(**vars(answer), model=classifier.name)
 
     @app.get("/ping", summary="Say whether the model answers, and which it is")
@@ -178,6 +186,16 @@ def application(classifier: Classifier, params: Params, limits: Limits) -> FastA
     return app
 
 
+def _allow_open_files(needed: int) -> None:
+    """Raise this process's limit of open files, often 1,024, as far as is needed and allowed."""
+    with suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < needed:  # a negative number is no limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
+
+
 class _Desk:
     """Takes photos in as far as there is room, and asks the model about all that wait at once."""
 
@@ -185,7 +203,7 @@ class _Desk:
         self._classifier, self._params, self._limits = classifier, params, limits
         self._forward = forward_pass(classifier.model)
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
-        self._bytes = self._photos = 0
+        self._photos = 0
 
     @asynccontextmanager
     async def open(self, _: FastAPI) -> AsyncIterator[None]:
@@ -200,45 +218,25 @@ class _Desk:
             finally:
                 asking.cancel()
 
-    async def answer(self, request: Request) -> Answer:
-        """The answer to the photo in a request's body.
+    def refuse_if_full(self, photos: int) -> None:
+        """Raise HTTPException where there is no room for as many more photos."""
+        if self._photos + photos > self._limits.photos:
+            raise HTTPException(503, "too many requests at once: try again in a moment", {"Retry-After": "1"})
+
+    async def answer(self, content: bytes) -> Answer:
+        """The answer to a photo.
 
         Raises:
             HTTPException: why there is none.
         """
-        if request.headers.get("content-type", "").startswith("multipart/"):
-            raise HTTPException(415, "send the photo itself as the body, not in a form: curl --data-binary @photo.jpg")
-        self._refuse_if(self._photos >= self._limits.in_work)
-        content = bytearray()
+        self.refuse_if_full(1)
+        self._photos += 1
         try:
-            await self._receive(request, content)
-            self._refuse_if(self._photos >= self._limits.in_work)
-            self._photos += 1
-            try:
-                return await self._judge(content)
-            finally:
-                self._photos -= 1
+            return await self._judge(content)
         finally:
-            self._bytes -= len(content)
+            self._photos -= 1
 
-    async def _receive(self, request: Request, content: bytearray) -> None:
-        too_large = HTTPException(413, f"the body is larger than {self._limits.body / 2**20:g} MB")
-        if int(request.headers.get("content-length", 0)) > self._limits.body:
-            raise too_large
-        try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                async for chunk in request.stream():
-                    if len(content) + len(chunk) > self._limits.body:
-                        raise too_large
-                    self._refuse_if(self._bytes + len(chunk) > self._limits.bodies)
-                    content += chunk
-                    self._bytes += len(chunk)
-        except TimeoutError:
-            raise HTTPException(408, f"the body took more than {self._limits.body_seconds:g} s") from None
-        except ClientDisconnect:
-            raise HTTPException(400, "the body broke off") from None
-
-    async def _judge(self, content: bytearray) -> Answer:
+    async def _judge(self, content: bytes) -> Answer:
         loop = asyncio.get_running_loop()
         try:
             pixels = await loop.run_in_executor(self._decoders, self._pixels, content)
@@ -253,8 +251,8 @@ class _Desk:
         except TouchlineError as error:
             raise HTTPException(500, str(error)) from None
 
-    def _pixels(self, content: bytearray) -> np.ndarray:
-        return predict.pixels(bytes(content), self._classifier.side, self._params.validate_.max_megapixels)
+    def _pixels(self, content: bytes) -> np.ndarray:
+        return predict.pixels(content, self._classifier.side, self._params.validate_.max_megapixels)
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
@@ -265,125 +263,10 @@ class _Desk:
             images = np.stack([pixels for pixels, _ in batch])
             try:
                 found = await loop.run_in_executor(self._asker, self._forward, images)
-            except Exception as error:  # whatever it is, it is the answer to these photos, and the next are asked about
+            except Exception:  # whatever it is, it is the answer to these photos, and the next are asked about
+                _log.exception("the model failed")
                 for _, probabilities in batch:
-                    probabilities.set_exception(error)
+                    probabilities.set_exception(TouchlineError("the model failed; the server's log says how"))
             else:
                 for (_, probabilities), row in zip(batch, found, strict=True):
                     probabilities.set_result(row)
-
-    def _refuse_if(self, full: bool) -> None:
-        if full:
-            raise HTTPException(503, "too much is in work: ask again in a moment", {"Retry-After": "1"})
-
-
-_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    b'Content-Type: application/json\r\n\r\n{"detail":"too many connections: ask again in a moment"}'
-)
-_LINGER_SECONDS = 2
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which leaves in the kernel's queue whom it cannot even tell that it is full.
-
-    uvicorn accepts every connection, and would have to cut off what is too many.
-    """
-
-    def __init__(self, config: uvicorn.Config, most: int) -> None:
-        super().__init__(config)
-        self._most = most
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup([])
-        self._accepting = [asyncio.create_task(self._accept(listening)) for listening in sockets or []]
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for accepting in self._accepting:
-            accepting.cancel()
-        await super().shutdown(sockets)
-
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        listening.setblocking(False)
-        listening.listen(self.config.backlog)
-        while True:
-            try:
-                accepted, _ = await loop.sock_accept(listening)
-                await loop.connect_accepted_socket(self._connection, accepted)
-            except OSError:  # it is gone already, or the process may open no more files: those open will end
-                await asyncio.sleep(0.1)
-            while len(self.server_state.connections) >= self._most:
-                await asyncio.sleep(0.01)
-
-    def _connection(self) -> asyncio.Protocol:
-        build: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
-        return build(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-
-
-class _Connection(H11Protocol):
-    """uvicorn's connection, with an end to all that a client may be slow at.
-
-    uvicorn waits for the head of a request, and for its answer to be taken, as long as the client likes.
-    """
-
-    def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._limits = limits
-        self._timer: asyncio.TimerHandle | None = None
-        self._refused = False
-        self._heard_until = 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        super().connection_made(transport)
-        heard = sum(isinstance(each, _Connection) and not each._refused for each in self.connections)
-        self._refused = heard > self._limits.connections
-        self._abort_after(_LINGER_SECONDS if self._refused else self._limits.head_seconds)
-        if self._refused:
-            # What it sends is dropped, not left lying: a client that is still sending would never see the answer.
-            self._heard_until = self.loop.time() + self._limits.head_seconds
-            transport.write(_FULL)
-            transport.write_eof()
-
-    def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
-        elif self.loop.time() < self._heard_until:
-            self._abort_after(_LINGER_SECONDS)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer:
-            self._timer.cancel()
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        before = self.cycle
-        super().handle_events()
-        if self.cycle is not before:
-            self._abort_after(self._limits.request_seconds)
-
-    def send_400_response(self, msg: str) -> None:
-        try:
-            super().send_400_response(msg)
-        except h11.LocalProtocolError:  # the nonsense came behind a request that was answered already
-            self.transport.abort()
-        if self.cycle:
-            # Nothing more may be said: uvicorn would let the request that broke off answer as well.
-            self.cycle.disconnected = True
-
-    def on_response_complete(self) -> None:
-        # What was refused before it was read is read to its end, and dropped: a connection closed in its client's face
-        # would take the answer with it.
-        if not self.transport.is_closing():
-            self._abort_after(self._limits.head_seconds)
-        super().on_response_complete()
-
-    def shutdown(self) -> None:
-        self._abort_after(self._limits.end_seconds)
-        with suppress(h11.LocalProtocolError):
-            super().shutdown()
-
-    def _abort_after(self, seconds: float) -> None:
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self.loop.call_later(seconds, self.transport.abort)

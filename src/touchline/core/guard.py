@@ -98,6 +98,9 @@ class Bodies:
         if length == "0" and "transfer-encoding" not in headers:
             await self._app(scope, receive, send)
             return
+        # uvicorn hands a request over before it has read the body that came with it, and answers nonsense there itself:
+        # a moment later the connection is gone, and nothing more is sent on it.
+        await asyncio.sleep(0)
         deadline = asyncio.get_running_loop().time() + self._seconds
         held, whole = 0, False
 
@@ -109,11 +112,14 @@ class Bodies:
             return message
 
         async def receive_counted() -> Message:
-            nonlocal held
+            nonlocal held, deadline
             try:
                 message = await next_message()
             except TimeoutError:
                 raise HTTPException(408, f"the body took more than {self._seconds:g} s") from None
+            except asyncio.CancelledError:
+                deadline = 0
+                raise HTTPException(503, "the server is ending", {"Retry-After": "1"}) from None
             size = len(message.get("body", b""))
             if held + size > self._most:
                 raise self._too_large()
