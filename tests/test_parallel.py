@@ -48,10 +48,15 @@ class Cluster:
         self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", str(port), *scheduler_options)
         for _ in range(workers):
             self.add_worker()
-        if workers:
-            # One that joins in the middle of a test would take other batches than the test counts on.
-            with Client(self.address, timeout=60, set_as_default=False) as client:
-                client.wait_for_workers(workers, 60)
+        # A slow start is not what these tests are about; and a worker that joins in the middle of one would take other
+        # batches than it counts on.
+        try:
+            with Client(self.address, timeout=120, set_as_default=False) as client:
+                if workers:
+                    client.wait_for_workers(workers, 120)
+        except BaseException:
+            self.stop()
+            raise
 
     def add_worker(self, *options: str) -> None:
         limits = ("--nthreads", "1", "--no-nanny", "--memory-limit", "0")
@@ -263,7 +268,8 @@ def test_who_stops_early_leaves_no_work_behind(cluster: Cluster, tmp_path: Path)
     (tmp_path / "go").touch()
     # What is in hand is finished, what waits is not begun; and the workers are free for the next.
     assert len(list(parallel.spread(told, range(40), cluster.address, 4))) == 40
-    assert not {str(number) for number in range(16, 20)} & {path.name for path in tmp_path.iterdir()}
+    # The first two batches, and one that each worker was held up in: whichever the scheduler chose.
+    assert len([path for path in tmp_path.iterdir() if path.name != "go"]) <= 16
 
 
 def test_what_a_worker_made_is_kept_for_the_next_batch_and_here_it_is_not(cluster: Cluster, tmp_path: Path) -> None:
