@@ -1,6 +1,6 @@
 """`touchline serve`: the bytes of one photo in, its answer out, over HTTP.
 
-The answer is that of `touchline predict`: decoded by `predicting.pixels`, through the same forward pass. Whatever a
+The answer is that of `touchline predict`: decoded by `classifier.pixels`, through the same forward pass. Whatever a
 client sends, and however slowly, costs the server no more than its `Limits`: what is beyond them is refused.
 """
 
@@ -24,13 +24,12 @@ from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from touchline.commands import predict
-from touchline.commands.predict import Answer, Classifier
 from touchline.core import guard, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.models.inference import BATCH, forward_pass
+from touchline.models.classifier import Answer, Classifier, pixels, resolve
+from touchline.models.inference import BATCH
 from touchline.report import html
 
 
@@ -83,7 +82,7 @@ class Refusal(BaseModel):
 
 
 def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
-    """Serve the model that is asked for (see `predicting.resolve`) until Ctrl-C or SIGTERM.
+    """Serve the model that is asked for (see `classifier.resolve`) until Ctrl-C or SIGTERM.
 
     Args:
         allowed_hosts: see `guard.Guard`.
@@ -94,7 +93,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
     # What ends a server from outside ends it as Ctrl-C does, also while the model is being loaded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), ports.bound(host, port) as listening:
-        classifier = predict.resolve(paths, params, wanted)
+        classifier = resolve(paths, params, wanted)
         serving = server(classifier, params, host=host, allowed_hosts=allowed_hosts)
         # Until here a client is turned away, and does not hang.
         listening.listen()
@@ -183,7 +182,7 @@ class _Desk:
 
     def __init__(self, classifier: Classifier, params: Params, limits: Limits) -> None:
         self._classifier, self._params, self._limits = classifier, params, limits
-        self._forward = forward_pass(classifier.model)
+        self._forward = classifier.network.forward
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
         self._bytes = self._photos = 0
 
@@ -254,7 +253,7 @@ class _Desk:
             raise HTTPException(500, str(error)) from None
 
     def _pixels(self, content: bytearray) -> np.ndarray:
-        return predict.pixels(bytes(content), self._classifier.side, self._params.validate_.max_megapixels)
+        return pixels(bytes(content), self._classifier.side, self._params.validate_.max_megapixels)
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
