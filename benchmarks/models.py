@@ -153,11 +153,11 @@ class Ours:
         return path, time.perf_counter() - began
 
     def __call__(self, split: Split, first: bool) -> Result:
-        from touchline.stages import evaluate
+        from touchline.models import inference
 
         path, seconds = self.trained(split, registered=first)
         files = [self.photos.files[number] for number in split.test]
-        probabilities, spent = evaluate.predict(evaluate.load_model(path), files)
+        probabilities, spent = inference.predict(inference.ModelFiles.at(path).network("auto"), files)
         return probabilities, seconds, 1000 * spent / len(files)
 
 
@@ -357,7 +357,7 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
         import mlflow  # noqa: F401
     startup = time.perf_counter() - began
     from touchline.models.heads import log_loss
-    from touchline.stages.evaluate import calibration_error
+    from touchline.models.scores import calibration_error
 
     photos = Photos.of(options.photos)
     wanted = list(splits(photos, options.seeds, options.test_groups))
@@ -441,8 +441,7 @@ def predict(options: argparse.Namespace) -> None:
 
     import_tensorflow()
     from touchline.core.params import BackboneFeatures
-    from touchline.models import architectures, heads
-    from touchline.stages import evaluate
+    from touchline.models import architectures, engines, heads, inference
 
     photos = Photos.of(options.photos)
     features = BackboneFeatures(backbone="efficientnet_lite0", image_size=IMAGE_SIZE, views=1)
@@ -454,7 +453,7 @@ def predict(options: argparse.Namespace) -> None:
         test = keras_way.datasets(Split(everything[:2], everything[:2], everything, by_group=False))[2].prefetch(2)
         rates: dict[str, list[float]] = {"ours": [], "keras": []}
         for _ in range(options.seeds):
-            rates["ours"].append(len(everything) / evaluate.predict(model, photos.files)[1])
+            rates["ours"].append(len(everything) / inference.predict(engines.with_tensorflow(model), photos.files)[1])
             model.predict(test.take(1), verbose=0)
             began = time.perf_counter()
             model.predict(test, verbose=0)

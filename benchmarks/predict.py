@@ -25,8 +25,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from touchline.commands.predict import UNSURE
 from touchline.data import photos
+from touchline.models.classifier import UNSURE
 from touchline.models.inference import BATCH
 
 PROJECT = Path(__file__).resolve().parent.parent

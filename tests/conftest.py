@@ -1,9 +1,12 @@
 """What the tests share: the shipped params, changed where a test wants it, an empty project to work in, a server."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,13 @@ FUZZED, KILLS, FAULTS = "TOUCHLINE_FUZZ_CASES", "TOUCHLINE_KILLS", "TOUCHLINE_FA
 # The tests may themselves run inside a DVC stage, a flow or beside a tracking server; their projects are their own.
 for variable in list(os.environ):
     others = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_", "PREFECT_", "TOUCHLINE_", "DASK_")
-    if variable.startswith(others) and variable not in {FUZZED, KILLS, FAULTS}:
+    cache = variable == "TOUCHLINE_CACHE" and "PYTEST_XDIST_WORKER" in os.environ
+    if variable.startswith(others) and variable not in {FUZZED, KILLS, FAULTS} and not cache:
         del os.environ[variable]
+# Network files made on first use are those of this run of the tests; its workers share them.
+if not os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["TOUCHLINE_CACHE"] = tempfile.mkdtemp(prefix="touchline-tests-")
+    atexit.register(shutil.rmtree, os.environ["TOUCHLINE_CACHE"], ignore_errors=True)
 # Who starts the tests in the background of a shell has them, and all they start, deaf to Ctrl-C, which some tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

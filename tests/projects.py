@@ -137,6 +137,7 @@ class Project:
             "DVC_GLOBAL_CONFIG_DIR": str(beside / "dvc config"),
             "DVC_SYSTEM_CONFIG_DIR": str(beside / "dvc config"),
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "TOUCHLINE_CACHE": os.environ["TOUCHLINE_CACHE"],
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_CONFIG_NOSYSTEM": "1",
             **person,

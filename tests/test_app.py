@@ -23,10 +23,10 @@ from test_predict import CLASSES, COLOURS, SIDE, planted
 
 from touchline import tracking
 from touchline.commands import app
-from touchline.commands.predict import Answer
 from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
+from touchline.models.classifier import Answer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

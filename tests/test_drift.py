@@ -21,11 +21,13 @@ from typer.testing import CliRunner
 from touchline import cli, tracking
 from touchline.commands import drift, predict
 from touchline.commands.drift import CONFIDENCE, CONTENT, DRIFT, FEWEST, SILENT, TOO_FEW, Side
+from touchline.core import files
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import BackboneFeatures, DriftParams, Params
 from touchline.core.paths import Paths
 from touchline.data import feature_store, photos
 from touchline.models import backbones
+from touchline.tracking import registered
 
 STRICT = DriftParams(folder="", significance=0.01, threshold=0.15, train=False)
 NOTHING = Side({}, [])
@@ -222,25 +224,19 @@ class Made:
         self.features = dict(zip(table["sha256"], self.backbone.predict(np.stack(images), verbose=0), strict=True))
         self.store(weights="planted")
 
+        folder = root / "champion"
+        (folder / "data").mkdir(parents=True)
+        planted(steepness=6).save(folder / tracking.StoredModel.KERAS)
+        digest = files.sha256(folder / tracking.StoredModel.KERAS)
         version = tracking.Version("rugby-soccer", 3, "0" * 32, "", "", {}, ("champion",))
+        self.versions = [version]
         made = self
 
-        class Store:
-            """What the comparison asks of the registry."""
+        class Stored(tracking.StoredModel):
+            training_photos = property(lambda _: made.learned_from)
 
-            champion = version
-
-            def alias(self, name: str, alias: str) -> tracking.Version | None:
-                return self.champion if (name, alias) == ("rugby-soccer", "champion") else None
-
-            def training_photos(self, name: str, number: int) -> set[str]:
-                return made.learned_from
-
-            def load_with_classes(self, source: object) -> tuple[keras.Model, list[str]]:
-                return planted(steepness=6), CLASSES
-
-        self.registry = Store()
-        monkeypatch.setattr(tracking, "open_store", lambda paths, name: self.registry)
+        monkeypatch.setattr(registered, "versions", lambda paths, name: self.versions)
+        monkeypatch.setattr(registered, "model", lambda paths, version: Stored(folder, CLASSES, digest, ""))
 
     def store(self, **settings: object) -> None:
         folder = self.paths.features / self.name
@@ -268,9 +264,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, params_with: Callable[..., 
 @pytest.fixture
 def made(shared: Made) -> Iterator[Made]:
     """The project, as it was after the test."""
-    before = shared.params, set(shared.learned_from), shared.registry.champion
+    before = shared.params, set(shared.learned_from), shared.versions
     yield shared
-    shared.params, shared.learned_from, shared.registry.champion = before
+    shared.params, shared.learned_from, shared.versions = before
     if feature_store.Arrays(shared.paths.features / shared.name).settings["weights"] != "planted":
         shared.store(weights="planted")
 
@@ -392,7 +388,7 @@ def test_confidence_is_held_against_photos_the_champion_never_saw(made: Made, tm
 
 
 def test_without_a_champion_it_is_one_line(made: Made, tmp_path: Path) -> None:
-    made.registry.champion = None
+    made.versions = []
     with pytest.raises(TouchlineError, match=r"rugby-soccer.*`make run`"):
         made.drift(album(tmp_path / "album", 1))
 

@@ -12,6 +12,7 @@ from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
+from touchline.models import engines, inference, scores
 from touchline.report import plots
 from touchline.stages import evaluate
 
@@ -35,7 +36,7 @@ def sure(predicted: list[int], classes: int = 2, confidence: float = 1.0) -> np.
     ],
 )
 def test_wilson_gives_the_published_intervals(right: int, photos: int, interval: tuple[float, float]) -> None:
-    assert evaluate.wilson(right, photos) == pytest.approx(interval, abs=5e-5)
+    assert scores.wilson(right, photos) == pytest.approx(interval, abs=5e-5)
 
 
 def test_mcnemar_counts_only_photos_on_which_the_models_differ() -> None:
@@ -43,33 +44,33 @@ def test_mcnemar_counts_only_photos_on_which_the_models_differ() -> None:
     # 25 both right, 3 both wrong, 2 only the first, 10 only the second.
     first = sure([0] * 25 + [1] * 3 + [0] * 2 + [1] * 10)
     second = sure([0] * 25 + [1] * 3 + [1] * 2 + [0] * 10)
-    found = evaluate.mcnemar(labels, first, second)
+    found = scores.mcnemar(labels, first, second)
     # Two-sided binomial: 2 * (1 + 12 + 66) / 2 ** 12.
     assert found == {"only_first_right": 2, "only_second_right": 10, "p_value": pytest.approx(158 / 4096, abs=1e-6)}
-    assert evaluate.mcnemar(labels, second, first)["p_value"] == found["p_value"]
+    assert scores.mcnemar(labels, second, first)["p_value"] == found["p_value"]
 
 
 def test_mcnemar_of_a_model_with_itself_says_nothing() -> None:
     found = sure([0, 1, 1, 0])
     expected = {"only_first_right": 0, "only_second_right": 0, "p_value": 1.0}
-    assert evaluate.mcnemar(np.array([0, 1, 0, 1]), found, found) == expected
+    assert scores.mcnemar(np.array([0, 1, 0, 1]), found, found) == expected
 
 
 def test_calibration_error_of_made_up_confidences() -> None:
     labels = np.zeros(20, int)
     # Ten photos at 0.95, nine right; ten at 0.65, five right: (0.05 + 0.15) / 2.
     found = np.concatenate([sure([0] * 9 + [1], confidence=0.95), sure([0] * 5 + [1] * 5, confidence=0.65)])
-    assert evaluate.calibration_error(labels, found, 10) == pytest.approx(0.10, abs=1e-6)
+    assert scores.calibration_error(labels, found, 10) == pytest.approx(0.10, abs=1e-6)
     # In one bin: 14 of 20 right at a mean confidence of 0.8.
-    assert evaluate.calibration_error(labels, found, 1) == pytest.approx(0.10, abs=1e-6)
+    assert scores.calibration_error(labels, found, 1) == pytest.approx(0.10, abs=1e-6)
     # Sure of everything, right half of the time.
-    assert evaluate.calibration_error(labels, sure([0, 1] * 10), 10) == 0.5
+    assert scores.calibration_error(labels, sure([0, 1] * 10), 10) == 0.5
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_perfect_model(classes: int) -> None:
     labels = np.arange(30) % classes
-    found = evaluate.scores(labels, sure(list(labels), classes, 0.98), bins=10)
+    found = scores.of(labels, sure(list(labels), classes, 0.98), bins=10)
     assert (found["accuracy"], found["balanced_accuracy"], found["f1"], found["roc_auc"]) == (1, 1, 1, 1)
     assert found["accuracy_low"] == pytest.approx(0.886, abs=1e-3) and found["accuracy_high"] == 1
     assert found["log_loss"] == pytest.approx(-np.log(0.98), abs=1e-5)
@@ -79,7 +80,7 @@ def test_a_perfect_model(classes: int) -> None:
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_model_that_always_says_the_same(classes: int) -> None:
     labels = np.array([0] * 20 + [number % classes for number in range(10)])
-    found = evaluate.scores(labels, np.full((30, classes), 1 / classes, np.float32), bins=10)
+    found = scores.of(labels, np.full((30, classes), 1 / classes, np.float32), bins=10)
     assert found["accuracy"] == pytest.approx((labels == 0).mean(), abs=1e-6)
     assert found["balanced_accuracy"] == pytest.approx(1 / classes, abs=1e-6)
     assert found["roc_auc"] == 0.5
@@ -87,7 +88,7 @@ def test_a_model_that_always_says_the_same(classes: int) -> None:
 
 
 def test_a_model_that_is_sure_and_wrong_has_finite_scores() -> None:
-    found = evaluate.scores(np.array([0, 1, 2]), sure([1, 2, 0], 3), bins=10)
+    found = scores.of(np.array([0, 1, 2]), sure([1, 2, 0], 3), bins=10)
     assert found["accuracy"] == 0 and found["calibration_error"] == 1
     assert np.isfinite(list(found.values())).all()
 
@@ -198,7 +199,10 @@ def made_model(paths: Paths, name: str) -> None:
     """The files that `train` leaves of a model, as far as their names and the record go."""
     model = paths.models / f"{name}.keras"
     files.write_text(model, f"the model {name}")
-    files.write_json(model.with_suffix(".json"), {"model": name, "model_sha256": files.sha256(model)})
+    openvino = model.with_suffix(".openvino")
+    files.write_text(openvino, f"the network {name}")
+    digests = {"model_sha256": files.sha256(model), "openvino_sha256": files.sha256(openvino)}
+    files.write_json(model.with_suffix(".json"), {"model": name, **digests})
     files.write_text(paths.reports / f"history/{name}.csv", "epoch\n0\n")
 
 
@@ -233,7 +237,12 @@ def test_what_no_run_recorded_as_its_own_is_not_deleted(paths: Paths, params_wit
 
     evaluate._forget_removed(paths, params_with())
 
-    assert there(paths) == own | {"models/cnn.keras", "models/cnn.json", "reports/history/cnn.csv"}
+    assert there(paths) == own | {
+        "models/cnn.keras",
+        "models/cnn.openvino",
+        "models/cnn.json",
+        "reports/history/cnn.csv",
+    }
     assert (paths.models / "vgg.keras").read_text() == "a person's"
 
 
@@ -242,14 +251,14 @@ def test_a_torn_model_file_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cnn.keras"
     path.write_bytes(content)
     with pytest.raises(TouchlineError) as error:
-        evaluate.load_model(path)
+        inference.load_model(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     assert str(error.value).endswith(files.RENEW)
 
 
 def test_a_missing_model_file_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(TouchlineError, match=r"cnn\.keras.*`dvc repro`.*`dvc checkout`"):
-        evaluate.load_model(tmp_path / "cnn.keras")
+        inference.load_model(tmp_path / "cnn.keras")
 
 
 def test_a_model_that_brings_code_along_is_refused(tmp_path: Path) -> None:
@@ -259,7 +268,7 @@ def test_a_model_that_brings_code_along_is_refused(tmp_path: Path) -> None:
     model = keras.Model(photo, keras.layers.Lambda(lambda pixels: pixels / 255)(photo))
     model.save(tmp_path / "cnn.keras")
     with pytest.raises(TouchlineError, match=r"cnn\.keras"):
-        evaluate.load_model(tmp_path / "cnn.keras")
+        inference.load_model(tmp_path / "cnn.keras")
 
 
 def test_predicting_reads_the_files_in_their_order_and_scales_them_to_the_model(tmp_path: Path) -> None:
@@ -275,7 +284,7 @@ def test_predicting_reads_the_files_in_their_order_and_scales_them_to_the_model(
         image = np.zeros((20, 30, 3), np.uint8)
         image[..., 2 - colour] = 255  # OpenCV writes blue, green, red
         cv2.imwrite(str(path), image)
-    probabilities, seconds = evaluate.predict(model, paths)
+    probabilities, seconds = inference.predict(engines.with_tensorflow(model), paths)
     assert (probabilities.shape, probabilities.dtype) == ((40, 3), np.float32)
     np.testing.assert_array_equal(probabilities.argmax(axis=1), colours)
     assert seconds > 0

@@ -10,8 +10,7 @@ from PIL import Image
 
 from touchline.core.errors import TouchlineError
 from touchline.core.params import ArticleParams, BackboneFeatures, CnnParams
-from touchline.models import architectures, explain, heads
-from touchline.stages import evaluate
+from touchline.models import architectures, explain, heads, inference
 
 if TYPE_CHECKING:
     import keras
@@ -127,7 +126,7 @@ MODELS = {
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "keras.Model":
     """A planted model as it comes out of its file, where nothing is left of how it was built."""
     MODELS[request.param](monkeypatch).save(tmp_path / "model.keras")
-    return evaluate.load_model(tmp_path / "model.keras")
+    return inference.load_model(tmp_path / "model.keras")
 
 
 def test_the_heat_lies_on_what_speaks_for_the_class(model: "keras.Model") -> None:
@@ -147,7 +146,7 @@ def test_the_heat_moves_with_the_patch_and_is_not_mirrored(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     MODELS[name](monkeypatch).save(tmp_path / "model.keras")
-    explainer = explain.explainer(evaluate.load_model(tmp_path / "model.keras"))
+    explainer = explain.explainer(inference.load_model(tmp_path / "model.keras"))
     corners = [(0, 0), (0, 48), (48, 0), (48, 48)]
     heats = explainer(np.stack([with_a_patch(*corner) for corner in corners]), np.ones(4, np.int64))
     found = [tuple(round(share) for share in centre(heat)) for heat in heats]

@@ -125,6 +125,11 @@ def answers_of(form: str, file: Path) -> tuple[Callable[[np.ndarray], np.ndarray
         properties = session.get_modelmeta().custom_metadata_map
         about = {key: json.loads(value) for key, value in properties.items()}
         return lambda images: session.run(["probabilities"], {"photo": images})[0], about
+    if form == "openvino":
+        import openvino
+
+        compiled = openvino.Core().compile_model(file / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return lambda images: compiled(images)["rows"], json.loads((file / "touchline.json").read_text())
     loaded = tf.saved_model.load(file)
     about = json.loads((file / "assets.extra/touchline.json").read_text())
     return lambda images: loaded.signatures["serving_default"](photo=tf.constant(images))["output_0"].numpy(), about
@@ -227,7 +232,7 @@ def test_what_is_there_stays(form: str, export: Callable[..., keras.Model], path
         with pytest.raises(ParamsError, match=rf"{output.name}.*--output"):
             export(form, output)
     assert file.read_text() == "mine" and list(folder.iterdir()) == []
-    there = paths.exports / f"little{'' if form == 'saved_model' else '.' + form}"
+    there = paths.exports / f"little{ ({'saved_model': '', 'openvino': '-openvino'}.get(form, '.' + form)) }"
     files.write_text(there, "mine")
     with pytest.raises(ParamsError, match=rf"exports/{there.name}"):
         export(form, None)

@@ -207,3 +207,17 @@ def test_what_is_handed_out_is_a_copy(tmp_path: Path) -> None:
     stored[wanted[:2]][:] = 0
     np.testing.assert_array_equal(stored[wanted[:1]], [row(wanted[0])])
     assert_holds(tmp_path, wanted)
+
+
+def test_rows_of_two_engines_stand_side_by_side_and_both_are_noted(tmp_path: Path) -> None:
+    def compute(wanted: Sequence[str]) -> Iterator[np.ndarray]:
+        return (np.zeros(2, np.float32) for _ in wanted)
+
+    both = digests(1, 2)
+    assert feature_store.update(tmp_path, {"image_size": 8}, both[:1], compute, "first 1") == 1
+    assert feature_store.update(tmp_path, {"image_size": 8}, both[:1], compute, "second 1") == 0
+    assert Arrays(tmp_path).settings == {"image_size": 8, "engines": ["first 1"]}
+    assert feature_store.update(tmp_path, {"image_size": 8}, both, compute, "second 1") == 1
+    assert Arrays(tmp_path).settings == {"image_size": 8, "engines": ["first 1", "second 1"]}
+    assert feature_store.update(tmp_path, {"image_size": 9}, both, compute, "second 1") == 2
+    assert Arrays(tmp_path).settings == {"image_size": 9, "engines": ["second 1"]}

@@ -37,14 +37,16 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_torch_weights import HEADER, KERNEL, SIX, state_dict, storage
 
-from touchline.commands import predict, serve
-from touchline.commands.predict import Classifier
+from touchline.commands import serve
 from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params, check, load
 from touchline.core.paths import Paths
 from touchline.data import decisions, photos
-from touchline.models import torch_weights
+from touchline.models import classifier, torch_weights
+from touchline.models.classifier import Classifier
+from touchline.models.engines import Network
+from touchline.models.inference import ModelFiles
 from touchline.sources import feedback, folder, imagenet, openimages
 from touchline.sources.fetch import Journal
 from touchline.stages import split
@@ -597,7 +599,7 @@ def _looked_at(path: Path, content: bytes) -> None:
     if not (found.error or found.bomb):
         assert found.width > 0 and found.height > 0 and len(found.perceptual_hash) == 16
         assert photos.decode(content, SIDE).shape == (SIDE, SIDE, 3)
-    image = predict.pixels(content, SIDE, 60)
+    image = classifier.pixels(content, SIDE, 60)
     assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
 
 
@@ -629,7 +631,7 @@ def _refused_or_whole(watch: Watch, tmp_path: Path, whole: bytes, cut: bytes) ->
     with watch.case():
         if not photos.measure(path, 60).error:
             np.testing.assert_array_equal(photos.decode(cut, SIDE), expected, "measured as whole")
-        np.testing.assert_array_equal(predict.pixels(cut, SIDE, 60), expected, "judged as whole")
+        np.testing.assert_array_equal(classifier.pixels(cut, SIDE, 60), expected, "judged as whole")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -704,14 +706,14 @@ _CHILD = """
 import sys, time
 from pathlib import Path
 from touchline.data import photos
-from touchline.commands import predict
 from touchline.core.errors import TouchlineError
+from touchline.models import classifier
 path = Path(sys.argv[1])
-predict.pixels(Path(sys.argv[2]).read_bytes(), 32, 60)  # what every process pays once
+classifier.pixels(Path(sys.argv[2]).read_bytes(), 32, 60)  # what every process pays once
 photos.measure(Path(sys.argv[2]), 60)
 began, said = time.process_time(), []
 for look in (lambda: photos.header(path.read_bytes()), lambda: photos.measure(path, 60),
-             lambda: predict.pixels(path.read_bytes(), 32, 60)):
+             lambda: classifier.pixels(path.read_bytes(), 32, 60)):
     try:
         look()
         said.append("taken")
@@ -749,17 +751,17 @@ def test_decompression_bombs(tmp_path: Path, record_property: Callable[[str, Any
 # Requests
 
 
-class _Model:
-    input_shape = (None, SIDE, SIDE, 3)
-
-
 _TYPES = ["", "image/jpeg", "multipart/form-data; boundary=x", "application/json", "image/*" * 500, "\x7f"]
 
 
-def test_requests(watch: Watch, params_with: Callable[..., Params], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "forward_pass", lambda _: lambda images: np.full((len(images), 2), 0.5, np.float32))
+def test_requests(watch: Watch, params_with: Callable[..., Params]) -> None:
+    network = Network(
+        "planted", (None, SIDE, SIDE, 3), (None, 2), lambda images: np.full((len(images), 2), 0.5, np.float32)
+    )
     limits = serve.Limits(body=20_000)
-    app = serve.application(Classifier(_Model(), CLASSES, "a model"), params_with(), limits)
+    app = serve.application(
+        Classifier(network, CLASSES, "a model", ModelFiles(Path("planted.keras"))), params_with(), limits
+    )
 
     async def ask(client: httpx.AsyncClient, method: str, path: str, body: bytes, kind: str) -> httpx.Response:
         return await client.request(method, path, content=body, headers={"content-type": kind})
@@ -786,7 +788,7 @@ def test_requests(watch: Watch, params_with: Callable[..., Params], monkeypatch:
                     said = answer.json()["detail"]
                     assert isinstance(said, str) and len(said.splitlines()) == 1
                 elif path.startswith("/predict") and method == "POST":
-                    assert predict.pixels(body, SIDE, 60).shape == (SIDE, SIDE, 3)
+                    assert classifier.pixels(body, SIDE, 60).shape == (SIDE, SIDE, 3)
                     assert answer.json()["probabilities"] == {"red": 0.5, "blue": 0.5}
 
         fuzz()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from test_serve import Model, Served, jpeg
 
-from touchline.commands import serve as serving
 from touchline.commands.serve import Limits
 
 EVIL = "http://evil.example"
@@ -17,17 +16,15 @@ EVIL = "http://evil.example"
 
 @pytest.fixture(scope="module")
 def start(params_with: Callable[..., Any]) -> Iterator[Callable[..., Served]]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(serving, "forward_pass", lambda model: model.forward)
-        started = []
+    started = []
 
-        def start(**options: Any) -> Served:
-            started.append(Served(params_with(), Model(), Limits(), **options))
-            return started[-1]
+    def start(**options: Any) -> Served:
+        started.append(Served(params_with(), Model(), Limits(), **options))
+        return started[-1]
 
-        yield start
-        for served in started:
-            served.end()
+    yield start
+    for served in started:
+        served.end()
 
 
 @pytest.fixture(scope="module")

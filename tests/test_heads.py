@@ -180,7 +180,7 @@ def test_log_loss_is_the_mean_of_minus_log_of_what_the_true_class_was_given() ->
 
 
 def test_the_strength_that_is_chosen_states_its_confidence_better_than_the_largest() -> None:
-    from touchline.stages.evaluate import calibration_error
+    from touchline.models.scores import calibration_error
 
     random = np.random.default_rng(0)
     labels = np.arange(400) % 2

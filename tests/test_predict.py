@@ -21,9 +21,8 @@ from touchline.commands import predict
 from touchline.core import files, params
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.paths import Paths
-from touchline.models import explain
+from touchline.models import classifier, explain, inference
 from touchline.models.inference import BATCH
-from touchline.stages import evaluate
 
 if TYPE_CHECKING:
     import keras
@@ -267,7 +266,7 @@ def test_a_photo_has_the_answer_that_evaluation_has(ask: Ask, project: Paths, so
         noise[: number + 10, :, number % 3] = 250
         Image.fromarray(noise).save(somewhere / f"{number:02}.{'jpg' if number % 2 else 'png'}")
     there = sorted(somewhere.iterdir())
-    expected, _ = evaluate.predict(evaluate.load_model(project.models / "cnn.keras"), there)
+    expected, _ = inference.predict(inference.ModelFiles.at(project.models / "cnn.keras").network("auto"), there)
     rows = ask(somewhere).rows
     assert [row["photo"] for row in rows] == [str(path) for path in there]
     np.testing.assert_allclose([list(row["probabilities"].values()) for row in rows], expected, atol=2e-6)
@@ -276,7 +275,7 @@ def test_a_photo_has_the_answer_that_evaluation_has(ask: Ask, project: Paths, so
 
     assert ask(there[7]).rows[0]["probabilities"]["red"] == pytest.approx(expected[7, 0], abs=2e-6)
     pixels = np.stack(list(features.pixels(there, SIDE)))
-    trained = evaluate.load_model(project.models / "cnn.keras").predict(pixels, verbose=0)
+    trained = inference.load_model(project.models / "cnn.keras").predict(pixels, verbose=0)
     np.testing.assert_allclose(trained, expected, atol=2e-6)
 
 
@@ -284,7 +283,7 @@ def test_answers_come_while_photos_are_still_to_be_read(ask: Ask, somewhere: Pat
     for number in range(400):
         draw(somewhere / f"{number:03}.png", "red", (8, 8))
     read_at_answer: list[int] = []
-    read, of = predict.pixels, predict.Answer.of
+    read, of = classifier.pixels, classifier.Answer.of
     count = iter(range(10_000))
     done = [0]
 
@@ -292,12 +291,12 @@ def test_answers_come_while_photos_are_still_to_be_read(ask: Ask, somewhere: Pat
         done[0] = next(count) + 1
         return read(*arguments)
 
-    def answering(*arguments: Any) -> predict.Answer:
+    def answering(*arguments: Any) -> classifier.Answer:
         read_at_answer.append(done[0])
         return of(*arguments)
 
     monkeypatch.setattr(predict, "pixels", reading)
-    monkeypatch.setattr(predict.Answer, "of", answering)
+    monkeypatch.setattr(classifier.Answer, "of", answering)
     assert len(ask(somewhere).rows) == 400
     # A batch, and what waits decoded: never all.
     assert max(had - number for number, had in enumerate(read_at_answer)) <= 3 * BATCH

@@ -23,7 +23,7 @@ from touchline.core import files, params, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.core.tensorflow import import_tensorflow
-from touchline.stages import evaluate
+from touchline.models import classifier, inference
 from touchline.stages.ingest import _attribution
 from touchline.tracking import Store, open_store
 
@@ -91,7 +91,7 @@ def test_a_model_that_brings_a_program_is_refused_from_a_file(project: Paths, ca
     files.write_json(path.with_suffix(".json"), {"classes": CLASSES})
     values = params.load(project.workspace / "params.yaml")
 
-    for load in (lambda: evaluate.load_model(path), lambda: predict.resolve(project, values, "cnn")):
+    for load in (lambda: inference.load_model(path), lambda: classifier.resolve(project, values, "cnn")):
         with pytest.raises(TouchlineError, match=r"\.keras") as refused:
             load()
         assert len(str(refused.value).splitlines()) == 1
@@ -100,9 +100,10 @@ def test_a_model_that_brings_a_program_is_refused_from_a_file(project: Paths, ca
 def test_a_model_that_brings_a_program_is_refused_from_the_store(project: Paths, canary: Path) -> None:
     store, version, _ = _logged(project, _model(canary))
     canary.unlink(missing_ok=True)
+    values = params.load(project.workspace / "params.yaml")
 
-    for load in (lambda: store.load("rugby-soccer", version),
-                 lambda: store.load_with_classes(store.versions("rugby-soccer")[0])):  # fmt: skip
+    for load in (lambda: classifier.from_stored(store.model(store.versions("rugby-soccer")[0]), "", "auto").model,
+                 lambda: classifier.resolve(project, values, str(version))):  # fmt: skip
         with pytest.raises(TouchlineError, match=r"\.keras") as refused:
             load()
         assert len(str(refused.value).splitlines()) == 1
@@ -114,25 +115,25 @@ def test_a_model_that_is_not_the_one_described_is_refused(project: Paths) -> Non
     record = {"classes": CLASSES, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     files.write_json(path.with_suffix(".json"), record)
     values = params.load(project.workspace / "params.yaml")
-    assert predict.resolve(project, values, "cnn").classes == CLASSES
+    assert classifier.resolve(project, values, "cnn").classes == CLASSES
     _model().save(path)
 
-    for load in (lambda: evaluate.load_model(path), lambda: predict.resolve(project, values, "cnn")):
-        with pytest.raises(TouchlineError, match=r"cnn\.json"):
+    for load in (lambda: inference.load_model(path), lambda: classifier.resolve(project, values, "cnn")):
+        with pytest.raises(TouchlineError, match=r"\.keras"):
             load()
 
 
 def test_a_model_of_the_registry_is_the_one_that_was_registered(project: Paths) -> None:
-    store, version, file = _logged(project, _model())
-    assert store.load("rugby-soccer", version).input_shape == (None, SIDE, SIDE, 3)
+    store, _, file = _logged(project, _model())
+    model = classifier.from_stored(store.model(store.versions("rugby-soccer")[0]), "", "auto").model
+    assert model.input_shape == (None, SIDE, SIDE, 3)
     _model().save(file)
 
-    with pytest.raises(TouchlineError):
-        store.load("rugby-soccer", version)
-    with pytest.raises(TouchlineError):
-        store.load_with_classes(store.versions("rugby-soccer")[0])
-    with pytest.raises(TouchlineError):
-        store.load_with_classes(store.versions("rugby-soccer")[0].run_id)
+    version = store.versions("rugby-soccer")[0]
+    for source in (version, version.run_id):
+        for engine in ("openvino", "tensorflow"):
+            with pytest.raises(TouchlineError, match=r"\.keras"):
+                classifier.from_stored(store.model(source), "", engine)
 
 
 def test_a_version_that_another_tool_registered_without_a_run_is_refused(project: Paths, tmp_path: Path) -> None:
@@ -141,9 +142,10 @@ def test_a_version_that_another_tool_registered_without_a_run_is_refused(project
     other = store._client.create_model_version("rugby-soccer", copy.as_uri())
 
     assert store.versions("rugby-soccer")[-1].number == int(other.version) > version
-    for load in (lambda: store.load("rugby-soccer", int(other.version)),
-                 lambda: store.load_with_classes(store.versions("rugby-soccer")[-1])):  # fmt: skip
-        with pytest.raises(TouchlineError, match="is not the model that was logged"):
+    values = params.load(project.workspace / "params.yaml")
+    for load in (lambda: store.model(store.versions("rugby-soccer")[-1]),
+                 lambda: classifier.resolve(project, values, other.version)):  # fmt: skip
+        with pytest.raises(TouchlineError, match="Touchline did not log it"):
             load()
 
 
@@ -181,7 +183,7 @@ def test_tables_for_people_hold_no_formulas(text: str) -> None:
     assert all(value == f"'{text}" for value in written.iloc[0])
 
     out = io.StringIO()
-    answer = predict.Answer(text, text, 0.9, {"a": 0.9, "b": 0.1})
+    answer = classifier.Answer(text, text, 0.9, {"a": 0.9, "b": 0.1})
     predict._write_csv(out, ["a", "b"], iter([(Path(text), answer)]))
     photo, label, guess, *_ = list(csv.reader(io.StringIO(out.getvalue(), newline="")))[1]
     assert {photo, label, guess} == {f"'{text}"}

@@ -29,10 +29,11 @@ import pytest
 from PIL import Image
 
 from touchline.commands import serve as serving
-from touchline.commands.predict import Classifier
 from touchline.commands.serve import Limits
 from touchline.data import photos
-from touchline.models.inference import BATCH
+from touchline.models.classifier import Classifier
+from touchline.models.engines import Network
+from touchline.models.inference import BATCH, ModelFiles
 
 # As the README has them; 260 is the side of the photos that the shipped champion takes.
 SERVE = "touchline serve"
@@ -102,12 +103,17 @@ class Model:
         return np.broadcast_to(self.says, answers.shape) if self.says else answers
 
 
+def classifier(forward: Callable[[np.ndarray], np.ndarray]) -> Classifier:
+    network = Network("planted", (None, SIDE, SIDE, 3), (None, len(CLASSES)), forward)
+    return Classifier(network, CLASSES, "a planted model", ModelFiles(Path("planted.keras")))
+
+
 class Served:
     """A server in this process, and what a client may do to it."""
 
     def __init__(self, params: Any, model: Model, limits: Limits, **options: Any) -> None:
         self.model, self.limits = model, limits
-        self.server = serving.server(Classifier(model, CLASSES, "a planted model"), params, limits, **options)
+        self.server = serving.server(classifier(model.forward), params, limits, **options)
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self._listening.getsockname()[1]
         self.thread = threading.Thread(target=self.server.run, args=([self._listening],), daemon=True)
@@ -167,9 +173,8 @@ def all_of(connection: socket.socket) -> bytes:
 
 
 @pytest.fixture
-def serve(params_with: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Served]]:
+def serve(params_with: Callable) -> Iterator[Callable[..., Served]]:
     """`serve(body=1000)`: a server with that limit; the others are ample."""
-    monkeypatch.setattr(serving, "forward_pass", lambda model: model.forward)
     with ExitStack() as started:
 
         def start(**limits: Any) -> Served:

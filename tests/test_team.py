@@ -22,6 +22,7 @@ from projects import UP_TO_DATE, Project, built, copy, ran
 from team import Gate, Team, why_not
 
 from touchline.core.paths import Paths
+from touchline.models import inference
 from touchline.tracking import CHALLENGER, CHAMPION, Store, open_store
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -83,7 +84,7 @@ class Seen:
         versions = self.versions
         assert len({version.model_sha256 for version in versions}) == len(versions) == count
         for version in versions:
-            self.store.load(self.name, version.number)
+            inference.load_model(self.store.model(version).file)
         assert sorted(alias for version in versions for alias in version.aliases) == [CHALLENGER, CHAMPION]
 
 

@@ -205,7 +205,9 @@ def predict(
 
 @app.command()
 def export(
-    form: Annotated[Target, typer.Option("--format", help="saved_model is a folder; onnx wants the extra `onnx`")],
+    form: Annotated[
+        Target, typer.Option("--format", help="saved_model and openvino are folders; onnx wants the extra `onnx`")
+    ],
     model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="must not be there yet (default: exports/<name of the model>)")

@@ -1,6 +1,6 @@
 """`touchline app`: a page to try the models on photos, two side by side, and to say where they are wrong.
 
-A photo's own bytes go through `predicting.pixels` and the forward pass of `predict`, so the page and the command line
+A photo's own bytes go through `classifier.pixels` and the forward pass of `predict`, so the page and the command line
 have one answer. Uploads lie in a temporary folder for an hour at most; only what a person sends as a correction stays,
 in the queue of `touchline.sources.feedback`.
 """
@@ -26,7 +26,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from touchline.commands.predict import Answer, Classifier, pixels, resolve
 from touchline.core import guard, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
@@ -35,7 +34,8 @@ from touchline.core.paths import Paths
 from touchline.data import terms
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import explain
-from touchline.models.inference import Forward, forward_pass
+from touchline.models.classifier import Answer, Classifier, pixels, resolve
+from touchline.models.engines import Explain
 from touchline.report import html
 from touchline.sources import feedback
 
@@ -97,8 +97,7 @@ _STYLE = """
 @dataclass(frozen=True)
 class _Loaded:
     classifier: Classifier
-    forward: Forward
-    explainer: explain.Explain | None
+    explainer: Explain | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Models:
     """The models there are to ask; those asked last stay in memory.
 
     Args:
-        wanted: the first to ask, see `predicting.resolve`; empty for the champion.
+        wanted: the first to ask, see `classifier.resolve`; empty for the champion.
     """
 
     def __init__(self, paths: Paths, params: Params, wanted: str = "") -> None:
@@ -128,15 +127,15 @@ class Models:
         self._offered: dict[str, str] = {}
 
     def choices(self) -> dict[str, str]:
-        """What `predicting.resolve` takes, to what people read: the one to ask first, then the one to put beside it.
+        """What `classifier.resolve` takes, to what people read: the one to ask first, then the one to put beside it.
 
         Raises:
             TouchlineError: no model was named, and there is no champion.
         """
-        from touchline.tracking import CHALLENGER, CHAMPION, open_store
+        from touchline.tracking import CHALLENGER, CHAMPION, registered
 
         name = self._params.register_.name
-        versions = {str(found.number): found for found in open_store(self._paths, name).versions(name)}
+        versions = {str(found.number): found for found in registered.versions(self._paths, name)}
         alias = {each: number for number, found in versions.items() for each in found.aliases}
         first = self._wanted or alias.get(CHAMPION)
         if not first:
@@ -175,7 +174,9 @@ class Models:
             photo = pixels(content, classifier.side, self._params.validate_.max_megapixels)[None]
         except TouchlineError as error:
             raise TouchlineError(f"this file cannot be judged: {str(error).removeprefix('photo ')}") from None
-        answer = Answer.of(loaded.forward(photo)[0], classifier.classes, self._params.predict.min_confidence)
+        answer = Answer.of(
+            classifier.network.forward(photo)[0], classifier.classes, self._params.predict.min_confidence
+        )
         picture = ""
         if loaded.explainer:
             heat = loaded.explainer(photo, np.array([classifier.classes.index(answer.guess)]))[0]
@@ -194,10 +195,10 @@ class Models:
     def _load_now(self, wanted: str, _: int) -> _Loaded:
         classifier = resolve(self._paths, self._params, wanted)
         try:
-            explainer = explain.explainer(classifier.model)
+            explainer = classifier.explainer()
         except TouchlineError:
             explainer = None  # and the page says so
-        return _Loaded(classifier, forward_pass(classifier.model, 1), explainer)
+        return _Loaded(classifier, explainer)
 
 
 def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
@@ -207,7 +208,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
         allowed_hosts: see `guard.Guard`.
 
     Raises:
-        TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `predicting.resolve`.
+        TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `classifier.resolve`.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own server whether it is up, and a proxy of the network would not know it.

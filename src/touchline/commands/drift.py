@@ -28,13 +28,12 @@ from touchline.core.files import read_table, write_json, write_text
 from touchline.core.params import BackboneFeatures, DriftParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos, similarity
 from touchline.data.feature_store import Arrays
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import inference
+from touchline.models.classifier import Classifier, from_stored
 from touchline.report import html, plots
-from touchline.stages import evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +137,7 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Champion:
-    classifier: predict.Classifier
+    classifier: Classifier
     version: "Version"
     learned_from: set[str]
 
@@ -161,7 +160,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
     """Compare photos with those the champion learned from; write `reports/drift.json` and `reports/drift.html`.
 
     Args:
-        names: see `predicting.find`; none for the folder that `drift.folder` names.
+        names: see `predict.find`; none for the folder that `drift.folder` names.
 
     Returns:
         SILENT, DRIFT or TOO_FEW.
@@ -416,17 +415,15 @@ def _check_features(paths: Paths, name: str, features: BackboneFeatures) -> None
 
 
 def _champion(paths: Paths, params: Params) -> _Champion:
-    from touchline.tracking import CHAMPION, open_store
+    from touchline.tracking import CHAMPION, registered
 
     name = params.register_.name
-    store = open_store(paths, name)
-    version = store.alias(name, CHAMPION)
+    version = next((each for each in registered.versions(paths, name) if CHAMPION in each.aliases), None)
     if version is None:
         raise TouchlineError(f"{name} has no champion yet: `make run` trains one")
-    learned_from = store.training_photos(name, version.number)
-    import_tensorflow()
-    classifier = predict.Classifier(*store.load_with_classes(version), f"{name} version {version.number}")
-    return _Champion(classifier, version, learned_from)
+    stored = registered.model(paths, version)
+    found = from_stored(stored, f"{name} version {version.number}", params.compute.engine)
+    return _Champion(found, version, stored.training_photos)
 
 
 def _sample(rows: Any) -> Any:
@@ -448,8 +445,8 @@ def _look(
     """Read the photos, and put each that is new through the model and the backbone."""
     from touchline.models import backbones
 
-    model = inference.forward_pass(champion.classifier.model, 1)
-    frozen = inference.forward_pass(backbones.pooled(backbone, paths.project), 1)
+    model = champion.classifier.network.forward
+    frozen = backbones.network(backbone, paths.project, params.compute.engine).forward
     work = partial(
         _read, sides=(champion.classifier.side, backbone.image_size), max_megapixels=params.validate_.max_megapixels
     )
@@ -541,11 +538,11 @@ def read_photo(path: Path) -> bytes:
         raise TouchlineError(f"{path} cannot be read ({error.strerror}): run `dvc checkout` or `dvc repro`") from None
 
 
-def _held_out_side(paths: Paths, table: "pd.DataFrame", classifier: predict.Classifier) -> Side:
+def _held_out_side(paths: Paths, table: "pd.DataFrame", classifier: Classifier) -> Side:
     values = {}
     if len(table) >= FEWEST:
         files = [paths.workspace / path for path in table["path"]]
-        values = predicted(evaluate.predict(classifier.model, files, "test photos")[0])
+        values = predicted(inference.predict(classifier.network, files, "test photos")[0])
     return Side(values, list(table["perceptual_hash"]))
 
 

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from touchline.commands.export_formats import FORMATS, Format
-from touchline.commands.predict import Classifier, resolve
 from touchline.core import parallel
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import read_table, replacing
 from touchline.core.params import Params, SampleParams
 from touchline.core.paths import Paths
 from touchline.data import photos
-from touchline.models.inference import BATCH, Forward, forward_pass
+from touchline.models import engines
+from touchline.models.classifier import Classifier, resolve
+from touchline.models.engines import Forward
+from touchline.models.inference import BATCH
 from touchline.sources import sample
 
 if TYPE_CHECKING:
@@ -39,9 +41,9 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
     """Write a model in a format, and print how it compares with Keras.
 
     Args:
-        wanted: see `predicting.resolve`.
+        wanted: see `classifier.resolve`.
         form: a key of FORMATS.
-        output: the file (of `saved_model` the folder) to make; None for `exports/<name of the model>`.
+        output: the file (of `saved_model` and `openvino` the folder) to make; None for `exports/<name of the model>`.
 
     Raises:
         ParamsError: there is something at `output`.
@@ -63,13 +65,13 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
         _refuse_existing(output, paths)
         paths.exports.mkdir(exist_ok=True)
     images, what = _photos(paths, classifier.side)
-    keras_forward = forward_pass(classifier.model, 1)
+    keras_forward = engines.with_tensorflow(classifier.model).forward
     expected = _answers(keras_forward, images)
     if not np.isfinite(expected).all():
         raise TouchlineError(f"{classifier.name} answers with no numbers: train it anew, or name another with --model")
 
     try:
-        with replacing(output, target.ending) if target.ending else _new_folder(output) as draft:
+        with _new_folder(output) if target.folder else replacing(output, target.ending) as draft:
             _write(target, classifier, draft, form)
             forward = target.load(draft)
             found = _answers(forward, images)

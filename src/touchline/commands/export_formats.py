@@ -5,7 +5,9 @@ In every format uint8 RGB photos, shape (n, side, side, 3), go in, for any n, an
 
 - `tflite`: `touchline.json` in a zip archive behind the model, where TFLite's metadata keeps its files too;
 - `onnx`: the model's `metadata_props`, each value JSON;
-- `saved_model`: `assets.extra/touchline.json`.
+- `saved_model`: `assets.extra/touchline.json`;
+- `openvino`: `touchline.json`, beside `network.xml` and `network.bin`. Compile it with `INFERENCE_PRECISION_HINT: f32`:
+  without that, a processor that computes in bfloat16 differs by up to 0.002 in a probability.
 
 The command line reads the names whenever it starts, so nothing heavy is imported here.
 """
@@ -24,7 +26,7 @@ from touchline.core.files import write_json
 if TYPE_CHECKING:
     import keras
 
-    from touchline.models.inference import Forward
+    from touchline.models.engines import Forward
 
 RECORD = "touchline.json"
 # What tf2onnx writes by itself; ONNX Runtime reads it since 1.10, and our layers gain nothing from later ones.
@@ -36,7 +38,8 @@ class Format:
     """A format to export to.
 
     Attributes:
-        ending: of the file; empty where it is a folder.
+        ending: of the name.
+        folder: whether it is a folder.
         engine: what runs it.
         needs: packages that the plain installation lacks.
         write: puts a Keras model into a file of that name.
@@ -50,6 +53,7 @@ class Format:
     describe: Callable[[Path, dict[str, Any]], None]
     load: Callable[[Path], "Forward"]
     needs: tuple[str, ...] = ()
+    folder: bool = False
 
 
 def _write_tflite(model: "keras.Model", draft: Path) -> None:
@@ -105,15 +109,27 @@ def _load_onnx(draft: Path) -> "Forward":
     return lambda images: session.run(None, {photo.name: images})[0]
 
 
-def _write_saved_model(model: "keras.Model", draft: Path) -> None:
-    import tensorflow as tf
+def _write_openvino(model: "keras.Model", draft: Path) -> None:
+    from touchline.models import engines
 
-    # As `model.export` names things; that stores every weight twice.
-    module = tf.Module()
-    module.weights = [weight.value for weight in model.weights]
-    photo = tf.TensorSpec(model.input_shape, tf.uint8, name="photo")
-    module.serve = tf.function(lambda photo: model(photo, training=False), input_signature=[photo])
-    tf.saved_model.save(module, str(draft), signatures=module.serve)
+    draft.mkdir()
+    engines.serialize(model, draft / "network.xml")
+
+
+def _describe_openvino(draft: Path, about: dict[str, Any]) -> None:
+    write_json(draft / RECORD, about)
+
+
+def _load_openvino(draft: Path) -> "Forward":
+    from touchline.models import engines
+
+    return engines.with_openvino_files(draft / "network.xml").forward
+
+
+def _write_saved_model(model: "keras.Model", draft: Path) -> None:
+    from touchline.models import engines
+
+    engines.save(model, draft)
 
 
 def _describe_saved_model(draft: Path, about: dict[str, Any]) -> None:
@@ -130,5 +146,6 @@ def _load_saved_model(draft: Path) -> "Forward":
 FORMATS = {
     "tflite": Format(".tflite", "TFLite", _write_tflite, _describe_tflite, _load_tflite),
     "onnx": Format(".onnx", "ONNX Runtime", _write_onnx, _describe_onnx, _load_onnx, needs=("tf2onnx", "onnxruntime")),
-    "saved_model": Format("", "SavedModel", _write_saved_model, _describe_saved_model, _load_saved_model),
+    "saved_model": Format("", "SavedModel", _write_saved_model, _describe_saved_model, _load_saved_model, folder=True),
+    "openvino": Format("-openvino", "OpenVINO", _write_openvino, _describe_openvino, _load_openvino, folder=True),
 }

@@ -1,7 +1,6 @@
 """`touchline predict`: what a model says of photos, to people and to programs.
 
-A photo is decoded as for training, by `photos.decode`, and goes through the forward pass of `evaluate`; whoever serves
-the model uses `resolve`, `pixels` and `Answer.of` too, so that one photo has one answer.
+`touchline.models.classifier` finds the model and makes the answer, here as for `serve`, `app` and `drift`.
 """
 
 import csv
@@ -11,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,26 +18,24 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 from uuid import uuid4
 
 import numpy as np
 
 from touchline.core import parallel
 from touchline.core.errors import ParamsError, TouchlineError
-from touchline.core.files import read_json, replacing, write_bytes
+from touchline.core.files import replacing, write_bytes
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos
-from touchline.models.inference import BATCH, Forward, Row, answers, forward_pass
-from touchline.stages.evaluate import load_model
+from touchline.models import engines
+from touchline.models import explain as explaining
+from touchline.models.classifier import UNSURE, Answer, Classifier, NotAnImage, pixels, resolve
+from touchline.models.engines import Forward
+from touchline.models.inference import BATCH, Row, answers, load_model
 
-if TYPE_CHECKING:
-    import keras
-
-UNSURE = "unsure"
 STDIN = "-"
 # Behind the whole name: a.jpg and a.png may lie side by side.
 OVERLAY = ".touchline.jpg"
@@ -53,56 +51,6 @@ _Judged = tuple[list[Row[tuple[Path, str | None]]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A model that can be asked.
-
-    Attributes:
-        model: uint8 (n, side, side, 3) to probabilities (n, len(classes)).
-        name: what people call it: `rugby-soccer version 3`, `models/cnn.keras`.
-    """
-
-    model: "keras.Model"
-    classes: list[str]
-    name: str
-
-    @property
-    def side(self) -> int:
-        return self.model.input_shape[1]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model says of one photo.
-
-    Attributes:
-        label: the guess, or `unsure` where its confidence is too low.
-        guess: the likeliest class.
-        confidence: its probability.
-        probabilities: of each class.
-    """
-
-    label: str
-    guess: str
-    confidence: float
-    probabilities: dict[str, float]
-
-    @classmethod
-    def of(cls, probabilities: np.ndarray, classes: Sequence[str], min_confidence: float) -> "Answer":
-        """The answer that float32 `probabilities`, shape (classes,), come to.
-
-        Raises:
-            TouchlineError: they are no numbers, as those of a model whose training went wrong.
-        """
-        best = int(probabilities.argmax())
-        confidence = float(probabilities[best])
-        if not np.isfinite(confidence):
-            raise TouchlineError("the model answers with no numbers: train it anew, or name another with --model")
-        label = classes[best] if confidence >= min_confidence else UNSURE
-        rounded = [round(float(value), 6) for value in probabilities]
-        return cls(label, classes[best], rounded[best], dict(zip(classes, rounded, strict=True)))
-
-
-@dataclass(frozen=True)
 class Found:
     """Something to read.
 
@@ -114,10 +62,6 @@ class Found:
     path: Path
     listed: bool = False
     error: str = ""
-
-
-class _NoPhoto(TouchlineError):
-    """The content of the file is something else."""
 
 
 def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: str, *, explain: bool) -> None:
@@ -170,66 +114,6 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
             print(f"{classifier.name}: {said}" + (f"; {left_out:,} other files left out" if left_out else ""))
     if failed:
         raise TouchlineError(f"{failed:,} failed, named above")
-
-
-def resolve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
-    """The model that is asked for.
-
-    Args:
-        wanted: empty for the champion; else the number of a version, a model of params.yaml, an alias, the id of a run,
-            or a `.keras` file with the `.json` beside it that training writes.
-
-    Raises:
-        ParamsError: `wanted` is none of these.
-        TouchlineError: there is no champion yet, the model or its classes cannot be read, or it is no classifier of
-            square photos.
-    """
-    import_tensorflow()
-    if wanted in params.models:
-        found = _from_file(paths.models / f"{wanted}.keras", paths)
-    elif wanted.endswith(".keras"):
-        found = _from_file(Path(wanted), paths)
-    else:
-        found = _from_store(paths, params, wanted)
-    side, answers = found.model.input_shape, found.model.output_shape
-    if len(side) != 4 or side[1] is None or side[1:] != (side[1], side[1], 3) or answers != (None, len(found.classes)):
-        raise TouchlineError(
-            f"{found.name} takes {side} and answers {answers}: not square RGB photos in and {len(found.classes)} "
-            "probabilities out"
-        )
-    return found
-
-
-def _from_file(path: Path, paths: Paths) -> Classifier:
-    model = load_model(path)
-    record = path.with_suffix(".json")
-    classes = read_json(record).get("classes") if record.is_file() else None
-    if not classes:
-        raise TouchlineError(
-            f"the classes of {path} are not known: put the {record.name} that training wrote beside it"
-        )
-    return Classifier(model, list(classes), paths.relative(path))
-
-
-def _from_store(paths: Paths, params: Params, wanted: str) -> Classifier:
-    from touchline.tracking import CHAMPION, open_store
-
-    name = params.register_.name
-    store = open_store(paths, name)
-    if re.fullmatch(r"[0-9a-f]{32}", wanted):
-        return Classifier(*store.load_with_classes(wanted), f"run {wanted}")
-    if wanted.isdecimal():
-        version = next((each for each in store.versions(name) if each.number == int(wanted)), None)
-    else:
-        version = store.alias(name, wanted or CHAMPION)
-    if version:
-        return Classifier(*store.load_with_classes(version), f"{name} version {version.number}")
-    if not wanted:
-        raise TouchlineError(f"{name} has no champion yet: `make run` trains one, or name a model with --model")
-    raise ParamsError(
-        f"--model {wanted} is no version or alias of {name}, no run, no model of params.yaml "
-        f"({', '.join(params.models)}) and no .keras file"
-    )
 
 
 def find(names: Iterable[str]) -> Iterator[Found]:
@@ -288,25 +172,6 @@ def _at(path: Path) -> Iterator[Found]:
         yield Found(Path(error.filename), error=error.strerror or "cannot be read")
 
 
-def pixels(content: bytes, side: int, max_megapixels: float) -> np.ndarray:
-    """A photo as the model wants it, RGB uint8 (side, side, 3), if it is fit to be judged.
-
-    Raises:
-        TouchlineError: why not. OpenCV fills what is cut off with grey, and a model would judge the grey.
-    """
-    if not content:
-        raise _NoPhoto("empty file")
-    if flaw := photos.flaw(content):
-        raise TouchlineError("cut off") if flaw == "cut off" else _NoPhoto(flaw)
-    header = photos.header(content)
-    # OpenCV opens some that Pillow does not, and then nobody has looked how large they are.
-    if not header.extension:
-        raise TouchlineError("does not decode: its header is damaged")
-    if header.width * header.height > 1e6 * max_megapixels:
-        raise TouchlineError(f"{header.width} x {header.height} pixels are more than validate.max_megapixels")
-    return photos.decode(content, side)
-
-
 def _judged(
     found: Iterable[Found], forward: Forward, folder: Path, side: int, max_megapixels: float, *, keep: bool
 ) -> Iterator[_Judged]:
@@ -323,15 +188,16 @@ def _judged(
 
 
 @contextmanager
-def _forward(paths: Paths, classifier: Classifier, scheduler: str) -> Iterator[tuple[Forward, list[Path]]]:
+def _forward(paths: Paths, classifier: Classifier, scheduler: str, engine: str) -> Iterator[tuple[Forward, list[Path]]]:
     """What asks the model, here or on the workers of a cluster; and the file that these need for it."""
     if not scheduler:
-        yield forward_pass(classifier.model, 1), []
+        yield classifier.network.forward, []
         return
     # Workers may not reach the store; of its own name, so that no worker takes the model of another run for this one.
-    file = paths.locks / f"predict-{uuid4().hex}.keras"
-    with replacing(file, ".keras") as temporary:
-        classifier.model.save(temporary)
+    source = classifier.files.file(engine)
+    file = paths.locks / f"predict-{uuid4().hex}{source.suffix}"
+    with replacing(file, file.suffix) as temporary:
+        shutil.copyfile(source, temporary)
     try:
         yield partial(_ask, file), [file]
     finally:
@@ -343,8 +209,9 @@ def _ask(file: Path, images: np.ndarray) -> np.ndarray:
 
 
 def _loaded(file: Path) -> Forward:
-    import_tensorflow()
-    return forward_pass(load_model(file), 1)
+    if file.suffix == engines.SUFFIX:
+        return engines.with_openvino(file).forward
+    return engines.with_tensorflow(load_model(file)).forward
 
 
 def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[tuple[Path, str | None]]:
@@ -357,7 +224,7 @@ def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[t
             if photos.flaw(content) in {"", "cut off"}:
                 content += file.read()
         return (found.path, ""), pixels(content, side, max_megapixels)
-    except _NoPhoto as error:
+    except NotAnImage as error:
         return (found.path, None if is_other(found) else str(error)), None
     except TouchlineError as error:
         return (found.path, str(error).removeprefix("photo ")), None
@@ -373,7 +240,7 @@ def _answered(
     """The answer for each photo, or why there is none; None for another file that lies about in a folder."""
     draw = _overlays(classifier) if explain else None
     scheduler = parallel.scheduler(params)
-    with _forward(paths, classifier, scheduler) as (forward, reads):
+    with _forward(paths, classifier, scheduler, params.compute.engine) as (forward, reads):
         work = partial(
             _judged, forward=forward, folder=Path.cwd(), side=classifier.side,
             max_megapixels=params.validate_.max_megapixels, keep=explain,
@@ -396,9 +263,7 @@ def _answered(
 
 def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]], list[Answer]], Iterator[str]]:
     """What draws the heat maps of a batch beside its photos, and says of each why that failed, or nothing."""
-    from touchline.models import explain
-
-    explainer = explain.explainer(classifier.model)
+    explainer = classifier.explainer()
 
     def draw(of: tuple[Path, Answer, np.ndarray]) -> str:
         path, answer, heat = of
@@ -407,10 +272,10 @@ def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]]
         try:
             if target.exists():
                 with target.open("rb") as file:
-                    if not explain.is_overlay(file.read(_FIRST_BYTES)):
+                    if not explaining.is_overlay(file.read(_FIRST_BYTES)):
                         return f"{shown(target)} is no overlay of ours, and stays"
             caption = guess if answer.label == answer.guess else f"{UNSURE} ({guess})"
-            write_bytes(target, explain.overlay(path.read_bytes(), heat, caption))
+            write_bytes(target, explaining.overlay(path.read_bytes(), heat, caption))
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise

@@ -1,6 +1,6 @@
 """`touchline serve`: photos in, their answers out, over HTTP.
 
-An answer is that of `touchline predict`: decoded by `predict.pixels`, through the same forward pass. `Limits` bound
+An answer is that of `touchline predict`: decoded by `classifier.pixels`, through the same forward pass. `Limits` bound
 what clients cost. Connections are left to uvicorn, which waits for the head of a request as long as a client likes: on
 a network, a reverse proxy stands in front (docs/serving.md).
 """
@@ -22,13 +22,12 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
-from touchline.commands import predict
-from touchline.commands.predict import Answer, Classifier
 from touchline.core import guard, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.models.inference import BATCH, forward_pass
+from touchline.models.classifier import Answer, Classifier, pixels, resolve
+from touchline.models.inference import BATCH
 from touchline.report import html
 
 _log = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class Refusal(BaseModel):
 
 
 def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
-    """Serve the model that is asked for (see `predict.resolve`) until Ctrl-C or SIGTERM.
+    """Serve the model that is asked for (see `classifier.resolve`) until Ctrl-C or SIGTERM.
 
     Args:
         allowed_hosts: see `guard.Guard`.
@@ -92,7 +91,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
     # What ends a server from outside ends it as Ctrl-C does, also while the model is being loaded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), ports.bound(host, port) as listening:
-        classifier = predict.resolve(paths, params, wanted)
+        classifier = resolve(paths, params, wanted)
         serving = server(classifier, params, host=host, allowed_hosts=allowed_hosts)
         # Until here a client is turned away, and does not hang.
         listening.listen()
@@ -201,7 +200,7 @@ class _Desk:
 
     def __init__(self, classifier: Classifier, params: Params, limits: Limits) -> None:
         self._classifier, self._params, self._limits = classifier, params, limits
-        self._forward = forward_pass(classifier.model)
+        self._forward = classifier.network.forward
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
         self._photos = 0
 
@@ -252,7 +251,7 @@ class _Desk:
             raise HTTPException(500, str(error)) from None
 
     def _pixels(self, content: bytes) -> np.ndarray:
-        return predict.pixels(content, self._classifier.side, self._params.validate_.max_megapixels)
+        return pixels(content, self._classifier.side, self._params.validate_.max_megapixels)
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()

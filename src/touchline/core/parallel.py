@@ -39,7 +39,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 # A cluster that grows on demand may take minutes to start a machine.
 _SECONDS_WITHOUT_WORKERS = 180.0
 # Of another version of these, the same photo may give other bits.
-_PACKAGES = ("numpy", "opencv-python-headless", "pillow", "imagehash", "tensorflow", "keras")
+_PACKAGES = ("numpy", "opencv-python-headless", "pillow", "imagehash", "tensorflow", "keras", "openvino")
 
 _AT_WORKER: ContextVar[bool] = ContextVar("at_worker", default=False)
 _kept: dict[tuple[object, ...], object] = {}

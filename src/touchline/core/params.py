@@ -293,6 +293,7 @@ class RegisterParams(_Section):
 class ComputeParams(_Section):
     scheduler: Annotated[str, StringConstraints(pattern=r"^$|^(tcp|tls|ws|wss)://\S+:\d+$")]
     devices: Literal["one", "all"]
+    engine: Literal["auto", "openvino", "tensorflow"]
 
 
 class PredictParams(_Section):

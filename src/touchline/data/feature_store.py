@@ -95,6 +95,7 @@ def update(
     settings: dict[str, Any],
     digests: Sequence[str],
     compute: Callable[[Sequence[str]], Iterator[np.ndarray]],
+    engine: str = "",
 ) -> int:
     """Make the array in `folder` hold exactly the rows of `digests`, keeping those it has.
 
@@ -102,6 +103,8 @@ def update(
         settings: what the rows depend on besides the photos; rows made with other settings are not kept.
         digests: one a photo, no two alike.
         compute: yields the row of each digest it is given, in order; called once for all rows that are missing.
+        engine: what computes them, and its version; it is noted in the settings as one of `engines`. Rows of several
+            may stand side by side, for they differ by no more than rounding.
 
     Returns:
         How many rows were computed.
@@ -112,9 +115,11 @@ def update(
     known = None
     with suppress(TouchlineError):
         known = read_json(folder / _SETTINGS)
+    engines = known.pop("engines", []) if isinstance(known, dict) else []
     if known != settings:
         _clear(folder)
-    write_json(folder / _SETTINGS, settings)
+        engines = []
+    write_json(folder / _SETTINGS, settings | ({"engines": engines} if engines else {}))
 
     kept, loose = _sort_pieces(folder, set(digests))
     settled = {digest for piece in kept for digest in _digests(piece)}
@@ -128,6 +133,8 @@ def update(
     if len(loose) == 1 and set(wanted) == set(_digests(loose[0])):
         kept, loose, wanted = [*kept, *loose], [], []
     computed = [digest for digest in wanted if digest not in there]
+    if computed and engine and engine not in engines:
+        write_json(folder / _SETTINGS, settings | {"engines": sorted([*engines, engine])})
     fresh = compute(computed) if computed else iter(())
     for start in range(0, len(wanted), PIECE):
         chosen = wanted[start : start + PIECE]

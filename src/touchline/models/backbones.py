@@ -8,6 +8,7 @@ file. Weights that cannot be had are an error: a backbone never goes out with ra
 import hashlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import sha256
 from touchline.core.params import BackboneFeatures
-from touchline.models import torch_weights
+from touchline.core.tensorflow import import_tensorflow
+from touchline.models import engines, torch_weights
+from touchline.models.engines import Network
 
 if TYPE_CHECKING:
     import keras
@@ -71,6 +74,24 @@ def pooled(features: BackboneFeatures, project: Path) -> "keras.Model":
     # training=False keeps BatchNorm in inference mode whatever is unfrozen later.
     views = [pooling(backbone(view, training=False)) for view in (photo, keras.ops.flip(photo, 2))[: features.views]]
     return keras.Model(photo, views[0] if len(views) == 1 else layers.Average(name="views")(views), name="pooled")
+
+
+def network(features: BackboneFeatures, project: Path, engine: str) -> Network:
+    """`pooled`, ready to run.
+
+    Args:
+        engine: as `compute.engine` has it. OpenVINO's network file is made once for each user and machine; after that
+            TensorFlow is not started.
+    """
+
+    def make() -> "keras.Model":
+        import_tensorflow()
+        return pooled(features, project)
+
+    if engines.chosen(engine) == engines.TENSORFLOW:
+        return engines.with_tensorflow(make())
+    known = [features.backbone, features.image_size, features.views, features.alpha, identity(features, project)]
+    return engines.with_openvino(engines.cached(json.dumps(known), make, " and ".join(features.backbone)))
 
 
 def identity(features: BackboneFeatures, project: Path) -> str:

@@ -7,12 +7,11 @@ import numpy as np
 
 from touchline.core.errors import TouchlineError
 from touchline.data.thumbnails import thumbnail
+from touchline.models.engines import Explain
 
 if TYPE_CHECKING:
     import keras
 
-# Photos uint8 (n, side, side, 3) and their classes (n,) to heat, float32 (n, height, width), 0 to 1.
-Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Pixels: of the photo's longer side in an overlay, of the caption's height, and of the width it wants.
 _LONGER_SIDE = 720
 _CAPTION, _CAPTION_WIDTH = 40, 280

@@ -1,34 +1,120 @@
 """Photos through a network, batch by batch: for features, for judging models and for predictions alike."""
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+from touchline.core import parallel
+from touchline.core.errors import TouchlineError
+from touchline.core.files import RENEW, read_json, sha256
+from touchline.core.progress import track
+from touchline.core.tensorflow import import_tensorflow
+from touchline.data import photos
+from touchline.models import engines
+from touchline.models.engines import Forward, Network
 
 if TYPE_CHECKING:
     import keras
 
 T = TypeVar("T")
 Row = tuple[T, np.ndarray | None]
-Forward = Callable[[np.ndarray], np.ndarray]
 BATCH = 32
 
 
-def forward_pass(model: "keras.Model", photos_first: int = BATCH) -> Forward:
-    """What makes a network's rows of uint8 RGB photos, shape (n, side, side, 3), ready to run.
+@dataclass(frozen=True)
+class ModelFiles:
+    """A whole model on disk.
 
-    Args:
-        photos_first: how many it is tried on, so that the first batch of so many waits for nothing.
+    Attributes:
+        model: the `.keras` file.
+        model_sha256: its digest; empty where no record has it.
+        openvino: the network file for OpenVINO; None for a model from before there were any.
+        openvino_sha256: its digest.
+        remedy: what to do about a file that cannot be read.
     """
-    import tensorflow as tf
 
-    size = model.input_shape[1]
-    # One signature for all batches: TensorFlow would build its graph anew for the last, smaller one.
-    signature = [tf.TensorSpec((None, size, size, 3), tf.uint8)]
-    forward = tf.function(lambda images: model(images, training=False), input_signature=signature)
-    forward(tf.zeros((photos_first, size, size, 3), tf.uint8))
-    return lambda images: forward(tf.constant(images)).numpy()
+    model: Path
+    model_sha256: str = ""
+    openvino: Path | None = None
+    openvino_sha256: str = ""
+    remedy: str = RENEW
+
+    @classmethod
+    def at(cls, path: Path) -> "ModelFiles":
+        """Those of the `.keras` file at `path`, by the record that training wrote beside it, if there is one.
+
+        Raises:
+            TouchlineError: the file is missing.
+        """
+        if not path.exists():
+            raise TouchlineError(f"{path} is missing: run `dvc repro`, or `dvc checkout` to get it from the cache")
+        record = path.with_suffix(".json")
+        known = read_json(record) if record.is_file() else {}
+        known = known if isinstance(known, dict) else {}
+        openvino = path.with_suffix(engines.SUFFIX)
+        there = "openvino_sha256" in known and openvino.is_file()
+        return cls(
+            path,
+            known.get("model_sha256", ""),
+            openvino if there else None,
+            known["openvino_sha256"] if there else "",
+        )
+
+    def load(self) -> "keras.Model":
+        """The Keras model.
+
+        Raises:
+            TouchlineError: the file is no model, or not the one that its record describes; code that a file brings
+                along is not run.
+        """
+        _check(self.model, self.model_sha256, self.remedy)
+        import_tensorflow()
+        import keras
+
+        try:
+            return keras.models.load_model(self.model, safe_mode=True, compile=False)
+        except Exception as error:  # a torn zip, a bad config, a refused layer: Keras raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise TouchlineError(f"{self.model} is no readable model ({reason}): {self.remedy}") from None
+
+    def network(self, engine: str) -> Network:
+        """The model, ready to run.
+
+        Args:
+            engine: as `compute.engine` has it. For OpenVINO, the network file of a model that has none is made on first
+                use, and kept in this user's cache.
+
+        Raises:
+            TouchlineError: as `load`.
+        """
+        if engines.chosen(engine) == engines.TENSORFLOW:
+            return engines.with_tensorflow(self.load())
+        return engines.with_openvino(self.file(engine))
+
+    def file(self, engine: str) -> Path:
+        """The file that an engine reads, once its digest is known to be right."""
+        _check(self.model, self.model_sha256, self.remedy)
+        if engines.chosen(engine) == engines.TENSORFLOW:
+            return self.model
+        if self.openvino:
+            _check(self.openvino, self.openvino_sha256, self.remedy)
+            return self.openvino
+        return engines.cached(sha256(self.model), self.load, self.model.name)
+
+
+def _check(path: Path, expected: str, remedy: str) -> None:
+    if expected and sha256(path) != expected:
+        raise TouchlineError(f"{path} is not the file that its record describes: {remedy}")
+
+
+def load_model(path: Path) -> "keras.Model":
+    """A whole Keras model from its file; see `ModelFiles`."""
+    return ModelFiles.at(path).load()
 
 
 def answers(forward: Forward, rows: Iterable[Row[T]]) -> Iterator[tuple[list[Row[T]], np.ndarray]]:
@@ -44,3 +130,16 @@ def answers(forward: Forward, rows: Iterable[Row[T]]) -> Iterator[tuple[list[Row
     while batch := list(islice(rows, BATCH)):
         images = [pixels for _, pixels in batch if pixels is not None]
         yield batch, forward(np.stack(images)) if images else np.empty((0, 0), np.float32)
+
+
+def predict(network: Network, files: Sequence[Path], what: str = "photos") -> tuple[np.ndarray, float]:
+    """Class probabilities of photos, decoded beside computing, as many at a time as `BATCH`.
+
+    Returns:
+        float32 probabilities, shape (len(files), classes); and seconds from files to probabilities.
+    """
+    size = network.side
+    began = time.perf_counter()
+    rows = parallel.in_order(lambda path: (path, photos.read(path, size)), files)
+    found = [batch for _, batch in answers(network.forward, track(rows, len(files), f"predicting with {what}"))]
+    return np.concatenate(found), time.perf_counter() - began

@@ -1,6 +1,5 @@
 """The `evaluate` stage: every model on the same untouched test photos, beside baselines and a control."""
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import combinations
@@ -11,20 +10,19 @@ import numpy as np
 
 from touchline.core import parallel
 from touchline.core.errors import TouchlineError
-from touchline.core.files import RENEW, model_record, read_json, read_table, replacing, sha256, write_json, write_table
+from touchline.core.files import model_record, read_json, read_table, replacing, sha256, write_json, write_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos, terms
-from touchline.models import explain, inference
+from touchline.models import classifier, inference, scores
+from touchline.models.classifier import Classifier
+from touchline.models.engines import SUFFIX
 from touchline.report import plots
 
 if TYPE_CHECKING:
-    import keras
     import pandas as pd
 
-CONFIDENCE = 0.95
 _HISTOGRAM_SIDE = 64
 # A gallery of fewer mistakes is filled up to so many photos with right answers.
 _LEAST_SHOWN = 6
@@ -34,7 +32,6 @@ def run(paths: Paths, params: Params) -> None:
     """Write `reports/metrics.json`, predictions, curves and figures; log them to the models' MLflow runs."""
     import pandas as pd
 
-    import_tensorflow()
     _forget_removed(paths, params)
     validated = read_table(paths.validated_table)
     split = read_table(paths.split_table).merge(validated[["path", "source", "width", "height"]], on="path")
@@ -49,18 +46,18 @@ def run(paths: Paths, params: Params) -> None:
     galleries: list[pd.DataFrame] = []
     heats: dict[str, np.ndarray] = {}
     for name in params.models:
-        model = load_model(paths.models / f"{name}.keras")
-        probabilities[name], seconds = predict(model, files, name)
-        metrics["models"][name] = scores(labels, probabilities[name], params.evaluate.calibration_bins)
+        model = classifier.resolve(paths, params, name)
+        probabilities[name], seconds = inference.predict(model.network, files, name)
+        metrics["models"][name] = scores.of(labels, probabilities[name], params.evaluate.calibration_bins)
         facts[name] = {
             "model_sha256": read_json(paths.models / f"{name}.json")["model_sha256"],
             "milliseconds_a_photo": round(1000 * seconds / len(files), 2),
         }
         galleries.append(_gallery(name, test, probabilities[name], params))
-        heats[name] = _heats(model, galleries[-1], params.classes, paths.workspace)
+        heats[name] = _heats(model, galleries[-1], paths.workspace)
     metrics["baselines"] = baselines(split, params, paths.workspace)
     metrics["mcnemar"] = [
-        {"models": [a, b], **mcnemar(labels, probabilities[a], probabilities[b])}
+        {"models": [a, b], **scores.mcnemar(labels, probabilities[a], probabilities[b])}
         for a, b in combinations(params.models, 2)
     ]
     write_json(paths.reports / "metrics.json", metrics)
@@ -91,112 +88,6 @@ def run(paths: Paths, params: Params) -> None:
         )
 
 
-def load_model(path: Path) -> "keras.Model":
-    """A whole model from its file.
-
-    Raises:
-        TouchlineError: the file is missing, no model, or not the one that the record beside it describes; code that a
-            file brings along is not run.
-    """
-    import keras
-
-    if not path.exists():
-        raise TouchlineError(f"{path} is missing: run `dvc repro`, or `dvc checkout` to get it from the cache")
-    record = path.with_suffix(".json")
-    described = read_json(record) if record.is_file() else {}
-    expected = described.get("model_sha256") if isinstance(described, dict) else None
-    if expected not in (None, sha256(path)):
-        raise TouchlineError(f"{path} is not the file that {record.name} describes: run `dvc repro` to renew both")
-    try:
-        return keras.models.load_model(path, safe_mode=True, compile=False)
-    except Exception as error:  # a torn zip, a bad config, a refused layer: Keras raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise TouchlineError(f"{path} is no readable model ({reason}): {RENEW}") from None
-
-
-def predict(model: "keras.Model", files: Sequence[Path], what: str = "photos") -> tuple[np.ndarray, float]:
-    """Class probabilities of photos, decoded beside computing, as many at a time as `inference.BATCH`.
-
-    Returns:
-        float32 probabilities, shape (len(files), classes); and seconds from files to probabilities, without the time
-        that TensorFlow takes to get ready.
-    """
-    size = model.input_shape[1]
-    forward = inference.forward_pass(model, min(inference.BATCH, len(files)))
-    began = time.perf_counter()
-    rows = parallel.in_order(lambda path: (path, photos.read(path, size)), files)
-    found = [batch for _, batch in inference.answers(forward, track(rows, len(files), f"predicting with {what}"))]
-    return np.concatenate(found), time.perf_counter() - began
-
-
-def scores(labels: np.ndarray, probabilities: np.ndarray, bins: int) -> dict[str, float]:
-    """What is said of one model on one set of photos.
-
-    Args:
-        labels: int64, shape (n,). probabilities: shape (n, classes).
-
-    Returns:
-        accuracy with its Wilson interval at 95 %, balanced accuracy, macro F1, ROC-AUC (one class against the rest,
-        averaged over classes), log loss (nats) and expected calibration error.
-    """
-    from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
-
-    predicted = probabilities.argmax(axis=1)
-    every = list(range(probabilities.shape[1]))
-    low, high = wilson(int((predicted == labels).sum()), len(labels))
-    # scikit-learn wants rows that sum to one more exactly than float32 does.
-    exact = probabilities.astype(np.float64)
-    exact /= exact.sum(axis=1, keepdims=True)
-    auc = roc_auc_score(labels, exact[:, 1] if len(every) == 2 else exact, multi_class="ovr", labels=every)
-    found = {
-        "accuracy": (predicted == labels).mean(),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "balanced_accuracy": balanced_accuracy_score(labels, predicted),
-        "f1": f1_score(labels, predicted, average="macro"),
-        "roc_auc": auc,
-        "log_loss": log_loss(labels, exact, labels=every),
-        "calibration_error": calibration_error(labels, probabilities, bins),
-    }
-    return {name: round(float(value), 6) for name, value in found.items()}
-
-
-def wilson(right: int, photos: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson, 1927), which stays within 0 and 1 for few photos too."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(right, photos).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def mcnemar(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """McNemar's exact test (1947): do two models differ on the same photos?
-
-    Args:
-        first, second: probabilities, shape (n, classes).
-
-    Returns:
-        photos that only the first, and only the second, got right; the two-sided p-value of so uneven a division.
-    """
-    from scipy.stats import binomtest
-
-    first_right, second_right = (found.argmax(axis=1) == labels for found in (first, second))
-    only_first, only_second = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
-    differing = only_first + only_second
-    p_value = binomtest(only_first, differing).pvalue if differing else 1.0
-    return {"only_first_right": only_first, "only_second_right": only_second, "p_value": round(float(p_value), 6)}
-
-
-def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int) -> float:
-    """Expected calibration error (Guo et al., 2017): how far confidence and accuracy lie apart, over equal bins."""
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    number = np.clip((confidence * bins).astype(int), 0, bins - 1)
-    gaps = [abs(right[number == each].mean() - confidence[number == each].mean()) * (number == each).mean()
-            for each in np.unique(number)]  # fmt: skip
-    return float(sum(gaps))
-
-
 def baselines(split: "pd.DataFrame", params: Params, workspace: Path) -> dict[str, dict[str, float]]:
     """What must be beaten: the largest class, colours alone, and, as a control, width, height and aspect alone.
 
@@ -224,9 +115,9 @@ def baselines(split: "pd.DataFrame", params: Params, workspace: Path) -> dict[st
         "size_and_aspect": (size, RandomForestClassifier(300, min_samples_leaf=2, random_state=seed)),
     }
     found = {}
-    for name, (inputs, classifier) in candidates.items():
-        predicted = classifier.fit(inputs[train], labels[train]).predict(inputs[~train])
-        low, high = wilson(int((predicted == labels[~train]).sum()), int((~train).sum()))
+    for name, (inputs, candidate) in candidates.items():
+        predicted = candidate.fit(inputs[train], labels[train]).predict(inputs[~train])
+        low, high = scores.wilson(int((predicted == labels[~train]).sum()), int((~train).sum()))
         found[name] = {
             "accuracy": round(float((predicted == labels[~train]).mean()), 6),
             "accuracy_low": round(low, 6),
@@ -276,7 +167,7 @@ def _gallery(name: str, test: "pd.DataFrame", probabilities: np.ndarray, params:
     return pd.concat([mistakes, rows[right].nsmallest(room, "confidence")])
 
 
-def _heats(model: "keras.Model", gallery: "pd.DataFrame", classes: Sequence[str], workspace: Path) -> np.ndarray:
+def _heats(model: Classifier, gallery: "pd.DataFrame", workspace: Path) -> np.ndarray:
     """Where a model found the class it named, for each photo of its gallery: uint8, shape (photos, height, width).
 
     Of a model that Grad-CAM cannot explain height and width are 0, and why is said: the figures it has stay worth
@@ -284,15 +175,14 @@ def _heats(model: "keras.Model", gallery: "pd.DataFrame", classes: Sequence[str]
     """
     if gallery.empty:
         return np.zeros((0, 0, 0), np.uint8)
-    size = model.input_shape[1]
     files = [workspace / path for path in gallery["path"]]
-    predicted = np.array([classes.index(label) for label in gallery["predicted"]])
+    predicted = np.array([model.classes.index(label) for label in gallery["predicted"]])
     try:
-        explainer = explain.explainer(model)
+        explainer = model.explainer()
     except TouchlineError as error:
         say(f"no heat maps: {error}")
         return np.zeros((len(gallery), 0, 0), np.uint8)
-    images = np.stack(list(parallel.in_order(lambda path: photos.read(path, size), files)))
+    images = np.stack(list(parallel.in_order(lambda path: photos.read(path, model.side), files)))
     parts = range(0, len(images), inference.BATCH)
     found = [explainer(images[at : at + inference.BATCH], predicted[at : at + inference.BATCH]) for at in parts]
     return np.round(255 * np.concatenate(found)).astype(np.uint8)
@@ -342,7 +232,7 @@ def _slices(test: "pd.DataFrame", labels: np.ndarray, probabilities: dict[str, n
         right = found.argmax(axis=1) == labels
         for slice_by, values in by.items():
             for value, members in pd.Series(right).groupby(values, observed=True):
-                low, high = wilson(int(members.sum()), len(members))
+                low, high = scores.wilson(int(members.sum()), len(members))
                 rows.append(
                     (name, slice_by, value, len(members), round(members.mean(), 6), round(low, 6), round(high, 6))
                 )
@@ -396,7 +286,11 @@ def _forget_removed(paths: Paths, params: Params) -> None:
         if record.stem in params.models or not described:
             continue
         model = record.with_suffix(".keras")
-        made = [model] if model.is_file() and sha256(model) == described["model_sha256"] else []
+        made = [
+            path
+            for path, digest in ((model, "model_sha256"), (model.with_suffix(SUFFIX), "openvino_sha256"))
+            if path.is_file() and sha256(path) == described.get(digest)
+        ]
         # The record goes last: without it, nothing would say that the others are ours.
         for path in (*made, paths.reports / "history" / f"{record.stem}.csv", record):
             if path.is_file():

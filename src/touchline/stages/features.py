@@ -17,9 +17,9 @@ from touchline.core.files import read_table
 from touchline.core.params import BackboneFeatures, Params, PixelFeatures
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.core.tensorflow import import_tensorflow
 from touchline.data import feature_store, photos
-from touchline.models import inference
+from touchline.models import backbones, engines, inference
+from touchline.models.engines import Forward
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
@@ -28,14 +28,16 @@ def run(paths: Paths, params: Params, name: str) -> None:
     settings = _settings(features, paths.project)
     table = read_table(paths.validated_table)
     files = {row.sha256: paths.workspace / row.path for row in table[["sha256", "path"]].itertuples()}
-    work = partial(_rows, features=features, project=paths.project, weights=settings.get("weights", ""))
+    engine = engines.chosen(params.compute.engine)
+    work = partial(_rows, features=features, project=paths.project, weights=settings.get("weights", ""), engine=engine)
 
     def missing(digests: Sequence[str]) -> Iterator[np.ndarray]:
         wanted = [files[digest] for digest in digests]
         rows = parallel.spread(work, wanted, parallel.scheduler(params), inference.BATCH, [paths.photos])
         return track(rows, len(wanted), f"computing {name}")
 
-    computed = feature_store.update(paths.features / name, settings, list(files), missing)
+    made_by = engines.named(engine) if isinstance(features, BackboneFeatures) else ""
+    computed = feature_store.update(paths.features / name, settings, list(files), missing, made_by)
     say(f"{name}: {computed:,} computed, {len(files) - computed:,} kept")
 
 
@@ -44,7 +46,9 @@ def pixels(files: Sequence[Path], image_size: int) -> Iterator[np.ndarray]:
     return parallel.in_order(lambda path: photos.read(path, image_size), files)
 
 
-def pooled(rows: Iterable[np.ndarray], features: BackboneFeatures, project: Path) -> Iterator[np.ndarray]:
+def pooled(
+    rows: Iterable[np.ndarray], features: BackboneFeatures, project: Path, engine: str = "auto"
+) -> Iterator[np.ndarray]:
     """What the backbone says of each photo, averaged over the places of its feature map.
 
     Args:
@@ -53,53 +57,38 @@ def pooled(rows: Iterable[np.ndarray], features: BackboneFeatures, project: Path
     Yields:
         float32, shape (channels,); with two views the mean of what is said of the photo and of its mirror image.
     """
-    return _through(_forward(features, project), rows)
+    return _through(backbones.network(features, project, engine).forward, rows)
 
 
 def _rows(
-    files: Sequence[Path], features: PixelFeatures | BackboneFeatures, project: Path, weights: str
+    files: Sequence[Path], features: PixelFeatures | BackboneFeatures, project: Path, weights: str, engine: str
 ) -> Iterator[np.ndarray]:
     """The rows of photos: of all that are missing, or on a worker of a cluster of one batch."""
     rows = pixels(files, features.image_size)
     if isinstance(features, BackboneFeatures):
         # Params have no hash, so JSON stands for them.
-        forward = parallel.kept(_forward_of, features.model_dump_json(), project, weights)
+        forward = parallel.kept(_forward_of, features.model_dump_json(), project, weights, engine)
         rows = _through(forward, rows)
     return rows
 
 
-def _through(forward: inference.Forward, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def _through(forward: Forward, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for _, found in inference.answers(forward, ((None, row) for row in rows)):
         yield from found
 
 
-def _forward_of(features_json: str, project: Path, weights: str) -> inference.Forward:
+def _forward_of(features_json: str, project: Path, weights: str, engine: str) -> Forward:
     features = BackboneFeatures.model_validate_json(features_json)
-    if parallel.at_worker():
-        from touchline.models import backbones
-
-        import_tensorflow()
-        if backbones.identity(features, project) != weights:
-            names = " and ".join(features.backbone)
-            raise TouchlineError(
-                f"a Dask worker has other weights of {names} than this machine: bring it the same file"
-            )
-    return _forward(features, project)
-
-
-def _forward(features: BackboneFeatures, project: Path) -> inference.Forward:
-    import_tensorflow()
-    from touchline.models import backbones
-
-    return inference.forward_pass(backbones.pooled(features, project), photos_first=1)
+    if parallel.at_worker() and backbones.identity(features, project) != weights:
+        names = " and ".join(features.backbone)
+        raise TouchlineError(f"a Dask worker has other weights of {names} than this machine: bring it the same file")
+    return backbones.network(features, project, engine).forward
 
 
 def _settings(features: Any, project: Path) -> dict[str, Any]:
     """What rows depend on besides the photo; `features.image_size` and the like, and which weights."""
     settings = {"image_size": features.image_size}
     if isinstance(features, BackboneFeatures):
-        from touchline.models import backbones
-
         settings |= {"backbone": features.backbone, "views": features.views}
         settings["weights"] = backbones.identity(features, project)
     return settings

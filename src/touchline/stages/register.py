@@ -14,9 +14,8 @@ from touchline.core.files import read_json, read_table, write_json
 from touchline.core.params import Params, RegisterParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.core.tensorflow import import_tensorflow
+from touchline.models import classifier, inference
 from touchline.report import page
-from touchline.stages import evaluate
 from touchline.tracking import CHALLENGER, CHAMPION, Store, Version, open_store
 
 
@@ -195,14 +194,13 @@ def _duel(paths: Paths, params: Params, store: Store, champion: Version, record:
         return Duel(len(shared), 0.0, 0.0)
     files = [paths.workspace / path for path in shared["path"]]
     truth = [params.classes.index(label) for label in shared["class"]]
-    import_tensorflow()
     contestants = {
-        "champion": store.load(name, champion.number),
-        "challenger": evaluate.load_model(paths.models / f"{record['model']}.keras"),
+        "champion": classifier.from_stored(store.model(champion), "the champion", params.compute.engine),
+        "challenger": classifier.resolve(paths, params, record["model"]),
     }
     accuracies = {
-        role: float((evaluate.predict(model, files, role)[0].argmax(axis=1) == truth).mean())
-        for role, model in contestants.items()
+        role: float((inference.predict(each.network, files, role)[0].argmax(axis=1) == truth).mean())
+        for role, each in contestants.items()
     }
     return Duel(len(shared), **accuracies)
 

@@ -36,7 +36,7 @@ from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos
 from touchline.data.feature_store import Arrays
-from touchline.models import architectures, heads
+from touchline.models import architectures, engines, heads
 from touchline.models.augmentation import augment
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ OnEpoch = Callable[[dict[str, float]], None]
 # The rows of chosen photos, given their positions; what is random in them comes from the generator.
 MakeRows = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _DVC_EXPERIMENT, _PREFECT_FLOW_RUN = "touchline.dvc_experiment", "touchline.prefect_flow_run"
+# Training photos on which OpenVINO is held against Keras.
+_COMPARED = 32
 METRICS = {
     "loss": "train/loss",
     "accuracy": "train/accuracy",
@@ -123,7 +125,7 @@ class Trained:
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
-    """Write `models/<name>.keras`, `models/<name>.json` and `reports/history/<name>.csv`, and log the run."""
+    """Write `models/<name>.keras`, `.openvino` and `.json` and `reports/history/<name>.csv`, and log the run."""
     import pandas as pd
 
     from touchline.tracking import StoreError, open_store
@@ -171,10 +173,8 @@ def run(paths: Paths, params: Params, name: str) -> None:
 
         stored, devices = Arrays(paths.features / chosen.input), params.compute.devices
         trained = fit(chosen, features, stored, train, validation, paths.project, report, devices)
-        # The saved model is what is judged from here on, by the validation photos as well.
         path = paths.models / f"{name}.keras"
-        with replacing(path, ".keras") as temporary:
-            trained.model.save(temporary)
+        record |= _write(trained, path)
         best = trained.history[trained.kept]
         record["training_photos"] = sorted(trained.learned_from.digests)
         record["history"] = trained.history
@@ -187,7 +187,6 @@ def run(paths: Paths, params: Params, name: str) -> None:
             record["metrics"]["epochs"] = epochs
         record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
         log(store.describe, record["description"])
-        record["model_sha256"] = sha256(path)
         record["ended"] = _now()
         log(
             store.finish,
@@ -210,6 +209,32 @@ def run(paths: Paths, params: Params, name: str) -> None:
         f"{name}: {steps}, {record['metrics']['seconds/train']:.0f} s, "
         f"validation accuracy {best['validation/accuracy']:.3f}"
     )
+
+
+def _write(trained: Trained, path: Path) -> dict[str, str]:
+    """Write a model's files, and return their digests under the names of `models/<name>.json`.
+
+    Raises:
+        TouchlineError: OpenVINO answers otherwise than Keras on the first photos that the model learned from.
+    """
+    # The saved model is what is judged from here on, by the validation photos as well.
+    with replacing(path, ".keras") as temporary:
+        trained.model.save(temporary)
+    openvino = path.with_suffix(engines.SUFFIX)
+    with replacing(openvino, engines.SUFFIX) as temporary:
+        engines.convert(trained.model, temporary)
+        side = trained.model.input_shape[1]
+        images = np.stack([photos.read(file, side) for file in trained.learned_from.files[:_COMPARED]])
+        networks = engines.with_tensorflow(trained.model), engines.with_openvino(temporary)
+        rows = [each.forward(images) for each in networks]
+        difference = float(np.abs(rows[0] - rows[1]).max())
+        # Written so that NaN is refused too.
+        if not difference <= engines.TOLERANCE:
+            raise TouchlineError(
+                f"{path.stem}: OpenVINO's probabilities differ from Keras's by {difference:.2g} on {len(images)} "
+                f"training photos, and {engines.TOLERANCE:g} is allowed: another precision or architecture may help"
+            )
+    return {"model_sha256": sha256(path), "openvino_sha256": sha256(openvino)}
 
 
 def facts(paths: Paths, params: Params, name: str, split: "pd.DataFrame") -> dict[str, Any]:

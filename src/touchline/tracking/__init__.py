@@ -26,6 +26,7 @@ from urllib.request import url2pathname
 
 import psutil
 from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
 
 from touchline.core.errors import TouchlineError
 from touchline.core.files import model_record, read_json, sha256
@@ -34,14 +35,13 @@ from touchline.core.stage import SHELLS
 from touchline.core.tensorflow import import_tensorflow
 
 if TYPE_CHECKING:
-    import keras
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 
-_SHA256 = "touchline.model_sha256"
+_SHA256, _OPENVINO_SHA256 = "touchline.model_sha256", "touchline.openvino_sha256"
 _REPLACED = "touchline.replaced"
 _PROMOTED_AT = "touchline.promoted_at"
 _ROLLED_BACK = "touchline.rolled_back"
@@ -52,7 +52,6 @@ _EXECUTION = "touchline.execution"
 _NOTE = "mlflow.note.content"
 _PARENT = "mlflow.parentRunId"
 _MODEL_VERSIONS = "mlflow.modelVersions"
-_TRAINING_PHOTOS = "training_photos.json"
 _LONGEST_DIGEST = 36  # characters of a dataset digest that MLflow takes
 
 _EXPERIMENT_NOTE = """\
@@ -127,6 +126,59 @@ class Version:
     def rolled_back(self) -> str:
         """When a person rolled it back, in ISO 8601; empty if that did not happen, or it was promoted again since."""
         return self.tags.get(_ROLLED_BACK, "")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in the store. Its files are not looked at here: digests are checked by what loads them.
+
+    Attributes:
+        folder: where MLflow keeps it.
+        classes: their names, in order.
+        model_sha256: SHA-256 of the .keras file.
+        openvino_sha256: SHA-256 of the network file for OpenVINO; empty for a model that has none.
+    """
+
+    folder: Path
+    classes: list[str]
+    model_sha256: str
+    openvino_sha256: str
+
+    KERAS, OPENVINO, ABOUT, PHOTOS = "data/model.keras", "model.openvino", "MLmodel", "training_photos.json"
+    NAMES = (ABOUT, KERAS, OPENVINO, PHOTOS)
+
+    @classmethod
+    def of(cls, folder: Path, model_sha256: str, tags: Mapping[str, str]) -> "StoredModel":
+        """The one in a folder of MLflow's.
+
+        Args:
+            model_sha256: as the store has it beside the files.
+            tags: of its version or its run.
+
+        Raises:
+            TouchlineError: the folder has no such model, or it does not name its classes.
+        """
+        if not (folder / cls.KERAS).is_file() or not model_sha256:
+            raise TouchlineError(
+                f"{folder / cls.KERAS} is missing, or Touchline did not log it: `make run` logs a model again"
+            )
+        classes = (YAML(typ="safe").load(folder / cls.ABOUT).get("metadata") or {}).get("classes")
+        if not classes:
+            raise TouchlineError(f"the model in {folder} does not name its classes: Touchline did not log it")
+        return cls(folder, list(classes), model_sha256, tags.get(_OPENVINO_SHA256, ""))
+
+    @property
+    def file(self) -> Path:
+        return self.folder / self.KERAS
+
+    @property
+    def openvino(self) -> Path | None:
+        return self.folder / self.OPENVINO if self.openvino_sha256 else None
+
+    @property
+    def training_photos(self) -> set[str]:
+        """SHA-256 of each photo that the model learned from."""
+        return set(read_json(self.folder / self.PHOTOS))
 
 
 def open_store(paths: Paths, experiment: str) -> "Store":
@@ -294,7 +346,8 @@ class Store:
         """Log the model of a run, then its closing metrics, and end the run (FINISHED).
 
         Args:
-            model_path: a .keras file, uint8 `(N, image_size, image_size, 3)` in, float32 `(N, len(classes))` out.
+            model_path: a .keras file, uint8 `(N, image_size, image_size, 3)` in, float32 `(N, len(classes))` out; the
+                network file for OpenVINO beside it, if there is one, goes with it.
             training_photos: SHA-256 of each photo the model learned from; kept with the model.
             metrics: `train/*` and `validation/*` are those of the weights that were kept.
             history: the rows that were logged before (see `log_row`).
@@ -303,7 +356,11 @@ class Store:
         model_id = self._log_model(run_id, model_path, image_size, classes, training_photos)
         self._log_closing(run_id, metrics, history, model_id)
         # Last, so that whoever finds a run by this tag finds a whole one.
-        self.set_tags(run_id, {_SHA256: sha256(model_path)})
+        openvino = model_path.with_suffix(".openvino")
+        self.set_tags(
+            run_id,
+            ({_OPENVINO_SHA256: sha256(openvino)} if openvino.is_file() else {}) | {_SHA256: sha256(model_path)},
+        )
         self._terminate(run_id, "FINISHED", _milliseconds(ended))
 
     def end(
@@ -432,6 +489,9 @@ class Store:
             raise TouchlineError(f"{model_path} is missing: run `dvc repro` or `dvc pull` to bring it")
         if sha256(model_path) != record["model_sha256"]:
             raise TouchlineError(f"{model_path} is not the file its .json describes: run `dvc repro` to renew both")
+        openvino = model_path.with_suffix(".openvino")
+        if openvino.is_file() and sha256(openvino) != record.get("openvino_sha256"):
+            raise TouchlineError(f"{openvino} is not the file its .json describes: run `dvc repro` to renew both")
         started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
         tags = {**record["tags"], "touchline.restored": "true"}
         parent = self._parent(record["run_id"])
@@ -464,7 +524,7 @@ class Store:
     def register(self, name: str, run_id: str, tags: Mapping[str, Any], description: str) -> int:
         """Register the model of a run as a new version of `name` and return its number. No alias moves.
 
-        The version also gets the tag `touchline.model_sha256`.
+        The version also gets the run's tags `touchline.model_sha256` and `touchline.openvino_sha256`.
         """
         models = self._models(run_id)
         if not models:
@@ -473,12 +533,13 @@ class Store:
             with suppress(_ExistsError):  # another machine made it meanwhile
                 self._client.create_registered_model(name, description=_REGISTERED_MODEL_NOTE.format(name=name))
         model = self._client.get_logged_model(models[-1])
+        known = self._client.get_run(run_id).data.tags
         version = self._client.create_model_version(
             name,
             # Not `models:/<id>`: a SQL registry looks that up in MLflow's global store, which need not be this one.
             model.artifact_location,
             run_id,
-            tags={**_texts(tags), _SHA256: self._client.get_run(run_id).data.tags[_SHA256]},
+            tags=_texts(tags) | {key: known[key] for key in (_SHA256, _OPENVINO_SHA256) if key in known},
             description=description,
             model_id=model.model_id,
         )
@@ -618,59 +679,27 @@ class Store:
         for model_id in model_ids:
             self._client.delete_logged_model(model_id)
 
-    def load(self, name: str, version: int) -> "keras.Model":
-        """The Keras model of a version, out of the store.
+    def model(self, source: Version | str) -> StoredModel:
+        """The model of a version, or of the run with that id.
 
         Raises:
-            TouchlineError: the store has no such model, or not the file that was registered.
+            TouchlineError: the store has no such model, or another tool logged it, without its classes.
         """
-        found = self._client.get_model_version(name, str(version))
-        return self._keras_model(self._download(name, version), found.tags.get(_SHA256), found.run_id or "")
-
-    def load_with_classes(self, source: Version | str) -> tuple["keras.Model", list[str]]:
-        """The Keras model of a version, or of the run with that id, and the names of its classes.
-
-        Raises:
-            TouchlineError: the store has no such model, or it was logged by another tool, without its classes.
-        """
-        from mlflow.models import Model
-
         if isinstance(source, Version):
-            what, folder = f"version {source.number} of {source.name}", self._download(source.name, source.number)
-            expected, run_id = source.model_sha256, source.run_id
+            tags, run_id = source.tags, source.run_id
+            folder = self._download(source.name, source.number)
         else:
-            what, models, expected, run_id = f"run {source}", self._models(source), "", source
+            tags, run_id, models = {}, source, self._models(source)
             if not models:
                 raise TouchlineError(f"run {source} in {self._where} has no model: name another run")
-            folder = self._fetch(self._client.get_logged_model(models[-1]).artifact_location, what)
-        with _one_line_errors(self._where):
-            classes = (Model.load(str(folder)).metadata or {}).get("classes")
-        if not classes:
-            raise TouchlineError(
-                f"the model of {what} in {self._where} does not name its classes: Touchline logged it not"
-            )
-        return self._keras_model(folder, expected, run_id), list(classes)
+            folder = self._fetch(self._client.get_logged_model(models[-1]).artifact_location, f"run {source}")
+        if not tags.get(_SHA256) and run_id:  # a version that another tool registered may have no run
+            tags = self._client.get_run(run_id).data.tags
+        return StoredModel.of(folder, tags.get(_SHA256, ""), tags)
 
     def training_photos(self, name: str, version: int) -> set[str]:
         """SHA-256 of each photo that a version learned from."""
-        return set(read_json(self._download(name, version, _TRAINING_PHOTOS)))
-
-    def _keras_model(self, folder: Path, expected: str | None, run_id: str) -> "keras.Model":
-        """The model in a folder of MLflow's, if it is the file whose SHA-256 its version, or else its run, states."""
-        import_tensorflow()
-        # Not by MLflow's loader: what it loads, and how, stands in a file beside the model.
-        file = folder / "data/model.keras"
-        if not expected and run_id:  # a version that another tool registered may have no run
-            expected = self._client.get_run(run_id).data.tags.get(_SHA256)
-        if not file.is_file() or not expected or sha256(file) != expected:
-            raise TouchlineError(f"{file} in {self._where} is not the model that was logged: `make run` logs one again")
-        import keras
-
-        try:
-            return keras.saving.load_model(file, safe_mode=True, compile=False)
-        except Exception as error:  # a refused layer, a torn file: Keras raises many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise TouchlineError(f"{file} in {self._where} is no readable model ({reason}): log another") from None
+        return set(read_json(self._download(name, version, StoredModel.PHOTOS)))
 
     def _download(self, name: str, version: int, file: str = "") -> Path:
         location = self._client.get_model_version_download_uri(name, str(version))
@@ -716,7 +745,9 @@ class Store:
                     pip_requirements=[f"{name}=={installed_version(name)}" for name in _REQUIREMENTS],
                     metadata={"classes": list(classes), "image_size": image_size},
                 )
-                Path(folder, _TRAINING_PHOTOS).write_text(json.dumps(sorted(training_photos)))
+                if (openvino := path.with_suffix(".openvino")).is_file():
+                    shutil.copyfile(openvino, folder / StoredModel.OPENVINO)
+                Path(folder, StoredModel.PHOTOS).write_text(json.dumps(sorted(training_photos)))
                 self._client.log_model_artifacts(logged.model_id, str(folder))
         except BaseException:
             self._client.finalize_logged_model(logged.model_id, "FAILED")

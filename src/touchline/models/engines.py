@@ -1,0 +1,318 @@
+"""Two engines that run a network on photos: OpenVINO on processors, TensorFlow where a GPU is visible.
+
+TensorFlow trains networks and saves them as `.keras` files. Its start takes most of the time of a short command, so a
+network has a second file for OpenVINO, `<name>.openvino`: a zip archive of `network.xml` and `network.bin`, which are
+OpenVINO's own format. Its outputs:
+
+- `rows`: what the network makes of photos, float32, shape (n, width).
+- `logits` and `evidence`, of networks that end in a mean over all places and one dense layer with softmax: the logits,
+  shape (n, classes), and what each place of the last feature map adds to them, shape (n, height, width, classes). The
+  mean of the evidence over all places, plus the bias, is the logits: the class activation map of Zhou et al. (2016).
+"""
+
+import ctypes
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from touchline.core import parallel
+from touchline.core.errors import TouchlineError
+from touchline.core.files import replacing
+from touchline.core.progress import say
+from touchline.core.tensorflow import import_tensorflow
+
+if TYPE_CHECKING:
+    import keras
+
+Forward = Callable[[np.ndarray], np.ndarray]
+# Photos uint8 (n, side, side, 3) and their classes (n,) to heat, float32 (n, height, width), 0 to 1.
+Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+OPENVINO, TENSORFLOW = "openvino", "tensorflow"
+# How far the engines may differ in a number of a row: sums in another order differ by less than a tenth of it.
+TOLERANCE = 1e-5
+SUFFIX = ".openvino"
+_XML, _BIN = "network.xml", "network.bin"
+# Part of the names of files in the cache: raise it when the outputs of a network file change.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that is ready to run.
+
+    Attributes:
+        engine: what runs it, and its version: `openvino 2026.4.1`.
+        input_shape: of photos, None for any number: (None, side, side, 3).
+        output_shape: of rows: (None, width).
+        forward: photos, uint8 RGB, to rows, float32.
+        heat: where in photos the network found a class, as `explain.explainer` tells it; None where it takes gradients.
+    """
+
+    engine: str
+    input_shape: tuple[int | None, ...]
+    output_shape: tuple[int | None, ...]
+    forward: Forward
+    heat: Explain | None = None
+
+    @property
+    def side(self) -> int:
+        return int(self.input_shape[1] or 0)
+
+
+def chosen(wanted: str) -> str:
+    """The engine that `compute.engine` asks for; `auto` is TensorFlow where a GPU is visible, else OpenVINO."""
+    if wanted != "auto":
+        return wanted
+    return TENSORFLOW if _visible_gpus() else OPENVINO
+
+
+def named(engine: str) -> str:
+    """An engine and its version: `openvino 2026.4.1`."""
+    return f"{engine} {version(engine)}"
+
+
+def _visible_gpus() -> int:
+    """How many GPUs NVIDIA's driver offers this process; asked without TensorFlow, whose start takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def with_tensorflow(model: "keras.Model", photos_first: int = 1) -> Network:
+    """A Keras model, run by TensorFlow.
+
+    Args:
+        photos_first: how many it is tried on, so that the first batch of so many waits for nothing.
+    """
+    import tensorflow as tf
+
+    # One signature for all batches: TensorFlow would build its graph anew for the last, smaller one.
+    signature = [_photo(model)]
+    run = tf.function(lambda images: model(images, training=False), input_signature=signature)
+    run(tf.zeros((photos_first, *model.input_shape[1:]), tf.uint8))
+    return Network(
+        named(TENSORFLOW),
+        model.input_shape,
+        model.output_shape,
+        lambda images: run(tf.constant(images)).numpy(),
+    )
+
+
+def with_openvino(path: Path) -> Network:
+    """A network file, run by OpenVINO on this machine's processors.
+
+    Raises:
+        TouchlineError: it is torn, or not such a file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            xml, weights = archive.read(_XML), archive.read(_BIN)
+        return _compiled(xml, weights)
+    except Exception as error:  # OpenVINO raises RuntimeError for whatever is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise TouchlineError(f"{path} is not a readable OpenVINO network ({reason}): make it again") from None
+
+
+def with_openvino_files(xml: Path) -> Network:
+    """As `with_openvino`, of the two files that `serialize` writes."""
+    return _compiled(xml.read_bytes(), xml.with_suffix(".bin").read_bytes())
+
+
+def _compiled(xml: bytes, weights: bytes) -> Network:
+    import openvino
+
+    # A photo a request and a request a core: as many photos a second as batches of 32 give on idle cores, twice as many
+    # where other programs take a part of them, and a third of the memory. OpenVINO's cache of compiled networks
+    # (CACHE_DIR) is left off: it saves 0.07 s of processor time a start and takes 19 MB for each network.
+    # Pinned to cores, as OpenVINO would have them, threads wait for theirs where other programs work: beside 20 busy
+    # programs a photo took 562 ms instead of 462.
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT", "ENABLE_CPU_PINNING": False,
+    }  # fmt: skip
+    if parallel.at_worker():
+        settings["INFERENCE_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"]
+    core = openvino.Core()
+    network = core.read_model(xml, weights)
+    compiled = core.compile_model(network, "CPU", settings)
+    requests = openvino.AsyncInferQueue(compiled)
+    found: dict[tuple[int, str], np.ndarray] = {}
+
+    def keep(request: Any, wanted: tuple[int, tuple[str, ...]]) -> None:
+        number, names = wanted
+        for name in names:
+            found[number, name] = request.get_tensor(name).data.copy()
+
+    requests.set_callback(keep)
+
+    def ask(images: np.ndarray, *names: str) -> list[np.ndarray]:
+        for number in range(len(images)):
+            requests.start_async({0: images[number : number + 1]}, (number, names))
+        requests.wait_all()
+        return [np.concatenate([found.pop((number, name)) for number in range(len(images))]) for name in names]
+
+    def heat(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        logits, evidence = ask(images, "logits", "evidence")
+        return class_activation(logits, evidence, labels)
+
+    names = {name for output in network.outputs for name in output.names}
+    shapes = (network.input(0).partial_shape, network.output("rows").partial_shape)
+    taken, given = (tuple(None if side.is_dynamic else side.get_length() for side in shape) for shape in shapes)
+    return Network(
+        named(OPENVINO),
+        taken,
+        given,
+        lambda images: ask(images, "rows")[0],
+        heat if "evidence" in names else None,
+    )
+
+
+def class_activation(logits: np.ndarray, evidence: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What speaks for the log of the odds of a class, place by place, as `explain.explainer` has it, without gradients.
+
+    Args:
+        logits: shape (n, classes). evidence: shape (n, height, width, classes). labels: int, shape (n,).
+
+    Returns:
+        float32, shape (n, height, width), 0 to 1.
+    """
+    chosen = np.eye(logits.shape[1], dtype=bool)[labels]
+    others = np.where(chosen, -np.inf, logits.astype(np.float64))
+    others = np.exp(others - others.max(axis=1, keepdims=True))
+    weights = chosen - others / others.sum(axis=1, keepdims=True)
+    raised = np.maximum(np.einsum("nhwc,nc->nhw", evidence, weights), 0)
+    largest = raised.max(axis=(1, 2), keepdims=True)
+    return np.divide(raised, largest, out=np.zeros_like(raised), where=largest > 0).astype(np.float32)
+
+
+def convert(model: "keras.Model", path: Path) -> None:
+    """Write a Keras model as a network file for OpenVINO.
+
+    Raises:
+        TouchlineError: OpenVINO cannot read one of its layers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        xml, weights = Path(folder, _XML), Path(folder, _BIN)
+        serialize(model, xml)
+        with zipfile.ZipFile(path, "w") as archive:
+            for part in (xml, weights):
+                archive.write(part, part.name)
+
+
+def serialize(model: "keras.Model", xml: Path) -> None:
+    """Write a Keras model in OpenVINO's format: `xml`, and the weights beside it in a `.bin`."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder), _outputs(model))
+        try:
+            # Not `openvino.convert_model`, which would send telemetry if the package for it is installed.
+            network = openvino.Core().read_model(folder)
+            openvino.serialize(network, str(xml), str(xml.with_suffix(".bin")))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TouchlineError(
+                f"OpenVINO cannot read the network {model.name} ({reason}): set compute.engine: tensorflow"
+            ) from None
+
+
+def save(model: "keras.Model", folder: Path, outputs: "Callable[[Any], Any] | None" = None) -> None:
+    """Write a Keras model as a SavedModel. `model.export` would store every weight twice.
+
+    Args:
+        outputs: what a photo's tensor comes to; None for what the model makes of it.
+    """
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.weights = [weight.value for weight in model.weights]
+    forward = outputs or (lambda photo: model(photo, training=False))
+    module.serve = tf.function(forward, input_signature=[_photo(model)], autograph=False)
+    tf.saved_model.save(module, str(folder), signatures=module.serve)
+
+
+def _photo(model: "keras.Model") -> Any:
+    """The signature of photos that a model takes."""
+    import tensorflow as tf
+
+    shape = model.input_shape
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        raise TouchlineError(f"the network {model.name} takes {shape}: not photos")
+    return tf.TensorSpec(shape, tf.uint8, name="photo")
+
+
+def _outputs(model: "keras.Model") -> Callable[[Any], Mapping[str, Any]]:
+    """What makes the outputs of a network file (see above) of photos."""
+    import keras
+    import tensorflow as tf
+
+    maps = _averaged_map(model)
+    if maps is None:
+        return lambda photo: {"rows": model(photo, training=False)}
+    head = model.layers[-1]
+    whole = keras.Model(model.inputs, [head.input, maps])
+
+    def outputs(photo: Any) -> Mapping[str, Any]:
+        pooled, last = whole(photo, training=False)
+        logits = tf.matmul(pooled, head.kernel) + (head.bias if head.use_bias else 0.0)
+        evidence = tf.tensordot(last, head.kernel, 1)
+        return {"rows": tf.nn.softmax(logits), "logits": logits, "evidence": evidence}
+
+    return outputs
+
+
+def _averaged_map(model: "keras.Model") -> Any:
+    """The feature map (a symbolic tensor) of a network that ends in its mean over all places and one dense layer with
+    softmax, of several views the first; None for any other network.
+    """
+    import keras
+    from keras import layers
+
+    head = model.layers[-1]
+    if not isinstance(head, layers.Dense) or head.activation is not keras.activations.softmax:
+        return None
+    tensor = head.input
+    while True:
+        layer, node, _ = tensor._keras_history
+        before = layer._inbound_nodes[node].input_tensors
+        if isinstance(layer, layers.GlobalAveragePooling2D):
+            return before[0]
+        if not isinstance(layer, layers.Dropout | layers.Average):
+            return None
+        tensor = before[0]
+
+
+def cached(name: str, make: "Callable[[], keras.Model]", what: str) -> Path:
+    """A network file in this user's cache, made when missing.
+
+    Args:
+        name: what the network depends on.
+        make: gives the Keras model.
+        what: what people call it.
+    """
+    key = hashlib.sha256(f"{name} {version(OPENVINO)} {_FORMAT}".encode()).hexdigest()
+    path = cache() / f"{key}{SUFFIX}"
+    if not path.is_file():
+        say(f"making the network file of {what} for OpenVINO, once on this machine: {path}")
+        import_tensorflow()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, SUFFIX) as draft:
+            convert(make(), draft)
+    return path
+
+
+def cache() -> Path:
+    """The user's folder for files that can be made again: $TOUCHLINE_CACHE, or by the rule for $XDG_CACHE_HOME."""
+    own = os.environ.get("TOUCHLINE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "touchline")

@@ -1,0 +1,322 @@
+"""The two engines that run a network on photos give the same numbers, and what only looks at photos starts one."""
+
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from conftest import SHIPPED
+from test_predict import CLASSES, SIDE, draw, planted
+
+from touchline.core import files
+from touchline.core.errors import TouchlineError
+from touchline.core.params import ArticleParams, CnnParams
+from touchline.core.paths import Paths
+from touchline.models import architectures, backbones, engines, explain
+from touchline.models.inference import ModelFiles
+from touchline.stages import train
+from touchline.tracking import open_store, registered
+
+if TYPE_CHECKING:
+    import keras
+
+NAME = "rugby-soccer"
+AUGMENTATION = {"rotation": 0, "zoom": 0.0, "shift": 0.0, "flip": False}
+
+
+def cnn() -> "keras.Model":
+    settings = {"architecture": "cnn", "input": "pixels", "filters": [4, 8], "dropout": 0.2, "learning_rate": 0.01}
+    rest = {"weight_decay": 0.0, "batch_size": 8, "epochs": 1, "patience": 0, "seed": 0, "precision": "float32"}
+    return architectures.cnn(CnnParams(**settings, **rest, augmentation=AUGMENTATION), SIDE, 3)
+
+
+def two_views() -> "keras.Model":
+    """A backbone whose map is averaged over the places of a photo and of its mirror image, and a head."""
+    import keras
+    from keras import layers
+
+    photo = keras.Input((SIDE, SIDE, 3), dtype="uint8")
+    backbone = keras.Model(photo, layers.Conv2D(5, 3, 4, activation="relu")(layers.Rescaling(1 / 255)(photo)))
+    pooling = layers.GlobalAveragePooling2D()
+    views = [pooling(backbone(view, training=False)) for view in (photo, keras.ops.flip(photo, 2))]
+    return keras.Model(photo, layers.Dense(3, activation="softmax")(layers.Average()(views)))
+
+
+def article() -> "keras.Model":
+    settings = {"architecture": "article", "input": "pixels", "dense_units": 4, "dropout": 0.2, "learning_rate": 0.01}
+    rest = {"batch_size": 8, "epochs": 1, "patience": 0, "seed": 0, "precision": "float32"}
+    return architectures.article(ArticleParams(**settings, **rest, augmentation=AUGMENTATION), SIDE, 3)
+
+
+MODELS = {"cnn": cnn, "two views": two_views, "article": article, "planted": planted}
+
+
+def photographs(count: int) -> np.ndarray:
+    patches = np.random.default_rng(count).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return patches.repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A Keras model and what OpenVINO makes of its network file."""
+    import keras
+
+    keras.utils.set_random_seed(1)
+    model = MODELS[request.param]()
+    file = tmp_path_factory.mktemp("network") / "network.openvino"
+    engines.convert(model, file)
+    return SimpleNamespace(name=request.param, model=model, openvino=engines.with_openvino(file))
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_both_engines_give_the_same_probabilities(network: SimpleNamespace, count: int) -> None:
+    images = photographs(count)
+    expected = engines.with_tensorflow(network.model).forward(images)
+    found = network.openvino.forward(images)
+    assert (found.shape, found.dtype) == (expected.shape, np.float32)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=engines.TOLERANCE)
+    assert network.openvino.input_shape == network.model.input_shape
+    assert network.openvino.output_shape == network.model.output_shape
+
+
+def test_the_class_activation_map_is_the_map_of_the_gradients(network: SimpleNamespace) -> None:
+    if network.name == "article":  # it flattens its map, so it takes gradients
+        assert network.openvino.heat is None
+        return
+    images = photographs(12)
+    labels = np.arange(12) % network.model.output_shape[1]
+    found = network.openvino.heat(images, labels)
+    np.testing.assert_allclose(found, explain.explainer(network.model)(images, labels), atol=1e-4)
+    assert found.max() == 1
+
+
+@pytest.mark.parametrize("gpus, engine", [(0, engines.OPENVINO), (1, engines.TENSORFLOW)])
+def test_the_engine_is_tensorflow_where_a_gpu_is_visible_unless_params_say_otherwise(
+    gpus: int, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_visible_gpus", lambda: gpus)
+    assert engines.chosen("auto") == engine
+    assert [engines.chosen(each) for each in ("openvino", "tensorflow")] == ["openvino", "tensorflow"]
+
+
+def test_a_machine_without_nvidias_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert engines._visible_gpus() == 0
+
+
+def test_a_map_in_which_nothing_speaks_for_the_class_is_cold_and_a_sure_model_has_heat() -> None:
+    evidence = np.zeros((2, 2, 2, 2), np.float32)
+    evidence[:, 0, 0, 0] = 5000.0
+    heat = engines.class_activation(np.array([[1250.0, 0.0]] * 2, np.float32), evidence, np.array([0, 1]))
+    assert heat[0].tolist() == [[1, 0], [0, 0]] and not heat[1].any()
+
+
+def test_the_network_file_is_openvinos_own_format_in_a_zip_archive(tmp_path: Path) -> None:
+    import openvino
+
+    engines.convert(planted(), tmp_path / "planted.openvino")
+    with zipfile.ZipFile(tmp_path / "planted.openvino") as archive:
+        archive.extractall(tmp_path)
+    compiled = openvino.Core().compile_model(tmp_path / "network.xml", "CPU")
+    assert compiled(photographs(3))["rows"].shape == (3, 2)
+
+
+def test_a_network_file_is_made_on_first_use_and_then_no_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TOUCHLINE_CACHE", str(tmp_path / "cache"))
+    planted().save(tmp_path / "cnn.keras")
+    first = ModelFiles.at(tmp_path / "cnn.keras").network("openvino")
+    assert "cnn.keras" in capsys.readouterr().out
+    monkeypatch.setattr(ModelFiles, "load", None)
+    second = ModelFiles.at(tmp_path / "cnn.keras").network("openvino")
+    assert capsys.readouterr().out == ""
+    np.testing.assert_array_equal(first.forward(photographs(2)), second.forward(photographs(2)))
+
+
+def test_the_network_of_a_backbone_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params_with: Callable
+) -> None:
+    monkeypatch.setenv("TOUCHLINE_CACHE", str(tmp_path))
+    features = params_with().features["pooled"].model_copy(update={"image_size": SIDE})
+    found = [backbones.network(features, tmp_path, "openvino").forward(photographs(2))]
+    expected = backbones.network(features, tmp_path, "tensorflow").forward(photographs(2))
+    monkeypatch.setattr(backbones, "pooled", None)
+    found.append(backbones.network(features, tmp_path, "openvino").forward(photographs(2)))
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_allclose(found[0], expected, rtol=0, atol=engines.TOLERANCE)
+    other = features.model_copy(update={"image_size": 2 * SIDE})
+    with pytest.raises(TypeError):  # of another size it is another network
+        backbones.network(other, tmp_path, "openvino")
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its network file and its record, as training writes them."""
+    path = tmp_path_factory.mktemp("models") / "cnn.keras"
+    draw(path.parent / "photo.png", "red")
+    trained = train.Trained(planted, [], 0, SimpleNamespace(files=[path.parent / "photo.png"]))
+    files.write_json(path.with_suffix(".json"), {"classes": CLASSES, **train._write(trained, path)})
+    return path
+
+
+def test_training_refuses_a_network_file_that_answers_otherwise(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engines.with_openvino
+
+    def off(path: Path) -> engines.Network:
+        network = real(path)
+        forward = lambda images: network.forward(images) + np.float32([2e-5, -2e-5])  # noqa: E731
+        return engines.Network(network.engine, network.input_shape, network.output_shape, forward)
+
+    monkeypatch.setattr(engines, "with_openvino", off)
+    trained = train.Trained(planted, [], 0, SimpleNamespace(files=[model_file.parent / "photo.png"]))
+    with pytest.raises(TouchlineError, match="OpenVINO"):
+        train._write(trained, tmp_path / "cnn.keras")
+    assert list(tmp_path.glob("*.openvino")) == []
+
+
+def test_files_that_the_record_does_not_describe_are_not_loaded(model_file: Path, tmp_path: Path) -> None:
+    for suffix in (".keras", ".openvino"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for each in (".keras", ".openvino", ".json"):
+            content = model_file.with_suffix(each).read_bytes()
+            (folder / f"cnn{each}").write_bytes(content + b"." if each == suffix else content)
+        with pytest.raises(TouchlineError, match=rf"cnn\{suffix} is not the file"):
+            ModelFiles.at(folder / "cnn.keras").network("openvino")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a zip", None])
+def test_a_torn_network_file_is_one_line(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "cnn.openvino"
+    if content is None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("network.xml", "<net")
+            archive.writestr("network.bin", b"")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(TouchlineError) as error:
+        engines.with_openvino(path)
+    assert str(error.value).startswith(str(path)) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def project(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    """A project whose registry has a champion, version 1, and a version 2."""
+    root = tmp_path_factory.mktemp("machine") / "a project"
+    (root / "models").mkdir(parents=True)
+    (root / "params.yaml").write_bytes(SHIPPED.read_bytes())
+    paths = Paths(root, root)
+    store = open_store(paths, NAME)
+    for _ in range(2):
+        run_id = store.start("a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
+        store.finish(run_id, model_path=model_file, image_size=SIDE, classes=CLASSES, training_photos=["f" * 64],
+                     metrics={})  # fmt: skip
+        store.register(NAME, run_id, {"why": "a test"}, "of a test")
+    store.promote(NAME, 1)
+    return paths
+
+
+def test_versions_are_read_as_mlflow_has_them(project: Paths) -> None:
+    assert registered.versions(project, NAME) == open_store(project, NAME).versions(NAME)
+    assert registered.versions(project, "another") == []
+    stored = registered.model(project, registered.versions(project, NAME)[0])
+    assert (stored.classes, stored.training_photos) == (CLASSES, {"f" * 64})
+    assert files.sha256(stored.openvino) == stored.openvino_sha256
+
+
+def test_a_promotion_made_with_mlflow_itself_counts_at_once(project: Paths) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.mlflow / 'mlflow.db'}", f"sqlite:///{project.mlflow / 'mlflow.db'}")
+    for number in (2, 1):
+        client.set_registered_model_alias(NAME, "champion", str(number))
+        holders = [each.number for each in registered.versions(project, NAME) if "champion" in each.aliases]
+        assert holders == [number]
+
+
+PREDICT = """
+import sys
+from touchline.cli import main
+sys.argv = ["touchline", "predict", "--format", "json", *sys.argv[1:]]
+try:
+    main()
+finally:
+    heavy = {"tensorflow", "keras", "mlflow", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib", "sqlalchemy"}
+    print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--model", "2"], ["--explain"]], ids=" ".join)
+def test_predict_with_a_local_champion_imports_no_heavy_package(
+    project: Paths, tmp_path: Path, options: list[str]
+) -> None:
+    photo = draw(tmp_path / "photo.jpg", "blue")
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICT, str(photo), *options], cwd=project.workspace, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["label"] == "blue"
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A tracking server of MLflow's on loopback, with artifacts of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--serve-artifacts",
+               "--artifacts-destination", str(tmp_path / "artifacts")]  # fmt: skip
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_server_is_asked_over_http(
+    server: str, paths: Paths, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    assert registered.versions(paths, NAME) == []
+    store = open_store(paths, NAME)
+    run_id = store.start("a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
+    store.finish(run_id, model_path=model_file, image_size=SIDE, classes=CLASSES, training_photos=["f" * 64],
+                 metrics={})  # fmt: skip
+    store.promote(NAME, store.register(NAME, run_id, {"why": "a test"}, "of a test"))
+    known = store.versions(NAME)
+
+    monkeypatch.setattr(registered, "open_store", None)
+    [version] = found = registered.versions(paths, NAME)
+    assert found == known and version.aliases == ("champion",)
+    stored = registered.model(paths, version)
+    assert (stored.classes, stored.training_photos) == (CLASSES, {"f" * 64})
+    assert files.sha256(stored.openvino) == stored.openvino_sha256
+    assert files.sha256(stored.file) == stored.model_sha256
