@@ -5,7 +5,9 @@
 #
 # docs/housekeeping.md says how to run both. No secret belongs into an image: give credentials at `docker run`.
 
-FROM python:3.11-slim AS installed
+# A tag may come to mean another image: give the digest of the one you mean (docs/housekeeping.md says how).
+ARG BASE=python:3.11-slim
+FROM ${BASE} AS installed
 
 # git: DVC asks it about commits; make: one way to install and run, here as elsewhere.
 RUN apt-get update && apt-get install --yes --no-install-recommends git make && rm -rf /var/lib/apt/lists/* \

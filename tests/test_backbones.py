@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from servers import Host
 
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import BackboneFeatures
@@ -323,6 +324,40 @@ def outcome(name, **options):
 small = outcome("mobilenet_v2", alpha=0.35) if sys.argv[1] == "True" else None
 print(json.dumps({"small": small, "mobilenet_v2": outcome("mobilenet_v2"), "vgg16": outcome("vgg16")}))
 """
+
+
+FETCHED = """
+import hashlib, json, sys
+from pathlib import Path
+from touchline.core.errors import TouchlineError
+from touchline.core.params import BackboneFeatures
+from touchline.models import backbones
+
+backbones._KERAS_URL = sys.argv[1]
+
+def outcome(name, digest):
+    features = BackboneFeatures(backbone=name, image_size=128, views=1, alpha=0.5, weights_sha256=digest)
+    try:
+        return backbones.identity(features, Path()) == digest
+    except TouchlineError as error:
+        return str(error)
+
+names, digest = ("mobilenet", "mobilenet_v2"), hashlib.sha256(b"weights").hexdigest()
+print(json.dumps([outcome(name, given) for given in (None, "0" * 64, None, digest, None) for name in names]))
+"""
+
+
+def test_weights_without_a_known_digest_are_fetched_only_against_one_that_is_given(tmp_path: Path) -> None:
+    with Host() as host:
+        host.put("/mobilenet/mobilenet_5_0_128_tf_no_top.h5", b"weights")
+        host.put("/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.5_128_no_top.h5", b"weights")
+        found = run_elsewhere(FETCHED, host.url, KERAS_HOME=str(tmp_path), no_proxy="127.0.0.1")
+    unknown, wrong, still_unknown, right, cached = (found[at : at + 2] for at in range(0, 10, 2))
+    assert all("weights_sha256" in said for said in unknown + still_unknown)
+    assert all("hash does not match" in said for said in wrong)
+    assert right == [True, True]
+    # What lies in the cache is the user's own.
+    assert not any(isinstance(said, str) for said in cached)
 
 
 def test_without_network_the_cache_of_keras_serves_or_the_error_says_where_to_put_the_file(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_an_entry_that_was_spoilt_by_hand_is_one_line_that_names_it(
 
 
 def test_the_plan_says_how_many_there_are(paths: Paths, both: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
     say(paths, 1, "rugby")
     say(paths, 2, "rugby")
     planned = ingest.plan(paths, both)[-1]

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from touchline.core import files
 from touchline.core.errors import TouchlineError
@@ -73,6 +76,16 @@ def test_a_table_comes_back_as_it_was_with_empty_text_empty(tmp_path: Path) -> N
     table = pd.DataFrame({"class": ["NA", "null", "a, b"], "group": ["", "x", "é\n"], "width": [1, 2, 3]})
     files.write_table(tmp_path / "photos.csv", table)
     pd.testing.assert_frame_equal(files.read_table(tmp_path / "photos.csv"), table)
+
+
+@settings(deadline=None, database=None, derandomize=True)
+@given(texts=st.lists(st.text("a=+-@'\";,|\t\n\r \uff1d"), min_size=1, max_size=20))
+def test_texts_that_look_like_formulas_come_back_as_they_were(texts: list[str]) -> None:
+    table = pd.DataFrame({"title": texts, "width": range(-1, len(texts) - 1)})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "photos.csv")
+        files.write_table(path, table)
+        assert list(files.read_table(path)["title"]) == texts
 
 
 def test_what_a_killed_writer_left_can_be_swept_away(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from ruamel.yaml import YAML
+from test_layout import directory, with_blocks, with_scans, with_segments
 from test_torch_weights import HEADER, KERNEL, SIX, state_dict, storage
 
 from touchline.commands import serve
@@ -42,13 +43,14 @@ from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params, check, load
 from touchline.core.paths import Paths
-from touchline.data import decisions, photos
+from touchline.data import decisions, layout, photos
 from touchline.models import classifier, torch_weights
 from touchline.models.classifier import Classifier
 from touchline.models.engines import Network
 from touchline.models.inference import ModelFiles
 from touchline.sources import feedback, folder, imagenet, openimages
 from touchline.sources.fetch import Journal
+from touchline.sources.received import Received
 from touchline.stages import split
 from touchline.stages.train import Labelled
 from touchline.stages.validate import _read_photos
@@ -281,10 +283,10 @@ DIGESTS = [hashlib.sha256(path.encode()).hexdigest() for path in PATHS]
 def test_manifest(watch: Watch, tmp_path: Path, content: bytes) -> None:
     for name in ("red/a.jpg", "blue/b.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(photographs()["JPEG"])
     (tmp_path / "manifest.csv").write_bytes(content)
     with watch.case():
-        found = list(folder.candidates(tmp_path, CLASSES))
+        found = list(folder.candidates(Received(tmp_path, 20), CLASSES))
         assert [each.origin for each in found] == ["red/a.jpg", "blue/b.jpg"]
         assert all(isinstance(fact, str) for each in found for fact in (each.group, each.licence, each.author))
 
@@ -429,15 +431,16 @@ def test_feedback_entries(watch: Watch, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         queue = Path(name, "queue")
         queue.mkdir()
-        (queue / f"{digest}.jpg").write_bytes(b"inside")
-        Path(name, f"{digest}.jpg").write_bytes(b"outside")
+        inside, outside = photographs()["JPEG"], photographs()["JPEG grey"]
+        (queue / f"{digest}.jpg").write_bytes(inside)
+        Path(name, f"{digest}.jpg").write_bytes(outside)
         hostile = [f"../{digest}.jpg".encode(), f"{name}/{digest}.jpg".encode(), *_TEXTS]
         photo = data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else None
         content = entry.replace(f"{digest}.jpg".encode(), photo) if photo else data.draw(mutated(entry, hostile))
         (queue / f"{digest}.json").write_bytes(content)
         with watch.case():
-            for found in feedback.candidates(queue, CLASSES):
-                assert found.label in CLASSES and found.read() == b"inside"
+            for found in feedback.candidates(Received(queue, 20), CLASSES):
+                assert found.label in CLASSES and found.read() == inside
 
 
 @FUZZ
@@ -638,11 +641,11 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _png(*sizes: tuple[int, int]) -> bytes:
-    """A PNG of few bytes with a header for each size; its pixels are those of the last."""
+def _png(*sizes: tuple[int, int], more: int = 0) -> bytes:
+    """A PNG of few bytes with a header for each size; its pixels are those of the last, and `more` bytes."""
     width, height = sizes[-1]
     packer = zlib.compressobj(9)
-    rows = b"".join(packer.compress(bytes(2**20)) for _ in range(-(-(1 + width * 3) * height // 2**20)))
+    rows = b"".join(packer.compress(bytes(2**20)) for _ in range(-(-((1 + width * 3) * height + more) // 2**20)))
     headers = b"".join(_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)) for size in sizes)
     return b"\x89PNG\r\n\x1a\n" + headers + _chunk(b"IDAT", rows + packer.flush()) + _chunk(b"IEND", b"")
 
@@ -651,6 +654,13 @@ def _saved(size: tuple[int, int], kind: str, **options: Any) -> bytes:
     content = io.BytesIO()
     Image.new("RGB", size, (9, 90, 9)).save(content, kind, **options)
     return content.getvalue()
+
+
+def _allowed(content: bytes) -> bool:
+    try:
+        return bool(layout.read(content))
+    except layout.Refused:
+        return False
 
 
 def _bombs() -> dict[str, bytes]:
@@ -679,7 +689,17 @@ def _bombs() -> dict[str, bytes]:
     text = zlib.compress(bytes(100 * 2**20), 9)
     words = small["PNG"].replace(b"IDAT", b"IDAT", 1)
     at = words.index(b"IDAT") - 4
+    progressive = _saved((7_700, 7_700), "JPEG", progressive=True, subsampling=0)
+    most = max(more for more in range(30) if _allowed(with_scans(progressive, more)))
     return {
+        "JPEG of as many scans as it may have": with_scans(progressive, most),
+        "JPEG of 100,000 scans": with_scans(_saved((400, 300), "JPEG", progressive=True), 100_000),
+        "JPEG whose second photo is in tags that claim 300 MB": with_segments(
+            small["JPEG"], (0xE2, b"MPF\0" + directory(5_000, 4_900, 5, 8))
+        ),
+        "PNG with 2 GB behind its pixels": _png((64, 64), more=2**31),
+        "GIF with a comment of 15 MB": with_blocks(small["GIF"], b"!\xfe" + (b"\xff" + bytes(255)) * 60_000 + b"\0"),
+        "TIFF whose tags claim 1 TB": directory(60_000, 15_000_000),
         "PNG of 900 megapixels": _png((30_000, 30_000)),
         "PNG of 59 megapixels": _png((7_700, 7_700)),
         "PNG with two headers": _png((64, 64), (30_000, 30_000)),

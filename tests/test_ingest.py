@@ -117,12 +117,13 @@ def test_a_manifest_that_cannot_be_used_is_an_error(paths: Paths, params: Params
 
 
 def test_the_content_names_the_file_not_its_name(paths: Paths, params: Params) -> None:
-    offer(paths, {"rugby/a.jpg": photo(1, "PNG"), "rugby/page.jpg": b"<html>404</html>", "soccer/no-name": photo(2)})
+    broken = photo(3)[:30]
+    offer(paths, {"rugby/a.jpg": photo(1, "PNG"), "rugby/broken.jpg": broken, "soccer/no-name": photo(2)})
     table = ingested(paths, params).set_index("origin")
     endings = {origin: Path(path).suffix for origin, path in table["path"].items()}
-    # What is no photo is kept for validation to reject, with its reason.
-    assert endings == {"rugby/a.jpg": ".png", "rugby/page.jpg": ".bin", "soccer/no-name": ".jpg"}
-    assert table.loc["rugby/page.jpg", "width"] == 0
+    # A damaged photo is kept for validation to reject, with its reason.
+    assert endings == {"rugby/a.jpg": ".png", "rugby/broken.jpg": ".bin", "soccer/no-name": ".jpg"}
+    assert table.loc["rugby/broken.jpg", "width"] == 0
 
 
 def test_an_exact_duplicate_in_one_class_is_two_rows_of_one_file(paths: Paths, params: Params) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from touchline.core.errors import TouchlineError
-from touchline.data import photos
+from touchline.data import layout, photos
 
 ORIENTATION = 0x0112
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 160, 30), (30, 30, 200), (120, 120, 120)
@@ -157,9 +157,9 @@ def test_a_name_does_not_decide_what_a_file_is(tmp_path: Path) -> None:
     "content, says",
     [
         (b"", "empty file"),
-        (b"<!DOCTYPE html><title>404</title>", "does not decode: cannot identify image file"),
-        (bytes(range(256)) * 8, "does not decode: cannot identify image file"),
-        (encoded(Image.new("RGB", (40, 40)), "PPM"), "format PPM is not supported"),
+        (b"<!DOCTYPE html><title>404</title>", "does not decode: "),
+        (bytes(range(256)) * 8, "does not decode: "),
+        (encoded(Image.new("RGB", (40, 40)), "PPM"), "does not decode: "),
     ],
 )
 def test_what_is_no_photo_is_said_to_be_none(tmp_path: Path, content: bytes, says: str) -> None:
@@ -215,14 +215,14 @@ def test_decoding_at_a_fraction_of_the_size_looks_like_decoding_in_full(width: i
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_but_never_below_what_is_asked_for() -> None:
-    def flags(width: int, height: int, file_format: str = "JPEG") -> int:
-        return photos._scaled_decoding(encoded(Image.new("RGB", (width, height)), file_format), 128)
+    def factor(width: int, height: int, file_format: str = "JPEG") -> int:
+        return photos._factor(layout.read(encoded(Image.new("RGB", (width, height)), file_format)), 128)
 
-    assert flags(255, 400) == cv2.IMREAD_COLOR
-    assert flags(256, 400) == cv2.IMREAD_REDUCED_COLOR_2
-    assert flags(4000, 512) == cv2.IMREAD_REDUCED_COLOR_4
-    assert flags(1024, 1024) == cv2.IMREAD_REDUCED_COLOR_8
-    assert flags(1024, 1024, "PNG") == cv2.IMREAD_COLOR
+    assert factor(255, 400) == 1
+    assert factor(256, 400) == 2
+    assert factor(4000, 512) == 4
+    assert factor(1024, 1024) == 8
+    assert factor(1024, 1024, "PNG") == 1
 
 
 @pytest.mark.parametrize("width, height", [(400, 100), (100, 400), (100, 100), (30, 20), (20, 300), (1, 1)])

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,22 +172,48 @@ def test_names_that_become_commands_are_plain(section: str, name: str) -> None:
     assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(1)", "\tx", "\rx"])
-def test_tables_for_people_hold_no_formulas(text: str) -> None:
+FORMULAS = [
+    "=1+1", "-1+1", "@SUM(1)", "\t=x", "\r=x", " =1", '"=1"', "\uff1d1+1",
+    "Ann;=1+1", "Ann\t@x", "Ann\n=1+1", "Ann,+1+1", "Ann|=1", 'Ann; "=1', "'=1;=2",
+]  # fmt: skip
+
+
+def run_by_a_spreadsheet(content: str) -> list[str]:
+    """Cells of a CSV that begin like a formula, whichever separator a spreadsheet splits it at."""
+    cells = [
+        cell.strip('"\t\r\n ')
+        for separator in ",;\t|"
+        for line in (content, *re.split(r"[\r\n]", content))
+        for row in csv.reader(io.StringIO(line, newline=""), delimiter=separator)
+        for cell in row
+    ]
+    return [cell for cell in cells if re.match(r"[=+\-@\uff1d](?!\d+(\.\d+)?(e-?\d+)?$)", cell)]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_tables_for_people_hold_no_formulas(tmp_path: Path, text: str) -> None:
     import pandas as pd
 
+    assert run_by_a_spreadsheet(f"a,{text}")
     row = dict.fromkeys(
         ("path", "class", "source", "licence", "author", "origin", "title", "author_page", "landing_page", "retrieved"),
         text,
     )
-    written = _attribution(pd.DataFrame([row]))
-    assert all(value == f"'{text}" for value in written.iloc[0])
+    files.write_table(tmp_path / "ATTRIBUTION.csv", _attribution(pd.DataFrame([row])))
+    assert run_by_a_spreadsheet((tmp_path / "ATTRIBUTION.csv").read_text()) == []
 
     out = io.StringIO()
     answer = classifier.Answer(text, text, 0.9, {"a": 0.9, "b": 0.1})
-    predict._write_csv(out, ["a", "b"], iter([(Path(text), answer)]))
-    photo, label, guess, *_ = list(csv.reader(io.StringIO(out.getvalue(), newline="")))[1]
-    assert {photo, label, guess} == {f"'{text}"}
+    predict._write_csv(out, ["a", text], iter([(Path(text), answer)]))
+    assert run_by_a_spreadsheet(out.getvalue()) == []
+
+
+def test_no_table_of_a_run_holds_formulas(made: tuple[projects.Project, str]) -> None:
+    project, _ = made
+    tables = [*project.root.glob("data/*.csv"), *project.root.rglob("reports/**/*.csv")]
+    assert {"photos.csv", "ATTRIBUTION.csv", "predictions.csv"} <= {path.name for path in tables}
+    assert any("Ann;'=1+1" in path.read_text() for path in tables)
+    assert {path.name: found for path in tables if (found := run_by_a_spreadsheet(path.read_text()))} == {}
 
 
 @pytest.fixture(scope="module")
@@ -200,12 +227,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[projects.Project, st
         git=False,
     )  # fmt: skip
     project.run("dvc", "config", "--local", "core.no_scm", "true")
-    random = np.random.default_rng(3)
+    random, rows = np.random.default_rng(3), []
     for label in HOSTILE:
         for number in range(20):
             file = project.root / "data/incoming" / label / f"$(touch canary)`touch canary`;touch canary #{number}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (80, 90, 3), np.uint8)).save(file)
+            rows.append((f"{label}/{file.name}", "Ann;=1+1", "=2+2"))
+    with (project.root / "data/incoming/manifest.csv").open("w", newline="") as manifest:
+        csv.writer(manifest).writerows([("file", "author", "licence"), *rows])
     return project, project.dvc("repro", TOUCHLINE_QUIET="1", **SECRETS)
 
 

@@ -69,7 +69,6 @@ _NEIGHBOURS = 5
 _SHOWN = 12
 _NAMED = 3
 _THUMBNAIL = 240
-_FIRST_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -479,13 +478,10 @@ def _read(found: predict.Found, sides: tuple[int, int], max_megapixels: float) -
     if found.error:
         return path, found.error
     try:
-        with path.open("rb") as file:
-            content = file.read(_FIRST_BYTES)
-            # What is no photo by its first bytes may be a film of gigabytes.
-            flaw = photos.flaw(content) if content else "empty file"
-            if flaw not in {"", "cut off"}:
-                return path, None if predict.is_other(found) else flaw
-            content += file.read()
+        content = photos.content_of(path)
+        flaw = photos.flaw(content) if content else "empty file"
+        if flaw not in {"", "cut off"}:
+            return path, None if predict.is_other(found) else flaw
         measured = photos.measure(path, max_megapixels)
         if measured.error or measured.bomb:
             return path, measured.error or f"more than {max_megapixels:g} megapixels (validate.max_megapixels)"

@@ -9,7 +9,6 @@ import glob
 import io
 import json
 import os
-import re
 import shutil
 import sys
 from collections import Counter
@@ -25,7 +24,7 @@ import numpy as np
 
 from touchline.core import parallel
 from touchline.core.errors import ParamsError, TouchlineError
-from touchline.core.files import replacing, write_bytes
+from touchline.core.files import no_formula, replacing, write_bytes
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
@@ -218,11 +217,7 @@ def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[t
     if found.error:
         return (found.path, found.error), None
     try:
-        with (folder / found.path).open("rb") as file:
-            content = file.read(_FIRST_BYTES)
-            # What is no photo by its first bytes may be a film of gigabytes.
-            if photos.flaw(content) in {"", "cut off"}:
-                content += file.read()
+        content = photos.content_of(folder / found.path)
         return (found.path, ""), pixels(content, side, max_megapixels)
     except NotAnImage as error:
         return (found.path, None if is_other(found) else str(error)), None
@@ -321,18 +316,13 @@ def _write_csv(results: IO[str], classes: Sequence[str], answers: Iterable[tuple
         csv.writer(line).writerow(values)
         results.write(line.getvalue().removesuffix("\r\n") + "\n")
 
-    write(["photo", "label", "guess", "confidence", *(f"probability:{name}" for name in classes)])
+    write(["photo", "label", "guess", "confidence", *(no_formula(f"probability:{name}") for name in classes)])
     for path, answer in answers:
-        names = [_no_formula(text) for text in (str(path), answer.label, answer.guess)]
+        names = [no_formula(text) for text in (str(path), answer.label, answer.guess)]
         write([*names, answer.confidence, *answer.probabilities.values()])
 
 
 _WRITERS = {"table": _write_table, "json": _write_json, "csv": _write_csv}
-
-
-def _no_formula(text: str) -> str:
-    # A spreadsheet runs what begins like a formula.
-    return re.sub(r"^(?=[=+\-@\t\r])", "'", text)
 
 
 def shown(path: Path | str) -> str:

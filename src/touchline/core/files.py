@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,11 @@ _NEEDED = {
 # DVC takes what nobody may write, as all in its cache, for unchanged: what is torn there comes back, even in place of
 # what a stage has just made.
 RENEW = "delete it and run `dvc repro`; if the same comes back, `chmod -R u+w .dvc/cache` and `dvc repro --force`"
+
+# A spreadsheet runs a cell that begins with one of these signs, whatever blanks and quotes stand before it; full-width
+# ones count too. Its import may begin a cell after any of these separators, whatever wrote the file.
+_CELL, _FORMULA = r"[,;|\t\n\v\f\r]", r"(?=[\"'\s]*[=+\-@\uff1d\uff0b\uff0d\uff20])"
+_RUN, _GUARDED = re.compile(_CELL + _FORMULA), re.compile(f"({_CELL})'{_FORMULA}")
 
 # Temporary files this process is writing, and what guards them.
 _unfinished: set[Path] = set()
@@ -162,14 +168,36 @@ def model_record(path: Path) -> dict[str, Any] | None:
     return record if ours else None
 
 
+def no_formula(text: str) -> str:
+    """`text` with a `'` before whatever a spreadsheet would run."""
+    return _RUN.sub(r"\g<0>'", f"\n{text}")[1:]
+
+
+def _as_written(text: str) -> str:
+    """The text that `no_formula` was given."""
+    return _GUARDED.sub(r"\1", f"\n{text}")[1:]
+
+
+def _each_text(table: "pd.DataFrame", change: Callable[[str], str], wanted: re.Pattern[str]) -> "pd.DataFrame":
+    """`table` with `change` done to its texts and names of columns, where `wanted` is found."""
+    changed = {}
+    for name, column in table.select_dtypes(exclude=["number", "bool"]).items():
+        values = column.tolist()
+        # One search of all is far quicker than one of each, and nearly always finds nothing.
+        if wanted.search("\n" + "\n".join(value for value in values if isinstance(value, str))):
+            changed[name] = [change(value) if isinstance(value, str) else value for value in values]
+    return table.assign(**changed).rename(columns=change)
+
+
 def write_table(path: Path, table: "pd.DataFrame") -> None:
+    """Write a frame as CSV that a spreadsheet may open: see `no_formula`. `read_table` gives back what `table` has."""
     with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+        _each_text(table, no_formula, _RUN).to_csv(temporary, index=False, lineterminator="\n")
 
 
 def read_table(path: Path, **options: Any) -> "pd.DataFrame":
-    """A CSV as a frame; names are text whatever they look like, and empty cells of text stay empty strings, those
-    of numbers are NaN.
+    """A CSV of `write_table` as a frame; names are text whatever they look like, and empty cells of text stay empty
+    strings, those of numbers are NaN.
 
     Raises:
         TouchlineError: the file is missing, empty, cut off, not a table, or lacks a column that its readers need.
@@ -177,7 +205,10 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=_SPARSE, **{"dtype": _TEXT, **options})
+        table = pd.read_csv(
+            path, keep_default_na=False, na_values=_SPARSE, lineterminator="\n", **{"dtype": _TEXT, **options}
+        )
+        table = _each_text(table, _as_written, _GUARDED)
         if not isinstance(table.index, pd.RangeIndex):
             # pandas would take the first values for names of rows, and every other one for its neighbour's.
             raise ValueError("its rows have more values than its header has columns")

@@ -152,6 +152,7 @@ class IngestParams(_Section):
     min_per_class: Count
     remote: str
     folder: Text
+    follow_links: bool = False
     sample: SampleParams
     download: DownloadParams
     openimages: OpenImagesParams

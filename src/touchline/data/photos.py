@@ -1,27 +1,34 @@
 """Photos as files and as arrays: the only place that opens an image.
 
 Decoding is OpenCV's (fast, scaled decoding for JPEG, EXIF orientation applied); whether a file is whole is Pillow's
-word, because OpenCV fills what is missing with grey and says nothing.
+word, because OpenCV fills what is missing with grey and says nothing. Neither sees a file before `layout` has found
+out what decoding it will cost: a thread that decodes cannot be stopped.
 """
 
 import io
+import os
 import re
 import struct
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from touchline.core.errors import TouchlineError
+from touchline.core.parallel import Budget
+from touchline.data import layout
+from touchline.data.layout import Layout, Refused
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# What each format that both libraries read calls itself in Pillow, and the ending its files get here.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+# The ending that files of each format get.
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 _HASH_SIDE = 128
-_PNG = b"\x89PNG\r\n\x1a\n"
+_FIRST_BYTES = 2**16
+# Bytes that one photo may have as a file, and hold while it is decoded; and that all photos decoded at once may hold.
+_MOST, _TOGETHER = 512 * 2**20, Budget(1024 * 2**20)
+# Bytes of uncompressed samples that one photo may have: 60 megapixels of three 16-bit samples are 360 million, which a
+# TIFF, the slowest format, decodes in 1.6 s.
+_MOST_SAMPLES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,29 @@ class Measurement:
     perceptual_hash: str = ""
 
 
+def content_of(path: Path) -> bytes:
+    """The bytes of a file that begins like an image; of any other file, which may be a film, only the first ones.
+
+    Raises:
+        TouchlineError: the file is larger than a photo may be.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(_FIRST_BYTES)
+        if not layout.format_of(start):
+            return start
+        if os.fstat(file.fileno()).st_size > _MOST:
+            raise TouchlineError(f"larger than {_MOST / 2**20:g} MB")
+        return start + file.read(_MOST)
+
+
 def header(content: bytes) -> Header:
     """Read the header of an image file's bytes; never raises for bad content."""
     try:
-        with _open(content) as image:
-            width, height = _oriented_size(image)
-            return Header(EXTENSIONS.get(image.format or "", ""), width, height)
-    except Exception:  # Pillow's readers raise many kinds on hostile bytes; all of them mean "no photo"
+        found = layout.read(content)
+    except Refused:
         return Header("", 0, 0)
+    return Header(EXTENSIONS[found.format], *_upright_size(found))
 
 
 def measure(path: Path, max_megapixels: float) -> Measurement:
@@ -79,28 +101,22 @@ def measure(path: Path, max_megapixels: float) -> Measurement:
     content = path.read_bytes()
     if not content:
         return Measurement("empty file")
+    width = height = 0
+    megapixels = 0.0
     try:
-        with _open(content) as image:
-            if image.format not in EXTENSIONS:
-                return Measurement(f"format {image.format} is not supported")
-            width, height = _oriented_size(image)
-            megapixels = width * height / 1e6
-            if megapixels > max_megapixels:
-                return Measurement("", width, height, megapixels, bomb=True)
-            # A JPEG decoded at a fraction of its size is still read to its last byte, in a third of the time.
-            image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
-            # A WebP is read whole or not at all, below as here, and Pillow would hold a large one five times over.
-            if image.format != "WEBP":
-                image.load()
-            # The pixels go now, before OpenCV makes its own: of the largest photos both would not fit.
-            image.close()
-    except Exception as error:  # see `header`
-        return Measurement(f"does not decode: {_reason(error)}")
-    try:
-        # The hash and the contrast are taken from what training will see, so a file that only one library reads fails.
-        pixels = decode(content, _HASH_SIDE, str(path))
+        found = layout.read(content)
+        width, height = _upright_size(found)
+        megapixels = width * height / 1e6
+        if megapixels > max_megapixels:
+            return Measurement("", width, height, megapixels, bomb=True)
+        with _room(found, _HASH_SIDE):
+            if reason := _not_whole(content, found):
+                return Measurement(f"does not decode: {reason}")
+            # The hash and the contrast are taken from what training will see, so a file that only one library reads
+            # fails.
+            pixels = _pixels(content, found, _HASH_SIDE)
     except TouchlineError as error:
-        return Measurement(str(error), width, height, megapixels)
+        return Measurement(f"does not decode: {error}", width, height, megapixels)
     return Measurement("", width, height, megapixels, False, _contrast(pixels), _perceptual_hash(pixels))
 
 
@@ -109,21 +125,22 @@ def flaw(content: bytes) -> str:
 
     Decoding in full costs more than fetching, and is done later, once, by `measure`.
     """
-    start, middle = content[:16], max(len(content) // 2, len(content) - 2**16)
     # Bytes may follow the end marker, but not many; a marker in the first half is that of a thumbnail.
-    if start.startswith(b"\xff\xd8\xff"):
-        whole = content.rfind(b"\xff\xd9", middle) >= 0
-    elif start.startswith(_PNG):
-        whole = content.rfind(b"IEND", middle) >= 0
-    elif start.startswith(b"RIFF") and start[8:12] == b"WEBP":
-        whole = len(content) >= int.from_bytes(start[4:8], "little") + 8
-    elif start.startswith((b"GIF87a", b"GIF89a")):
-        whole = b"\x3b" in content[-16:]
-    elif start.startswith((b"BM", b"II*\x00", b"MM\x00*")):
-        whole = True
-    else:
-        page = re.search(rb"<!doctype html|<html|<\?xml", content[:1024], re.IGNORECASE)
-        return "a web page" if page else "no photo"
+    middle = max(len(content) // 2, len(content) - 2**16)
+    match layout.format_of(content):
+        case "JPEG":
+            whole = content.rfind(b"\xff\xd9", middle) >= 0
+        case "PNG":
+            whole = content.rfind(b"IEND", middle) >= 0
+        case "WEBP":
+            whole = len(content) >= int.from_bytes(content[4:8], "little") + 8
+        case "GIF":
+            whole = b"\x3b" in content[-16:]
+        case "":
+            page = re.search(rb"<!doctype html|<html|<\?xml", content[:1024], re.IGNORECASE)
+            return "a web page" if page else "no photo"
+        case _:
+            whole = True
     return "" if whole else "cut off"
 
 
@@ -134,7 +151,11 @@ def turned(content: bytes, rotation: int) -> bytes:
         content: a JPEG; one that has an EXIF orientation of its own is upright by that, and comes back as it is.
         rotation: degrees counter-clockwise that turn it upright: 0, 90, 180 or 270.
     """
-    if not rotation or not content.startswith(b"\xff\xd8") or _states_orientation(content):
+    try:
+        found = layout.read(content)
+    except Refused:
+        return content
+    if not rotation or found.format != "JPEG" or found.orientation != 1:
         return content
     orientation = {90: 8, 180: 3, 270: 6}[rotation]
     # EXIF 2.3, 4.5 and 4.6: a TIFF header (big-endian, first directory at byte 8) and a directory of one short.
@@ -161,18 +182,12 @@ def decode(content: bytes, size: int, name: str = "photo") -> np.ndarray:
     Raises:
         TouchlineError: the bytes are no readable photo.
     """
-    import cv2
-
-    if _overstates_a_chunk(content):
-        raise TouchlineError(f"{name} does not decode: it is cut off or damaged")
-    flags = _scaled_decoding(content, size)
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
-    except cv2.error as error:
-        raise TouchlineError(f"{name} does not decode: {_reason(error)}") from None
-    if image is None:
-        raise TouchlineError(f"{name} does not decode: no photo that OpenCV reads")
-    return cv2.cvtColor(_squash(image, size), cv2.COLOR_BGR2RGB)
+        found = layout.read(content)
+        with _room(found, size):
+            return _pixels(content, found, size)
+    except TouchlineError as error:
+        raise TouchlineError(f"{name} does not decode: {error}") from None
 
 
 def read(path: Path, size: int) -> np.ndarray:
@@ -184,55 +199,61 @@ def read(path: Path, size: int) -> np.ndarray:
     return decode(content, size, str(path))
 
 
-def _open(content: bytes) -> "Image":
-    from PIL import Image
-
-    # Our own limit, a param, decides what is a bomb; Pillow's would only warn or raise somewhere else.
-    Image.MAX_IMAGE_PIXELS = None
-    return Image.open(io.BytesIO(content))
-
-
-def _states_orientation(content: bytes) -> bool:
-    try:
-        with _open(content) as image:
-            return image.getexif().get(0x0112, 1) != 1
-    except Exception:  # see `header`
-        return False
-
-
-def _oriented_size(image: "Image") -> tuple[int, int]:
-    width, height = image.size
-    # Asked for without need, Pillow decodes a whole PNG to look for EXIF behind its pixels, and a bomb would go off
-    # there; and a TIFF, whose size Pillow has turned already, would be turned twice.
-    exif = image.getexif() if "exif" in image.info else {}
+def _upright_size(found: Layout) -> tuple[int, int]:
     # EXIF orientations 5 to 8 lie on their side.
-    return (height, width) if exif.get(0x0112, 1) in {5, 6, 7, 8} else (width, height)
+    return (found.height, found.width) if found.orientation > 4 else (found.width, found.height)
 
 
-def _overstates_a_chunk(content: bytes) -> bool:
-    """True for a PNG with a chunk that claims more bytes than are left: OpenCV would take memory for all it claims."""
-    if not content.startswith(_PNG):
-        return False
-    place = len(_PNG)
-    while place + 8 <= len(content):
-        length, kind = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
-        if length > len(content) - place - 8:
-            return True
-        if kind == b"IEND":
-            break
-        place += length + 12
-    return False
+def _factor(found: Layout, size: int) -> int:
+    """By how much OpenCV makes a JPEG smaller as it decodes it: less work, and never below `size`."""
+    room = min(found.width, found.height) // size if found.format == "JPEG" else 1
+    return next(factor for factor in (8, 4, 2, 1) if factor <= max(room, 1))
 
 
-def _scaled_decoding(content: bytes, size: int) -> int:
+def _room(found: Layout, size: int) -> AbstractContextManager[None]:
+    """The memory to decode a photo for `size`, to be had for a block.
+
+    Raises:
+        Refused: decoding it takes more than one photo may.
+    """
+    needed = found.held + found.width * found.height * found.per_pixel // _factor(found, size) ** 2
+    if needed > _MOST or found.samples > _MOST_SAMPLES:
+        raise Refused(f"{found.width:,} x {found.height:,} pixels of this kind would take too much memory or time")
+    return _TOGETHER.part(needed)
+
+
+def _pixels(content: bytes, found: Layout, size: int) -> np.ndarray:
     import cv2
 
-    if content[:2] != b"\xff\xd8":
-        return cv2.IMREAD_COLOR
-    found = header(content)
-    scaled = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
-    room = min(found.width, found.height) // size
-    return next((flags for factor, flags in scaled.items() if factor <= room), cv2.IMREAD_COLOR)
+    layout.check_inflation(content, found)
+    flags = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags.get(_factor(found, size), cv2.IMREAD_COLOR))
+    except cv2.error as error:
+        raise Refused(_reason(error)) from None
+    if image is None:
+        raise Refused("no photo that OpenCV reads")
+    return cv2.cvtColor(_squash(image, size), cv2.COLOR_BGR2RGB)
+
+
+def _not_whole(content: bytes, found: Layout) -> str:
+    """Why Pillow cannot decode it in full; empty where it can."""
+    # A WebP is read whole or not at all by OpenCV too, and Pillow would hold a large one five times over.
+    if found.format == "WEBP":
+        return ""
+    from PIL import Image
+
+    # Our own limits decide what is a bomb; Pillow's would only warn or raise somewhere else.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        # Closed before OpenCV makes its own pixels: of the largest photos both would not fit.
+        with Image.open(io.BytesIO(content), formats=[found.format]) as image:
+            # A JPEG decoded at a fraction of its size is still read to its last byte, in a third of the time.
+            image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
+            image.load()
+    except Exception as error:  # Pillow's readers raise many kinds on hostile bytes; all of them mean "not whole"
+        return _reason(error)
+    return ""
 
 
 def _squash(image: np.ndarray, size: int) -> np.ndarray:

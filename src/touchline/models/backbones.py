@@ -98,9 +98,9 @@ def identity(features: BackboneFeatures, project: Path) -> str:
     """Which weights these are, so that what was computed with others can be told apart.
 
     Returns:
-        The sha256 of the weight file, in hexadecimal; where only Keras knows the file (any network but
-        `mobilenet_v2`, with no `weights` named), that of the weights themselves, for which the network is built. Of
-        several backbones, theirs with a plus between.
+        The sha256 of the weight file, in hexadecimal; where only Keras knows the file (any network but the MobileNets
+        of versions 1 and 2, with no `weights` named), that of the weights themselves, for which the network is built.
+        Of several backbones, theirs with a plus between.
 
     Raises:
         ParamsError, TouchlineError: as `build`.
@@ -200,10 +200,34 @@ _STAGES = (
 )
 _STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
 
-# Keras checks no digest of this file. Its name is known here, so that `weights_sha256` and `identity` can look at it.
-_MOBILENET_V2_URL = "https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/"
-_MOBILENET_V2_SIZES = (96, 128, 160, 192, 224)
-_MOBILENET_V2_ALPHAS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
+
+@dataclass(frozen=True)
+class _MobileNet:
+    """A network of whose weights Keras knows no digest, and the names that Keras gives their files.
+
+    Attributes:
+        alphas: as files are named after them.
+        sizes: of photos; for any other those of the largest are taken.
+    """
+
+    file: str
+    alphas: dict[float, str]
+    sizes: tuple[int, ...]
+
+
+_KERAS_URL = "https://storage.googleapis.com/tensorflow/keras-applications"
+_MOBILENETS = {
+    "MobileNet": _MobileNet(
+        "mobilenet/mobilenet_{alpha}_{size}_tf_no_top.h5",
+        {0.25: "2_5", 0.5: "5_0", 0.75: "7_5", 1.0: "1_0"},
+        (128, 160, 192, 224),
+    ),
+    "MobileNetV2": _MobileNet(
+        "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{size}_no_top.h5",
+        {alpha: str(alpha) for alpha in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)},
+        (96, 128, 160, 192, 224),
+    ),
+}
 
 
 def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path) -> "keras.Model":
@@ -351,8 +375,8 @@ def _weight_file(backbone: str, features: BackboneFeatures, project: Path) -> Pa
     if file is not None and module.__name__.endswith(".efficientnet"):
         # Keras adds a layer that rescales the input of its own ImageNet weights, and of no others.
         raise ParamsError(f"weights cannot be named for {backbone}: put the file into Keras's cache instead")
-    if file is None and network.__name__ == "MobileNetV2":
-        file = _mobilenet_v2_file(backbone, features)
+    if file is None and network.__name__ in _MOBILENETS:
+        file = _mobilenet_file(backbone, _MOBILENETS[network.__name__], features)
     if features.weights_sha256 is not None:
         if file is None:
             raise ParamsError(f"weights_sha256 of {backbone} needs weights, the file it is the digest of")
@@ -385,27 +409,45 @@ def _packaged_file(lite: _Lite) -> Path:
     return file
 
 
-def _mobilenet_v2_file(backbone: str, features: BackboneFeatures) -> Path:
+def _mobilenet_file(backbone: str, known: _MobileNet, features: BackboneFeatures) -> Path:
+    """Weights from Keras's cache, or fetched where their digest is given: Keras would take whatever came."""
     import keras
 
     alpha = 1.0 if features.alpha is None else features.alpha
-    if alpha not in _MOBILENET_V2_ALPHAS:
-        allowed = ", ".join(map(str, _MOBILENET_V2_ALPHAS))
+    if alpha not in known.alphas:
+        allowed = ", ".join(map(str, known.alphas))
         raise ParamsError(f"alpha of {backbone} is {alpha}; ImageNet weights are for {allowed}")
-    size = features.image_size if features.image_size in _MOBILENET_V2_SIZES else 224
-    name = f"mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{size}_no_top.h5"
+    size = features.image_size if features.image_size in known.sizes else max(known.sizes)
+    file = known.file.format(alpha=known.alphas[alpha], size=size)
+    url, cached = f"{_KERAS_URL}/{file}", _in_keras_cache(Path(file).name)
+    if cached.is_file():
+        return cached
+    if features.weights_sha256 is None:
+        raise TouchlineError(
+            f"the ImageNet weights of {backbone} are not at {cached} ($KERAS_HOME/models), and no digest of {url} is "
+            "known: give it as weights_sha256 in params.yaml, and they are fetched; or put them there"
+        )
     try:
-        return Path(keras.utils.get_file(name, _MOBILENET_V2_URL + name, cache_subdir="models"))
+        fetched = keras.utils.get_file(
+            cached.name, url, cache_subdir="models", file_hash=features.weights_sha256, hash_algorithm="sha256"
+        )
     except Exception as error:
+        # Keras leaves a file of another digest where the next run would find it.
+        cached.unlink(missing_ok=True)
         raise _failure_of_keras(backbone, error) from None
+    return Path(fetched)
+
+
+def _in_keras_cache(name: str) -> Path:
+    return Path(os.environ.get("KERAS_HOME", "~/.keras"), "models", name).expanduser()
 
 
 def _failure_of_keras(backbone: str, error: Exception) -> TouchlineError:
     # Keras raises a bare Exception where a download fails; only its words tell it from a network it cannot build.
     if download := re.match(r"URL fetch failure on \S*/([^/\s]+): ", str(error)):
-        cache = Path(os.environ.get("KERAS_HOME", "~/.keras"), "models", download[1])
+        cached = _in_keras_cache(download[1])
         return TouchlineError(
-            f"the ImageNet weights of {backbone} are not at {cache} ($KERAS_HOME/models) and cannot be "
+            f"the ImageNet weights of {backbone} are not at {cached} ($KERAS_HOME/models) and cannot be "
             f"downloaded ({_one_line(error)}): put them there, or name a file under weights in params.yaml"
         )
     return TouchlineError(f"Keras cannot build {backbone} as params.yaml asks: {_one_line(error)}")

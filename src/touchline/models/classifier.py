@@ -180,9 +180,6 @@ def pixels(content: bytes, side: int, max_megapixels: float) -> np.ndarray:
     if flaw := photos.flaw(content):
         raise TouchlineError("cut off") if flaw == "cut off" else NotAnImage(flaw)
     header = photos.header(content)
-    # OpenCV opens some that Pillow does not, and then nobody has looked how large they are.
-    if not header.extension:
-        raise TouchlineError("does not decode: its header is damaged")
     if header.width * header.height > 1e6 * max_megapixels:
         raise TouchlineError(f"{header.width} x {header.height} pixels are more than validate.max_megapixels")
     return photos.decode(content, side)

@@ -5,8 +5,10 @@ entry of the first, and each is written whole, so neither a crash nor two people
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json, write_bytes, write_json
 from touchline.data import photos
 from touchline.sources import Candidate
+from touchline.sources.received import Received, say_left_out, shown
 
 LICENCE = "given by the person at the page"
 
@@ -39,23 +42,31 @@ def remember(folder: Path, content: bytes, label: str, answers: Sequence[dict[st
     return True
 
 
-def candidates(folder: Path, classes: Sequence[str]) -> Iterator[Candidate]:
-    """Every entry of the queue, in the order of the photos' digests.
+def candidates(received: Received, classes: Sequence[str]) -> Iterator[Candidate]:
+    """Every entry of the queue, in the order of the photos' digests; what `received` refuses is named and left out.
 
     Raises:
         TouchlineError: an entry is not readable, its photo is missing, or its class is none of `classes`.
     """
+    folder, left_out = received.folder, []
     for record in sorted(folder.glob("*.json")):
+        if reason := received.refusal(record, image=False):
+            left_out.append(f"{shown(record.name)} ({reason})")
+            continue
         photo, label = _read(record)
         where = f"data/feedback/{record.name}"
         # Of the folder's own: an entry that came from elsewhere may name any file of this machine.
-        if Path(photo).name != photo or Path(photo).stem != record.stem or not (folder / photo).is_file():
+        if Path(photo).name != photo or Path(photo).stem != record.stem or not os.path.lexists(folder / photo):
             raise TouchlineError(f"{where} names no photo that lies beside it: delete it")
         if label not in classes:
             raise TouchlineError(
                 f"{where} says the class {label!r}; allowed: {', '.join(classes)}: change it there, or delete the file"
             )
-        yield Candidate(label, "feedback", photo, (folder / photo).read_bytes, licence=LICENCE)
+        if reason := received.refusal(folder / photo):
+            left_out.append(f"{shown(photo)} ({reason})")
+        else:
+            yield Candidate(label, "feedback", photo, partial(received.read, folder / photo), licence=LICENCE)
+    say_left_out("feedback", folder, left_out)
 
 
 def _read(record: Path) -> tuple[str, str]:

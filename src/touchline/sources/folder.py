@@ -3,26 +3,29 @@
 An optional `manifest.csv` in the folder gives `group`, `licence` and `author` by `file` (path within the folder).
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.sources import Candidate
+from touchline.sources.received import Received, say_left_out, shown
 
 _SUBSETS = ("train", "test")
 _MANIFEST_COLUMNS = ("group", "licence", "author")
 
 
-def candidates(folder: Path, classes: Sequence[str]) -> Iterator[Candidate]:
-    """Every file under the classes' folders, in the order of their paths.
+def candidates(received: Received, classes: Sequence[str]) -> Iterator[Candidate]:
+    """Every image under the classes' folders, in the order of their paths.
 
-    Files are taken whatever their names: whether one is a photo is for `validate` to say. Hidden files are left out.
+    Files are taken whatever their names; what `received` refuses is named and left out. Hidden files are left out.
 
     Raises:
         ParamsError: the folder, or the folder of a class, is missing.
         TouchlineError: the manifest is not readable or lacks its `file` column.
     """
+    folder = received.folder
     if not folder.is_dir():
         raise ParamsError(
             f"ingest.folder: {folder} is no folder: put photos into {folder}/<class>/ or name another one"
@@ -38,19 +41,29 @@ def candidates(folder: Path, classes: Sequence[str]) -> Iterator[Candidate]:
                 f"ingest.folder: class '{label}' has no folder in {folder / subsets[0]} (there: {there}): "
                 "add it, or change `classes`"
             )
-    facts = _manifest(folder / "manifest.csv")
+    facts = _manifest(received)
+    left_out = []
     for subset in subsets:
         for label in classes:
             for path in sorted((folder / subset / label).rglob("*")):
                 relative = path.relative_to(folder)
-                if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-                    origin = relative.as_posix()
-                    yield Candidate(label, "folder", origin, path.read_bytes, subset=subset, **facts.get(origin, {}))
+                if any(part.startswith(".") for part in relative.parts) or (path.is_dir() and not path.is_symlink()):
+                    continue
+                origin = relative.as_posix()
+                if reason := received.refusal(path):
+                    left_out.append(f"{shown(origin)} ({reason})")
+                else:
+                    read = partial(received.read, path)
+                    yield Candidate(label, "folder", origin, read, subset=subset, **facts.get(origin, {}))
+    say_left_out("folder", folder, left_out)
 
 
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
+def _manifest(received: Received) -> dict[str, dict[str, Any]]:
+    path = received.folder / "manifest.csv"
+    if not os.path.lexists(path):
         return {}
+    if reason := received.refusal(path, image=False):
+        raise TouchlineError(f"{path} is not taken ({reason}): put a file there or take it away")
     import pandas as pd
 
     try:

@@ -30,6 +30,7 @@ from touchline.core.progress import say
 from touchline.data.photos import EXTENSIONS
 from touchline.sources import Candidate, Planned
 from touchline.sources.http import HttpError, WrongContent, head, read_range, to_file
+from touchline.sources.received import Received, say_left_out, shown
 
 TERMS = "ImageNet terms: non-commercial research and education, no redistribution"
 
@@ -93,7 +94,12 @@ class _Pass:
 
 
 def candidates(
-    params: ImageNetParams, download: DownloadParams, classes: Sequence[str], project: Path
+    params: ImageNetParams,
+    download: DownloadParams,
+    classes: Sequence[str],
+    project: Path,
+    *,
+    follow_links: bool = False,
 ) -> Iterator[Candidate]:
     """The photos of each class's synsets: synsets in turn within a class, and classes in turn.
 
@@ -103,6 +109,7 @@ def candidates(
 
     Args:
         project: what a relative `params.folder` and `params.archive` are relative to.
+        follow_links: of the origin `folder`: links in a synset's folder may leave it.
 
     Raises:
         ParamsError: the terms are not accepted, or the params do not fit the classes.
@@ -120,7 +127,7 @@ def candidates(
         sources: dict[str, Callable[[], dict[str, list[_Photo]]]] = {
             "winter21": lambda: _from_winter21(params, download, wnids, folder),
             "ilsvrc2012": lambda: _from_ilsvrc2012(params, download, classes, project),
-            "folder": lambda: _from_folder(download, wnids, folder),
+            "folder": lambda: _from_folder(download, wnids, folder, follow_links),
             "kaggle": lambda: _from_kaggle(params, classes, folder / "kaggle"),
         }
         photos = sources[params.origin]()
@@ -427,7 +434,7 @@ def _one_further(index: _Index, block: bytes) -> _Index:
     start = index.next + _BLOCK
     after = start + -(-member.size // _BLOCK) * _BLOCK
     if member.size < 0 or after > index.size:
-        raise TouchlineError(f"{index.url} is cut off: {_shown(member.name)} goes on behind its end: get it again")
+        raise TouchlineError(f"{index.url} is cut off: {shown(member.name)} goes on behind its end: get it again")
     members = index.members
     if member.isreg():
         members = {**members, member.name.removeprefix("./"): (start, member.size)}
@@ -437,9 +444,13 @@ def _one_further(index: _Index, block: bytes) -> _Index:
 # folder
 
 
-def _from_folder(download: DownloadParams, wnids: Sequence[str], folder: Path) -> dict[str, list[_Photo]]:
+def _from_folder(
+    download: DownloadParams, wnids: Sequence[str], folder: Path, follow_links: bool
+) -> dict[str, list[_Photo]]:
     def photos_at(path: Path, wnid: str) -> list[_Photo]:
-        return _photos_in_tar(path, wnid, download, ours=False) if path.is_file() else _photos_in_folder(path, wnid)
+        if path.is_file():
+            return _photos_in_tar(path, wnid, download, ours=False)
+        return _photos_in_folder(Received(path, download.max_megabytes, follow_links), wnid)
 
     return {wnid: [photo for path in _places(wnid, folder) for photo in photos_at(path, wnid)] for wnid in wnids}
 
@@ -459,11 +470,15 @@ def _files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
 
 
-def _photos_in_folder(folder: Path, wnid: str) -> list[_Photo]:
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _named_like_a_photo(path.name)]
-    good = [path for path in paths if path.name.isprintable()]
-    _say_left_out(folder, [f"{_shown(path.name)} (its name)" for path in paths if not path.name.isprintable()])
-    return [_Photo(wnid, path.name, path.read_bytes) for path in good]
+def _photos_in_folder(folder: Received, wnid: str) -> list[_Photo]:
+    left_out, photos = [], []
+    for path in sorted(path for path in folder.folder.iterdir() if _named_like_a_photo(path.name)):
+        if reason := folder.refusal(path) if path.name.isprintable() else "its name":
+            left_out.append(f"{shown(path.name)} ({reason})")
+        else:
+            photos.append(_Photo(wnid, path.name, partial(folder.read, path)))
+    say_left_out("imagenet", folder.folder, left_out)
+    return photos
 
 
 # Tars
@@ -518,7 +533,7 @@ def _photos_in_tar(
                     continue
                 reason = _refusal(member, download)
                 if reason:
-                    left_out.append(f"{_shown(member.name)} ({reason})")
+                    left_out.append(f"{shown(member.name)} ({reason})")
                 elif _named_like_a_photo(PurePosixPath(member.name).name):
                     name = PurePosixPath(member.name).as_posix()
                     read = partial(_read_part, path, start + member.offset_data, member.size)
@@ -529,8 +544,8 @@ def _photos_in_tar(
         whole_name = path if size is None else f"{wnid}.tar in {path}"
         remedy = "delete it and run again" if ours and size is None else "put a whole one in its place"
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise TouchlineError(f"{whole_name} is cut off or broken ({_shown(reason)}): {remedy}") from None
-    _say_left_out(path if size is None else Path(f"{path} {wnid}.tar"), left_out)
+        raise TouchlineError(f"{whole_name} is cut off or broken ({shown(reason)}): {remedy}") from None
+    say_left_out("imagenet", path if size is None else Path(f"{path} {wnid}.tar"), left_out)
     return photos
 
 
@@ -572,17 +587,6 @@ def _refusal(member: tarfile.TarInfo, download: DownloadParams) -> str:
 
 def _named_like_a_photo(name: str) -> bool:
     return not name.startswith(".") and name.rpartition(".")[2].casefold() in _ENDINGS
-
-
-def _shown(text: str) -> str:
-    """`text` without anything that a terminal or a log would obey."""
-    return text.encode("unicode_escape", "surrogatepass").decode("ascii")[:120]
-
-
-def _say_left_out(where: Path, left_out: Sequence[str]) -> None:
-    if left_out:
-        more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
-        say(f"imagenet: left out of {where}: {len(left_out):,}: {', '.join(left_out[:3])}{more}")
 
 
 def _read_part(path: Path, start: int, size: int) -> bytes:

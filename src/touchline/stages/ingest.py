@@ -7,6 +7,7 @@ run resumes, and nothing can be overwritten by something else.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
 from touchline.sources import Candidate, Planned, feedback, fetch, folder, imagenet, openimages, sample
+from touchline.sources.received import Received
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +100,9 @@ def plan(paths: Paths, params: Params) -> list[Planned]:
                 planned.append(Planned(f"{drawn:,} drawn scenes", "this program", 0.0, "to draw", "CC0-1.0"))
             case "folder":
                 where = str(paths.project / params.ingest.folder)
-                planned.append(Planned(f"photos of your own, {each}", where, 0.0, "there already", "yours"))
+                # Looked through here too: DVC reads all of the folder, before `run` can tell what is wrong with it.
+                found = sum(1 for _ in _offers(paths, params, name))
+                planned.append(Planned(f"{found:,} photos of your own, {each}", where, 0.0, "there already", "yours"))
             case "feedback":
                 given = sum(1 for _ in _offers(paths, params, name))
                 planned.append(
@@ -123,12 +127,15 @@ def _expected(params: Params) -> float | None:
 
 def _offers(paths: Paths, params: Params, name: str) -> Iterator[Candidate]:
     settings, classes = params.ingest, params.classes
+    received = partial(Received, max_megabytes=settings.download.max_megabytes, follow_links=settings.follow_links)
     sources: dict[str, Callable[[], Iterator[Candidate]]] = {
         "sample": lambda: sample.candidates(settings.sample, classes),
-        "folder": lambda: folder.candidates(paths.project / settings.folder, classes),
-        "feedback": lambda: feedback.candidates(paths.feedback, classes),
+        "folder": lambda: folder.candidates(received(paths.project / settings.folder), classes),
+        "feedback": lambda: feedback.candidates(received(paths.feedback), classes),
         "openimages": lambda: openimages.candidates(settings.openimages, settings.download, classes, paths.openimages),
-        "imagenet": lambda: imagenet.candidates(settings.imagenet, settings.download, classes, paths.project),
+        "imagenet": lambda: imagenet.candidates(
+            settings.imagenet, settings.download, classes, paths.project, follow_links=settings.follow_links
+        ),
     }
     return sources[name]()
 
@@ -294,8 +301,7 @@ def _remove_unwanted(paths: Paths, wanted: Set[str]) -> None:
 def _attribution(table: "pd.DataFrame") -> "pd.DataFrame":
     """Who made each photo and under which licence: what has to be shown wherever a photo is shown."""
     known = table[(table["licence"] != "") | (table["author"] != "")]
-    # A title is anybody's text, and a spreadsheet runs what begins like a formula.
-    return known[list(_ATTRIBUTION)].rename(columns=_ATTRIBUTION).replace(r"^(?=[=+\-@\t\r])", "'", regex=True)
+    return known[list(_ATTRIBUTION)].rename(columns=_ATTRIBUTION)
 
 
 def _remote(params: Params) -> bool:

@@ -1,0 +1,373 @@
+"""What an image file is made of, told from its bytes before anything decodes them.
+
+Some files are cheap to send and dear to decode: scans that repeat, parts by the million, tags that all claim the same
+bytes. A thread that decodes cannot be stopped, so what decoding will cost is worked out from the file's structure
+first, and such a file is refused. The limits leave room for twice the worst file that an honest program writes.
+
+Formats: JPEG, ITU-T T.81; PNG, W3C; GIF89a; TIFF 6.0; WebP, RFC 9649; BMP as Windows and OS/2 have it.
+"""
+
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from touchline.core.errors import TouchlineError
+
+# Parts are markers, chunks, blocks and tags. Pillow reads them in Python, in up to 10 microseconds each.
+_PARTS, _BYTES_A_PART = 1000, 128
+# Values of tags, and bytes of a JPEG's tables: Pillow makes a Python object of each.
+_VALUES, _TABLES = 2**17, 2**20
+# Bytes before a GIF's first frame: Pillow joins a comment block by block, and copies all of it each time.
+_EXTENSIONS = 2**20
+_STRIPS = 2**14
+# A progressive JPEG of libjpeg or mozjpeg passes over its samples 4 to 6 times, in 6 to 14 scans. Passing over 10**9
+# samples takes 0.6 s at most.
+_SCANS, _PASSES, _SAMPLES = 100, 10, 10**9
+# Bytes: libpng inflates no text or profile any further.
+_INFLATED = 8_000_000
+# Deflate cannot make more of one byte; inflating so many bytes takes a quarter of a second.
+_DEFLATE_RATIO, _UNSEEN = 1032, 128_000_000
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# Baseline, extended, progressive (C0 to C2), and kinds that neither cameras nor browsers use: lossless, arithmetic.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_EXIF = b"Exif\0\0"
+_SIZE_OF = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_BYTE_TYPES = {1, 2, 6, 7}
+# Of TIFF 6.0: sizes, depth, compression, strips, tiles; each is a SHORT or a LONG.
+_LAYOUT_TAGS = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}
+_ODD_ORDERS = {b"II\0*", b"MM*\0", b"II+\0", b"MM\0+"}
+# None, LZW, JPEG, deflate, PackBits, deflate by its old number.
+_TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946}
+
+
+class Refused(TouchlineError):
+    """The file is damaged, of another kind, or would cost too much to decode."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file says of its image.
+
+    Attributes:
+        format: JPEG, PNG, WEBP, GIF, BMP or TIFF.
+        width, height: pixels as stored.
+        orientation: of EXIF, 1 to 8.
+        samples: bytes that the samples of all pixels are, uncompressed.
+        per_pixel: bytes that OpenCV holds for each pixel at most while it decodes the file, as measured.
+        held: bytes that decoding holds besides: coefficients of several scans, a strip, texts.
+    """
+
+    format: str
+    width: int
+    height: int
+    orientation: int = 1
+    samples: int = 0
+    per_pixel: int = 6
+    held: int = 0
+
+
+def read(content: bytes) -> Layout:
+    """The layout of an image file's bytes.
+
+    Raises:
+        Refused: they are none of the formats above, damaged, or made to cost much.
+    """
+    found = format_of(content)
+    if not found:
+        raise Refused("not a JPEG, PNG, WebP, GIF, BMP or TIFF file")
+    try:
+        return _READERS[found](content)
+    except (struct.error, IndexError, ZeroDivisionError):
+        raise Refused("its header is damaged") from None
+
+
+def check_inflation(content: bytes, found: Layout) -> None:
+    """Refuse a PNG with data after its last pixel: libpng inflates all of it, only to drop it.
+
+    Only inflating tells, so this is for callers that are about to decode the file, and does nothing where the surplus
+    cannot be large.
+
+    Args:
+        found: the file's layout.
+
+    Raises:
+        Refused: there is twice as much data as the pixels need, or more.
+    """
+    if found.format != "PNG":
+        return
+    allowed = 2 * found.samples + _INFLATED
+    view = memoryview(content)
+    pieces = [view[start : start + length] for kind, start, length in _chunks(content) if kind == b"IDAT"]
+    if _DEFLATE_RATIO * sum(map(len, pieces)) <= allowed + _UNSEEN:
+        return
+    inflater, total = zlib.decompressobj(), 0
+    try:
+        for piece in pieces:
+            left: bytes | memoryview = piece
+            while left and not inflater.eof:
+                total += len(inflater.decompress(left, 2**20))
+                left = inflater.unconsumed_tail
+                if total > allowed:
+                    raise Refused("a PNG with far more data than its pixels need")
+    except zlib.error:
+        return  # the decoder finds that too
+
+
+def format_of(content: bytes) -> str:
+    """The format that the first bytes of a file say; empty where they say none of ours."""
+    return next((name for name, start in _STARTS.items() if start.match(content)), "")
+
+
+class _Parts:
+    """Counts a file's parts, and refuses it when there are far more than a file of its size needs."""
+
+    def __init__(self, content: bytes) -> None:
+        self._left = _PARTS + len(content) // _BYTES_A_PART
+
+    def add(self, count: int = 1) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise Refused("it has far more parts than an image needs")
+
+
+def _jpeg(content: bytes) -> Layout:
+    parts, tables, exif = _Parts(content), 0, []
+    width = height = scans = work = 0
+    # Of each component its name and how many samples it has.
+    components: list[tuple[int, int]] = []
+    progressive = buffered = False
+    place = 2
+    while found := _MARKER.search(content, place):
+        kind = found[0][1]
+        # Pillow passes over what stands between segments byte by byte.
+        parts.add(1 if scans else 1 + found.start() - place)
+        place = found.end()
+        if kind == 0xD9:
+            break
+        if kind in {0x01, 0xD8}:
+            continue
+        body = content[place + 2 : place + max(2, int.from_bytes(content[place : place + 2], "big"))]
+        place += 2 + len(body)
+        if kind in _FRAMES:
+            if components or kind > 0xC2:
+                raise Refused("a JPEG of a kind that is not supported: save it as an ordinary one")
+            progressive = kind == 0xC2
+            height, width, components = _frame(body)
+        elif kind == 0xDA:
+            scans += 1
+            scanned = body[1 : 1 + 2 * body[0] : 2]
+            work += sum(samples for name, samples in components if name in scanned)
+            buffered = progressive or body[0] < len(components)
+            if not buffered:
+                break
+        elif kind == 0xE1 and body.startswith(_EXIF):
+            exif.append(body[len(_EXIF) :])
+            tables += len(body)
+        elif kind == 0xE2 and body.startswith(b"MPF\0"):
+            _directory(body[4:])
+            tables += len(body)
+        elif kind < 0xE0:
+            tables += len(body)
+    if tables > _TABLES:
+        raise Refused("a JPEG with more tables than an image needs")
+    total = sum(samples for _, samples in components)
+    if not total:
+        raise Refused("its header is damaged")
+    if scans > _SCANS or work > max(_PASSES * total, _SAMPLES):
+        raise Refused(f"{scans:,} scans are more than a JPEG of {width:,} x {height:,} pixels needs")
+    orientation = _orientation(b"".join(exif))
+    return Layout("JPEG", width, height, orientation, total, held=2 * total if buffered else 0)
+
+
+def _frame(body: bytes) -> tuple[int, int, list[tuple[int, int]]]:
+    """Height, width, and name and samples of each component, out of a start of frame (T.81, B.2.2)."""
+    height, width, count = struct.unpack_from(">HHB", body, 1)
+    found = [(body[at], body[at + 1] >> 4, body[at + 1] & 15) for at in range(6, 6 + 3 * count, 3)]
+    most = max(across for _, across, _ in found) * max(down for _, _, down in found)
+    return height, width, [(name, -(-width * height * across * down // most)) for name, across, down in found]
+
+
+def _png(content: bytes) -> Layout:
+    parts, orientation, held, pixels_begun, animated = _Parts(content), 1, 0, False, False
+    width, height, depth, colour = struct.unpack_from(">IIBB", content, len(_PNG) + 8)
+    for kind, start, length in _chunks(content):
+        parts.add()
+        # The sizes stand in the first chunk, and readers differ in what they make of another one like it.
+        if (kind == b"IHDR") != (start == len(_PNG) + 8):
+            raise Refused("its header is damaged")
+        # OpenCV takes memory for all that a chunk claims.
+        if start + length > len(content):
+            raise Refused("it is cut off or damaged")
+        pixels_begun |= kind == b"IDAT"
+        animated |= kind == b"acTL"
+        if kind in {b"zTXt", b"iTXt", b"iCCP"}:
+            held += _INFLATED
+        elif kind == b"eXIf" and not pixels_begun:
+            orientation = _orientation(content[start : start + length])
+    samples = width * height * {2: 3, 4: 2, 6: 4}.get(colour, 1) * depth // 8
+    return Layout("PNG", width, height, orientation, samples, 12 if animated else 6, held)
+
+
+def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, first byte and length of what each chunk of a PNG holds, up to its end."""
+    kind, place = b"", len(_PNG)
+    while place + 8 <= len(content) and kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", content, place)
+        yield kind, place + 8, length
+        place += length + 12
+
+
+def _gif(content: bytes) -> Layout:
+    parts = _Parts(content)
+    width, height, flags = struct.unpack_from("<HHB", content, 6)
+    place = begin = 13 + _palette(flags)
+    while content[place : place + 1] == b"!":
+        place += 2
+        while size := content[place]:
+            parts.add()
+            place += 1 + size
+        parts.add()
+        place += 1
+        if place - begin > _EXTENSIONS:
+            raise Refused("a GIF with more comments than an image needs")
+    if content[place : place + 1] != b",":
+        raise Refused("its header is damaged")
+    left, top, inner_width, inner_height = struct.unpack_from("<HHHH", content, place + 1)
+    return Layout("GIF", max(width, left + inner_width), max(height, top + inner_height), per_pixel=8)
+
+
+def _palette(flags: int) -> int:
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 128 else 0
+
+
+def _bmp(content: bytes) -> Layout:
+    (size,) = struct.unpack_from("<I", content, 14)
+    if size == 12:
+        width, height = struct.unpack_from("<HH", content, 18)
+        compression = 0
+    else:
+        width, height, _, _, compression = struct.unpack_from("<iiHHI", content, 18)
+    # Pillow takes them apart in Python, pixel by pixel.
+    if compression in {1, 2}:
+        raise Refused("a run-length encoded BMP, which is not supported: save it as PNG")
+    return Layout("BMP", abs(width), abs(height))
+
+
+def _tiff(content: bytes) -> Layout:
+    tags = _directory(content)
+
+    def most(tag: int, default: int) -> int:
+        # Readers differ in which they take of a tag that stands twice.
+        return max(tags.get(tag, ()), default=default)
+
+    width, height, samples, depth = most(256, 0), most(257, 0), most(277, 1), most(258, 1)
+    compression = tags.get(259, [1])[0]
+    if compression not in _TIFF_COMPRESSIONS:
+        raise Refused(f"a TIFF with compression {compression}, which is not supported: save it as PNG")
+    tiled = 322 in tags
+    wide, tall = (min(tags[322]), min(tags[323])) if tiled else (width, min(height, *tags.get(278, [height])))
+    across, down = -(-width // wide), -(-height // tall)
+    starts, lengths = (tags.get(tag, []) for tag in ((324, 325) if tiled else (273, 279)))
+    planes = samples if most(284, 1) == 2 else 1
+    if max(across * down * planes, len(starts), len(lengths)) > _STRIPS:
+        raise Refused("a TIFF with more strips or tiles than an image needs")
+    for start, length in set(zip(starts, lengths, strict=False)) if compression == 7 else ():
+        strip = content[start : start + length]
+        if strip.startswith(b"\xff\xd8") and _jpeg(strip).held:
+            raise Refused("a TIFF of progressive JPEGs, which is not supported: save it as PNG")
+    piece = wide * tall * samples * depth // 8
+    # Tiles may reach far beyond the image.
+    return Layout("TIFF", width, height, _upright(tags), across * down * piece, held=piece)
+
+
+def _webp(content: bytes) -> Layout:
+    parts, orientation, width, height, animated, place = _Parts(content), 1, 0, 0, False, 12
+    while place + 8 <= len(content):
+        parts.add()
+        kind, length = struct.unpack_from("<4sI", content, place)
+        place += 8
+        if kind == b"VP8X":
+            sizes = [1 + int.from_bytes(content[place + at : place + at + 3], "little") for at in (4, 7)]
+        elif kind == b"VP8L":
+            (bits,) = struct.unpack_from("<I", content, place + 1)
+            sizes = [1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)]
+        elif kind == b"VP8 ":
+            sizes = [side & 0x3FFF for side in struct.unpack_from("<HH", content, place + 6)]
+        else:
+            sizes = [0, 0]
+        width, height = max(width, sizes[0]), max(height, sizes[1])
+        animated |= kind == b"ANIM"
+        if kind == b"EXIF":
+            orientation = _orientation(content[place : place + length])
+        place += length + length % 2
+    return Layout("WEBP", width, height, orientation, per_pixel=12 if animated else 8)
+
+
+def _orientation(exif: bytes) -> int:
+    exif = exif.removeprefix(_EXIF).removeprefix(_EXIF)
+    # Some programs write it twice. Pillow takes off any number, and copies the rest each time.
+    if exif.startswith(_EXIF):
+        raise Refused("its EXIF data is damaged")
+    return _upright(_directory(exif))
+
+
+def _upright(tags: dict[int, list[int]]) -> int:
+    found = tags.get(0x0112, [1])[0]
+    return found if 1 <= found <= 8 else 1
+
+
+def _directory(content: bytes) -> dict[int, list[int]]:
+    """Whole numbers in the first directory of a TIFF file or an EXIF block, by tag; empty where there is none.
+
+    Raises:
+        Refused: its tags claim more than twice the bytes there are, or too many values: readers copy what each claims.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(content[:4])
+    if order is None:
+        if content[:4] in _ODD_ORDERS:
+            raise Refused("its tags are in an order that is not supported")
+        return {}
+    (at,) = struct.unpack_from(order + "I", content, 4) if len(content) >= 8 else (len(content),)
+    if at + 2 > len(content):
+        return {}
+    (count,) = struct.unpack_from(order + "H", content, at)
+    _Parts(content).add(count)
+    found: dict[int, list[int]] = {}
+    claimed = values = 0
+    for place in range(at + 2, min(at + 2 + 12 * count, len(content) - 11), 12):
+        tag, kind, number = struct.unpack_from(order + "HHI", content, place)
+        size = _SIZE_OF.get(kind, 0) * number
+        start = place + 8 if size <= 4 else struct.unpack_from(order + "I", content, place + 8)[0]
+        if start + size > len(content):
+            continue
+        claimed += size
+        values += number if kind not in _BYTE_TYPES else 0
+        if claimed > 2 * len(content) or values > _VALUES:
+            raise Refused("its tags claim more than the file has")
+        if kind in {3, 4}:
+            read = struct.unpack_from(f"{order}{number}{'H' if kind == 3 else 'I'}", content, start)
+            found.setdefault(tag, []).extend(read)
+        elif tag in _LAYOUT_TAGS:
+            raise Refused("its header is damaged")
+    return found
+
+
+_STARTS = {
+    name: re.compile(start, re.DOTALL)
+    for name, start in {
+        "JPEG": rb"\xff\xd8\xff",
+        "PNG": re.escape(_PNG),
+        "WEBP": rb"RIFF....WEBP",
+        "GIF": rb"GIF8[79]a",
+        # Two letters alone begin many a text; 14 bytes later stands the size of a header, and there are seven of those.
+        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+        "TIFF": rb"II\*\0|MM\0\*",
+    }.items()
+}
+_READERS: dict[str, Callable[[bytes], Layout]] = {
+    "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif, "BMP": _bmp, "TIFF": _tiff,
+}  # fmt: skip
