@@ -304,7 +304,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Paths:
             path.write_text("no photo")
         rows.append({"path": path.relative_to(root).as_posix(), "class": label, "sha256": f"{number:064x}"})
     with (root / "data/photos.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, validate.COLUMNS, restval="")
+        table = csv.DictWriter(file, validate.COLUMNS, restval="", lineterminator="\n")
         table.writeheader()
         table.writerows(
             {"source": "folder", "bytes": 1, "width": 1, "height": 1, "origin": row["path"], **row} for row in rows

@@ -83,7 +83,7 @@ class Workspace:
     def run(self, its_params: Params) -> None:
         self.paths.photos_table.parent.mkdir(parents=True, exist_ok=True)
         with self.paths.photos_table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, validate.COLUMNS)
+            writer = csv.DictWriter(file, validate.COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         validate.run(self.paths, its_params)
