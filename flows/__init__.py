@@ -11,6 +11,8 @@ from pathlib import Path
 # Set before prefect is imported anywhere. Whoever set one of them before, keeps it.
 _DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # A board's server deletes flow runs that ended more than 90 days ago; Prefect's own default keeps all of them.
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     # A temporary server, where none runs, takes 15 to 75 s on a small machine; prefect gives it 20.

@@ -25,7 +25,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from prefect.utilities.annotations import quote
 
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
@@ -248,7 +248,7 @@ def why_failed(states: Mapping[str, State]) -> str:
         if state.is_failed() or state.is_crashed()
     }
     return "; ".join(
-        f"{name}: {error.line if isinstance(error, StageError) else ' '.join(str(error).split())}"
+        f"{name}: {error.line if isinstance(error, StageError) else one_line(error, 1000)}"
         for name, error in errors.items()
     )
 

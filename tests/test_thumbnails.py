@@ -23,10 +23,12 @@ def jpeg(width: int, height: int, orientation: int = 1) -> bytes:
 
 
 @pytest.mark.parametrize("width, height, shape", [(90, 60, (40, 60, 3)), (60, 90, (60, 40, 3)), (400, 2, (1, 60, 3))])
-def test_a_thumbnail_has_the_aspect_of_its_photo(width: int, height: int, shape: tuple, tmp_path: Path) -> None:
+def test_a_thumbnail_has_the_aspect_of_its_photo(
+    width: int, height: int, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
     (tmp_path / "photo.jpg").write_bytes(jpeg(width, height))
     small = thumbnail(tmp_path / "photo.jpg", 60)
-    assert (small.shape, small.dtype) == (shape, np.uint8)
+    assert small.shape == shape and small.dtype == np.uint8
     assert np.array_equal(small, thumbnail(jpeg(width, height), 60))
     red, blue = small[:, 5].mean(axis=0), small[:, -5].mean(axis=0)
     assert red[0] > 200 > 60 > red[2] and blue[2] > 200 > 60 > blue[0]

@@ -354,15 +354,15 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
     days: Annotated[
         int,
-        typer.Option("--older-than", metavar="DAYS", help="what is old among runs, studies and flow runs", min=1),
+        typer.Option("--older-than", metavar="DAYS", help="what counts as old among runs and exported models", min=1),
     ] = 90,
 ) -> None:
-    """Delete what nothing needs any more: unused objects of DVC's cache, deleted and old runs, leftovers.
+    """Delete what the project needs no more, after showing it and asking.
 
-    Of MLflow's runs go those that you deleted, and those that ended more than --older-than days ago unless a registered
-    version, a model in models/ or a DVC experiment needs them. Registered versions, photos, data/decisions.csv and
-    downloads stay, and so does all in DVC's cache that a commit, a branch, a tag or an experiment names. To begin anew
-    there is `make clean`, which deletes what the stages made.
+    That is half-written files, features that params.yaml no longer names, old exported models, copies that killed
+    experiments left, unused objects in DVC's cache (`dvc gc`), and runs in MLflow (`mlflow gc`) that you deleted or
+    that ended long ago, unless a registered version, a model in models/ or a DVC experiment needs them. Photos,
+    data/decisions.csv and downloads are never deleted. To start over, use `make clean`.
     """
     from touchline.commands import clean
 

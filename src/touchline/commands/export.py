@@ -17,7 +17,7 @@ import numpy as np
 
 from touchline.commands.export_formats import FORMATS, Format
 from touchline.core import parallel
-from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import read_table, replacing
 from touchline.core.params import Params, SampleParams
 from touchline.core.paths import Paths
@@ -209,8 +209,7 @@ def _write(target: Format, classifier: Classifier, draft: Path, form: str) -> No
     except OSError:
         raise
     except Exception as error:  # the converters raise many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TouchlineError(
-            f"{classifier.name} cannot be converted to {form} ({reason}): try another --format"
+            f"{classifier.name} cannot be converted to {form} ({one_line(error)}): try another --format"
         ) from None
     target.describe(draft, _about(classifier))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from touchline.core import params as params_file
 from touchline.core.editing import as_yaml, change, set_values
-from touchline.core.errors import Diverged, TouchlineError
+from touchline.core.errors import Diverged, TouchlineError, one_line
 from touchline.core.files import read_table
 from touchline.core.params import ArticleParams, CnnParams, HeadParams, ModelParams, Params
 from touchline.core.paths import Paths
@@ -248,7 +248,7 @@ class _Study:
         except BaseException as error:
             with self._lock:
                 if not self._running():
-                    self._store.fail(self._parent, str(error) or type(error).__name__)
+                    self._store.fail(self._parent, one_line(error, 1000))
             raise
         with self._lock:
             best = self.best()
@@ -376,7 +376,7 @@ class _Study:
         except BaseException as error:
             with self._lock:
                 self._lose(trial)
-            self._store.fail(run_id, str(error) or type(error).__name__)
+            self._store.fail(run_id, one_line(error, 1000))
             raise
         best = self.best()
         so_far = f"; best so far {best[0].value:.4f} (trial {best[0].number})" if best else ""

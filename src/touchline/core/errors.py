@@ -11,6 +11,12 @@ class TouchlineError(Exception):
     exit_code = 1
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says, on one line of at most `most` characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 class Diverged(TouchlineError):
     """Training came to a loss that is no number."""
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,21 +224,28 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
     except FileNotFoundError:
         raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise TouchlineError(f"{path} is not a readable table ({reason}): {RENEW}") from None
+        raise TouchlineError(f"{path} is not a readable table ({one_line(error)}): {RENEW}") from None
 
 
 def remove_partials(folder: Path, *, below: bool = True) -> None:
     """Delete what killed writers left in `folder`, and below it if so told; what a living process writes stays."""
+    for path in abandoned(folder, below=below):
+        path.unlink(missing_ok=True)
+
+
+def abandoned(folder: Path, *, below: bool = True) -> list[Path]:
+    """Half-written files in `folder`, and below it if so told, whose writer is gone."""
     import psutil
 
+    found = []
     for path in folder.rglob(".partial-*") if below else folder.glob(".partial-*"):
         writer = path.name.split("-")[1]
         # A number of an earlier life may be ours today.
         ours = writer == str(os.getpid())
         at_work = path in _unfinished if ours else writer.isdecimal() and psutil.pid_exists(int(writer))
         if not at_work:
-            path.unlink(missing_ok=True)
+            found.append(path)
+    return found
 
 
 def abandon() -> None:

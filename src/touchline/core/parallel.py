@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, TypeVar
 
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.params import Params
 from touchline.core.progress import say
 
@@ -232,7 +232,7 @@ def _client(address: str) -> Iterator["Client"]:
         client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False, name="touchline")
     except (OSError, ValueError) as error:
         raise TouchlineError(
-            f"no Dask scheduler answers at {address} ({_one_line(error)}): start it (`dask scheduler`), or empty "
+            f"no Dask scheduler answers at {address} ({one_line(error)}): start it (`dask scheduler`), or empty "
             f"compute.scheduler in params.yaml and {_ADDRESS} to work on this machine"
         ) from None
     with client:
@@ -302,7 +302,3 @@ def _lost(client: "Client") -> TouchlineError:
 def _address(client: "Client") -> str:
     # As it was named: a client that has given up its scheduler knows no other.
     return str(client._start_arg)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from touchline.core.errors import ParamsError
+from touchline.core.errors import ParamsError, one_line
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
@@ -380,7 +380,7 @@ def load(path: Path) -> Params:
     except RecursionError:
         raise ParamsError(f"{path.name} is not readable YAML: it is nested too deep") from None
     except (YAMLError, ValueError) as error:  # a date or a number that is none is a ValueError
-        raise ParamsError(f"{path.name} is not readable YAML: {' '.join(str(error).split())}") from None
+        raise ParamsError(f"{path.name} is not readable YAML: {one_line(error, 500)}") from None
     return check(content, path.name)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import sha256
 from touchline.core.params import BackboneFeatures
 from touchline.core.tensorflow import import_tensorflow
@@ -254,7 +254,7 @@ def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path)
         try:
             layer.set_weights(values)
         except ValueError as error:
-            raise TouchlineError(f"{file} does not fit {backbone}: {_one_line(error)}") from None
+            raise TouchlineError(f"{file} does not fit {backbone}: {one_line(error)}") from None
         return y
 
     def folded(kernel: "np.ndarray", source: str, axis: int) -> "tuple[np.ndarray, np.ndarray]":
@@ -339,7 +339,7 @@ def _keras_application(backbone: str, features: BackboneFeatures, project: Path)
         except Exception as error:
             # Keras lets through whatever the readers of its three file formats raise.
             raise TouchlineError(
-                f"{file} does not fit {backbone} ({_one_line(error)}): name the weights of this network, "
+                f"{file} does not fit {backbone} ({one_line(error)}): name the weights of this network, "
                 "saved without its top"
             ) from None
     return keras.Model(inputs, net.output, name=backbone)
@@ -448,11 +448,6 @@ def _failure_of_keras(backbone: str, error: Exception) -> TouchlineError:
         cached = _in_keras_cache(download[1])
         return TouchlineError(
             f"the ImageNet weights of {backbone} are not at {cached} ($KERAS_HOME/models) and cannot be "
-            f"downloaded ({_one_line(error)}): put them there, or name a file under weights in params.yaml"
+            f"downloaded ({one_line(error)}): put them there, or name a file under weights in params.yaml"
         )
-    return TouchlineError(f"Keras cannot build {backbone} as params.yaml asks: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    return TouchlineError(f"Keras cannot build {backbone} as params.yaml asks: {one_line(error)}")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -45,8 +45,7 @@ def read(path: Path, sha256: str) -> dict[str, np.ndarray]:
         return _tensors(io.BytesIO(content))
     except Exception as error:
         # A damaged or hostile pickle can fail in any way there is; to a person they are all one.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TouchlineError(f"{path} is not a readable torch weight file ({reason}): replace it") from None
+        raise TouchlineError(f"{path} is not a readable torch weight file ({one_line(error)}): replace it") from None
 
 
 @dataclass(frozen=True)

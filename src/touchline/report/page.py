@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from touchline.core import stage
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import RENEW, read_json, read_table, sha256, write_text
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
@@ -189,7 +189,7 @@ def _heats(path: Path) -> dict[str, np.ndarray]:
         with np.load(path) as stored:
             return dict(stored)
     except Exception as error:  # a torn zip, no zip, an array alone: NumPy raises many kinds
-        raise TouchlineError(f"{path} is no readable archive ({str(error)[:80]}): {RENEW}") from None
+        raise TouchlineError(f"{path} is no readable archive ({one_line(error)}): {RENEW}") from None
 
 
 def _thumbnail(paths: Paths, row: Mapping[str, Any]) -> np.ndarray:

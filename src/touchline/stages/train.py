@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from touchline.core import parallel, stage
-from touchline.core.errors import Diverged, TouchlineError
+from touchline.core.errors import Diverged, TouchlineError, one_line
 from touchline.core.files import read_table, replacing, sha256, write_json, write_table
 from touchline.core.params import (
     ArticleParams,
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     import keras
     import pandas as pd
     import tensorflow as tf
+
+    from touchline.tracking import Store
 
 T = TypeVar("T")
 OnEpoch = Callable[[dict[str, float]], None]
@@ -128,7 +130,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
     """Write `models/<name>.keras`, `.openvino` and `.json` and `reports/history/<name>.csv`, and log the run."""
     import pandas as pd
 
-    from touchline.tracking import StoreError, open_store
+    from touchline.tracking import open_store
 
     _refuse_more_machines()
     import_tensorflow()
@@ -146,69 +148,77 @@ def run(paths: Paths, params: Params, name: str) -> None:
     shared = {key: tag for key, tag in record["tags"].items() if key not in {_DVC_EXPERIMENT, _PREFECT_FLOW_RUN}}
     parent = store.execution(shared)
     run_id = store.start(record["run_name"], record["tags"], record["params"], record["dataset"], parent=parent)
-    answers = True
-
-    def log(ask: Callable[..., None], *arguments: Any, **options: Any) -> None:
-        # Hours of training are not lost for a store that went away: all that is logged stands in models/ as well, and
-        # `evaluate`, as `touchline registry sync`, logs a run whole that the store has not.
-        nonlocal answers
-        if not answers:
-            return
-        try:
-            ask(run_id, *arguments, **options)
-        except StoreError as error:
-            answers = False
-            say(f"{name}: {error}; the training goes on, and `evaluate` will log it from models/{name}.json")
-            with suppress(StoreError):
-                store.fail(run_id, str(error))
-
-    log(store.describe, record["description"])
+    logged = _Logged(store, run_id, name)
+    logged.log(store.describe, record["description"])
     try:
-
-        def report(row: dict[str, float]) -> None:
-            log(store.log_row, row)
-            metrics = {metric: value for metric, value in row.items() if metric != "epoch"}
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-            say(f"{name}: epoch {row['epoch']:.0f}, {shown}" if "strength" not in row else f"{name}: {shown}")
-
         stored, devices = Arrays(paths.features / chosen.input), params.compute.devices
-        trained = fit(chosen, features, stored, train, validation, paths.project, report, devices)
+        on_epoch = partial(_report, logged)
+        trained = fit(chosen, features, stored, train, validation, paths.project, on_epoch, devices)
         path = paths.models / f"{name}.keras"
         record |= _write(trained, path)
-        best = trained.history[trained.kept]
-        record["training_photos"] = sorted(trained.learned_from.digests)
-        record["history"] = trained.history
-        record["metrics"] = {
-            "seconds/train": round(time.monotonic() - began, 2),
-            **{metric: value for metric, value in best.items() if metric != "epoch"},
-        }
-        epochs = sum("strength" not in row for row in trained.history)
-        if "strength" not in best:
-            record["metrics"]["epochs"] = epochs
+        record |= _results(trained, time.monotonic() - began)
         record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
-        log(store.describe, record["description"])
+        logged.log(store.describe, record["description"])
         record["ended"] = _now()
-        log(
-            store.finish,
-            model_path=path,
-            image_size=record["image_size"],
-            classes=record["classes"],
-            training_photos=record["training_photos"],
-            metrics=record["metrics"],
-            history=record["history"],
-        )
+        results = {key: record[key] for key in ("image_size", "classes", "training_photos", "metrics", "history")}
+        logged.log(store.finish, model_path=path, **results)
     except BaseException as error:
-        log(store.fail, str(error) or type(error).__name__)
+        logged.log(store.fail, one_line(error, 1000))
         raise
     history = pd.DataFrame(trained.history)
     history["kept"] = (history["epoch"] == trained.kept).astype(int)
     write_table(paths.reports / "history" / f"{name}.csv", history)
     write_json(paths.models / f"{name}.json", {"run_id": run_id, "experiment_id": store.experiment_id, **record})
-    steps = f"strength {best['strength']:g}" if "strength" in best else f"{epochs} epochs"
-    say(
-        f"{name}: {steps}, {record['metrics']['seconds/train']:.0f} s, "
-        f"validation accuracy {best['validation/accuracy']:.3f}"
-    )
+    best, metrics = trained.history[trained.kept], record["metrics"]
+    steps = f"strength {best['strength']:g}" if "strength" in best else f"{metrics['epochs']} epochs"
+    say(f"{name}: {steps}, {metrics['seconds/train']:.0f} s, validation accuracy {best['validation/accuracy']:.3f}")
+
+
+@dataclass
+class _Logged:
+    """The run of a training in the store, for as long as the store answers.
+
+    Hours of training are not lost with a store that went away: all that is logged is in models/ as well, and `evaluate`
+    and `touchline registry sync` log a run that the store lacks.
+    """
+
+    store: "Store"
+    run_id: str
+    name: str
+    answers: bool = True
+
+    def log(self, ask: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        from touchline.tracking import StoreError
+
+        if not self.answers:
+            return
+        try:
+            ask(self.run_id, *arguments, **options)
+        except StoreError as error:
+            self.answers = False
+            say(f"{self.name}: {error}; the training goes on, and `evaluate` will log it from models/{self.name}.json")
+            with suppress(StoreError):
+                self.store.fail(self.run_id, str(error))
+
+
+def _report(logged: _Logged, row: dict[str, float]) -> None:
+    """Log a row of the history, and print it."""
+    logged.log(logged.store.log_row, row)
+    shown = ", ".join(f"{metric} {value:.3f}" for metric, value in row.items() if metric != "epoch")
+    say(f"{logged.name}: {shown}" if "strength" in row else f"{logged.name}: epoch {row['epoch']:.0f}, {shown}")
+
+
+def _results(trained: Trained, seconds: float) -> dict[str, Any]:
+    """What is known of a run once it has trained, under the names of `models/<name>.json`."""
+    best = trained.history[trained.kept]
+    metrics = {"seconds/train": round(seconds, 2), **{key: value for key, value in best.items() if key != "epoch"}}
+    if "strength" not in best:
+        metrics["epochs"] = sum("strength" not in row for row in trained.history)
+    return {
+        "training_photos": sorted(trained.learned_from.digests),
+        "history": trained.history,
+        "metrics": metrics,
+    }
 
 
 def _write(trained: Trained, path: Path) -> dict[str, str]:

@@ -554,13 +554,11 @@ class Store:
         registered = self._registered(name)
         if registered is None:
             return []
-        found, token = [], None
-        while True:
-            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
-            found += [_version(version, registered.aliases) for version in page]
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda version: version.number)
+        found = [
+            _version(version, registered.aliases)
+            for version in _pages(self._client.search_model_versions, f"name = '{name}'")
+        ]
+        return sorted(found, key=lambda version: version.number)
 
     def alias(self, name: str, alias: str) -> Version | None:
         """The version of `name` that `alias` points at, or None."""
@@ -791,7 +789,7 @@ class Store:
         return [output.model_id for output in outputs.model_outputs] if outputs else []
 
     def _search(self, filter_string: str) -> "list[Run]":
-        return list(self._client.search_runs([self.experiment_id], filter_string))
+        return list(_pages(self._client.search_runs, [self.experiment_id], filter_string))
 
     def _registered(self, name: str) -> Any:
         try:
@@ -903,148 +901,108 @@ def _holds_version(database: sqlite3.Connection, name: str, sha256: str) -> bool
 
 @dataclass(frozen=True)
 class Garbage:
-    """What of the project's own store nothing needs; see `garbage`.
+    """Runs that may be deleted for good; see `garbage`.
 
     Attributes:
-        deleted: ids of runs that a person deleted.
-        old: ids of runs that ended long ago.
-        models: ids of the models of both that nobody deleted.
-        folders: what all these have on disk.
-        kept: how many runs stay.
-        versions: how many registered versions there are; all stay.
-        running: names of the runs that a living process of this machine is at.
-        why_not: why nothing of it can go; empty where it can.
+        old: ids of runs that ended long ago and that nothing needs.
+        deleted: how many runs a person deleted.
+        models: ids of the logged models of both.
+        folders: where the artifacts of runs and models lie.
     """
 
-    deleted: tuple[str, ...] = ()
     old: tuple[str, ...] = ()
+    deleted: int = 0
     models: tuple[str, ...] = ()
     folders: tuple[Path, ...] = ()
-    kept: int = 0
-    versions: int = 0
-    running: tuple[str, ...] = ()
-    why_not: str = ""
 
 
-def garbage(paths: Paths, before: datetime, experiments: Collection[str], workspaces: Sequence[Paths]) -> Garbage:
-    """What nothing needs any more, told without importing MLflow and without changing anything.
+def garbage(paths: Paths, experiment: str, before: datetime, dvc_experiments: Collection[str]) -> Garbage:
+    """Runs of `experiment`, in the project's own store, that were deleted or that nothing needs.
 
-    A run is needed, with its model and the runs it is shown under, by a registered version (with an alias or without: a
-    rollback goes to one without), by a model in `models/` of a workspace, by a DVC experiment. A run that Touchline did
-    not log stays too.
+    A run is needed, with the runs it is shown under, by a registered version (with or without an alias: a rollback
+    goes to one without), by a model in `models/`, also that of the flows' clone, or by a DVC experiment. Runs that
+    other programs logged stay too.
 
     Args:
         before: runs that ended before it are old.
-        experiments: names of the DVC experiments there are.
-        workspaces: whose `models/` count.
+        dvc_experiments: names of the DVC experiments that exist.
 
     Raises:
-        TouchlineError: the database cannot be read.
+        TouchlineError: the store is a server or belongs to a project elsewhere, or a registered version needs what was
+            deleted: `mlflow gc` would delete that too.
     """
-    database = _database(paths)
+    from mlflow.entities import ViewType
+
     uri = _tracking_uri(paths)
     if {uri, _registry_uri(paths)} != {_own_uri(paths)}:
-        return Garbage(why_not=f"{_where(uri)} is not in this project: whoever keeps it runs `mlflow gc`")
-    if not database.exists():
+        raise StoreError(f"{_where(uri)} is not part of this project: run `mlflow gc` where it is kept")
+    if not _database(paths).exists():
         return Garbage()
-    try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
-            runs, tags, models, versions = _all_there_is(connection)
-    except sqlite3.Error as error:
-        raise TouchlineError(
-            f"{database} cannot be read ({error}): `touchline registry list` mends what a killed process left; then "
-            "run again"
-        ) from None
+    store = open_store(paths, experiment)
+    client, here = store._client, [store.experiment_id]
+    runs = {run.info.run_id: run for run in _pages(client.search_runs, here)}
+    deleted = {run.info.run_id: run for run in _pages(client.search_runs, here, run_view_type=ViewType.DELETED_ONLY)}
+    models = [model for model in _pages(client.search_logged_models, here) if model.source_run_id]
+    run_of = {model.model_id: model.source_run_id for model in models}
+    workspaces = [paths, Paths(paths.project / ".prefect/clone", paths.project)]
     records = [record for workspace in workspaces for record, _ in _expected_runs(workspace)]
-    needed = {run_id: f"version {number} of {name}" for name, number, _, run_id in versions}
-    for name, number, source, _ in versions:
-        for model_id, (run_id, _, location) in models.items():
-            if source in {location, f"models:/{model_id}"}:
-                needed |= dict.fromkeys((run_id, model_id), f"version {number} of {name}")
     ids, digests = ({record[key] for record in records} for key in ("run_id", "model_sha256"))
-    active = {run_id for run_id, run in runs.items() if run["lifecycle_stage"] == "active"}
+    for version in _pages(client.search_model_versions):
+        of_version = {version.run_id, *re.findall(r"(?<![\w-])[0-9a-f]{32}(?!\w)", version.source or "")}
+        for model_id in re.findall(r"(?<!\w)m-[0-9a-f]{32}(?!\w)", version.source or ""):
+            of_version.add(run_of.get(model_id) or client.get_logged_model(model_id).source_run_id)
+        if gone := of_version & deleted.keys():
+            raise StoreError(
+                f"version {version.version} of {version.name} needs the run {gone.pop()}, which was deleted: restore "
+                "it with `mlflow runs restore`, or delete the version too"
+            )
+        ids |= of_version
     stays = {
         run_id
-        for run_id in active
-        if run_id in needed
-        or run_id in ids
-        or tags[run_id].get(_SHA256) in digests
-        or tags[run_id].get("touchline.dvc_experiment") in experiments
-        or not any(key.startswith("touchline.") for key in tags[run_id])
-        or runs[run_id]["end_time"] is None
-        or runs[run_id]["end_time"] >= before.timestamp() * 1000
+        for run_id, run in runs.items()
+        if run_id in ids
+        or run.data.tags.get(_SHA256) in digests
+        or run.data.tags.get("touchline.dvc_experiment") in dvc_experiments
+        or not any(key.startswith("touchline.") for key in run.data.tags)
+        or not run.info.end_time
+        or run.info.end_time >= before.timestamp() * 1000
     }
     for run_id in list(stays):
-        while (run_id := tags[run_id].get(_PARENT, "")) in active:
+        while (run_id := runs[run_id].data.tags.get(_PARENT, "")) in runs:
             stays.add(run_id)
-    old = sorted(active - stays)
-    deleted = sorted(runs.keys() - active)
-    goes = {
-        model_id: (stage, location)
-        for model_id, (run_id, stage, location) in models.items()
-        if stage != "active" or run_id in {*old, *deleted}
-    }
-    locations = [*(runs[run_id]["artifact_uri"] for run_id in old + deleted), *(place for _, place in goes.values())]
-    why_not = ""
-    if needing := [(run_id, needed[run_id]) for run_id in [*deleted, *goes] if run_id in needed]:
-        why_not = (
-            f"{needing[0][1]} needs {needing[0][0]}, which was deleted: bring that back (`mlflow runs restore`), or "
-            "delete the version too"
-        )
-    elif not all(place.startswith(f"{_artifacts_uri(paths, uri)}/") for place in locations):
-        why_not = "its artifacts are not in this project, which was copied or moved: clean up where it came from"
+    going = {run_id: run for run_id, run in (runs | deleted).items() if run_id not in stays}
+    theirs = [model for model in models if model.source_run_id in going]
+    places = [run.info.artifact_uri for run in going.values()] + [model.artifact_location for model in theirs]
     return Garbage(
-        tuple(deleted),
-        tuple(old),
-        tuple(model_id for model_id, (stage, _) in goes.items() if stage == "active"),
-        tuple(Path(url2pathname(urlsplit(place).path)) for place in locations),
-        len(stays),
-        len(versions),
-        tuple(
-            run["name"]
-            for run_id, run in runs.items()
-            if run["status"] == "RUNNING" and tags[run_id].get(_HOST) == platform.node() and is_alive(tags[run_id])
-        ),
-        why_not,
+        tuple(sorted(runs.keys() - stays)),
+        len(deleted),
+        tuple(model.model_id for model in theirs),
+        tuple(Path(url2pathname(urlsplit(place).path)) for place in places),
     )
-
-
-def _all_there_is(
-    connection: sqlite3.Connection,
-) -> tuple[dict[str, Any], dict[str, dict[str, str]], dict[str, tuple[Any, ...]], list[Any]]:
-    """Runs, their tags, logged models and registered versions, out of MLflow's own tables."""
-    connection.row_factory = sqlite3.Row
-    runs = {row["run_uuid"]: row for row in connection.execute("SELECT * FROM runs")}
-    tags: dict[str, dict[str, str]] = {run_id: {} for run_id in runs}
-    for row in connection.execute("SELECT run_uuid, key, value FROM tags"):
-        tags[row["run_uuid"]][row["key"]] = row["value"]
-    models = {
-        row["model_id"]: (row["source_run_id"], row["lifecycle_stage"], row["artifact_location"])
-        for row in connection.execute("SELECT * FROM logged_models")
-    }
-    versions = connection.execute(
-        "SELECT name, version, source, run_id FROM model_versions WHERE current_stage IS NOT 'Deleted_Internal'"
-    )
-    return runs, tags, models, [tuple(row) for row in versions]
 
 
 def collect_garbage(paths: Paths, experiment: str, found: Garbage) -> None:
-    """Delete for good what `garbage` found, by `mlflow gc`. Broken off, it is found again.
+    """Delete for good what `garbage` found, with `mlflow gc`. Interrupted, it can be run again.
 
     Raises:
-        TouchlineError: the store does not answer, is damaged, or belongs to a project elsewhere.
+        TouchlineError: the store fails.
     """
-    store = open_store(paths, experiment)
-    store.delete(found.old, found.models)
+    open_store(paths, experiment).delete(found.old, found.models)
     from mlflow.cli import gc
 
     uri = _own_uri(paths)
     with _one_line_errors(_where(uri)), redirect_stdout(StringIO()):
         gc.main(["--backend-store-uri", uri, "--tracking-uri", uri], standalone_mode=False)
-    for folder in found.folders:
-        # MLflow deletes <id>/artifacts and leaves <id>.
-        with suppress(OSError):
-            folder.parent.rmdir()
+
+
+def _pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """Everything that a search of MLflow finds, page by page."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token, **options)
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def _expected_runs(paths: Paths) -> list[tuple[dict[str, Any], dict[str, float]]]:
