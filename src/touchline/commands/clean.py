@@ -1,4 +1,4 @@
-"""`touchline clean`: deletes what the project needs no more.
+"""`touchline clean`: deletes what the project no longer needs.
 
 Files that this package made are deleted here. What DVC and MLflow keep is deleted by their own commands: this module
 only decides which of it may go. docs/housekeeping.md says what is left to which tool.
