@@ -145,7 +145,7 @@ def test_a_version_that_another_tool_registered_without_a_run_is_refused(project
     assert store.versions("rugby-soccer")[-1].number == int(other.version) > version
     values = params.load(project.workspace / "params.yaml")
     for load in (lambda: store.model(store.versions("rugby-soccer")[-1]),
-                 lambda: classifier.resolve(project, values, other.version)):  # fmt: skip
+                 lambda: classifier.resolve(project, values, str(other.version))):  # fmt: skip
         with pytest.raises(TouchlineError, match="Touchline did not log it"):
             load()
 
