@@ -146,7 +146,7 @@ def test_with_nothing_to_do_every_stage_is_a_cached_task_with_dvcs_edges_and_the
     assert board.project.json("reports/registration.json")["reason"] in shown["decision"]
 
     links = re.findall(r"\]\((http[^)]+)\)", shown["validation"] + shown["decision"])
-    assert len(links) == len(metrics["models"]) + 4
+    assert len(links) == len(metrics["models"]) + 3
     assert {link.split("/")[2] for link in links} == {
         board.mlflow_url.split("/")[2], board.reports_url.split("/")[2],
     }  # fmt: skip

@@ -57,15 +57,17 @@ def browser(board: boards.Board, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="module")
-def flow_run(browser: webdriver.Chrome) -> str:
+def flow_run(board: boards.Board, browser: webdriver.Chrome) -> str:
     """The id of a run that the person started there, once it has ended: it found everything up to date."""
     press(browser, "//a[normalize-space()='Deployments']")
     press(browser, "//a[normalize-space()='pipeline' and contains(@href, '/deployment/')]")
     press(browser, "//button[normalize-space()='Run']")
     press(browser, "//*[@role='menuitem' and normalize-space()='Quick run']")
     press(browser, "//a[normalize-space()='View run']")
-    until(browser, lambda: "Completed" in browser.find_element(By.TAG_NAME, "body").text, 300)
-    return re.search("/flow-run/([^?/]+)", browser.current_url).group(1)
+    run = until(browser, lambda: re.search("/flow-run/([^?/]+)", browser.current_url)).group(1)
+    board.finished(run)
+    until(browser, lambda: "Completed" in browser.find_element(By.TAG_NAME, "body").text)
+    return run
 
 
 def until(driver: webdriver.Chrome, condition: Callable[[], Any], seconds: int = 60) -> Any:

@@ -273,7 +273,7 @@ def test_a_damaged_cache_is_said_and_read_anew(
         path.write_bytes(damaged[damage])
     capsys.readouterr()
     assert list(offers(params, tmp_path)) == first
-    assert capsys.readouterr().out.count("damaged") == 2
+    assert capsys.readouterr().out.count(" is damaged") == 2
     assert host.served(LABELS["test"]) == host.served(CLASS_LIST) == 2
 
 

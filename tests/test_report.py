@@ -17,6 +17,9 @@ import pytest
 from touchline.core import files, stage
 from touchline.core.params import Params
 from touchline.core.paths import Paths
+from touchline.models import engines
+from touchline.models.classifier import Classifier
+from touchline.models.inference import ModelFiles
 from touchline.report import page as report
 from touchline.stages import evaluate, train
 
@@ -257,7 +260,10 @@ def test_a_model_that_cannot_be_explained_has_a_gallery_without_heat(
     model = keras.Model(photo, keras.layers.Dense(2, activation="softmax")(vector))
     cv2.imwrite(str(paths.workspace / "a.png"), np.zeros((9, 9, 3), np.uint8))
     gallery = pd.DataFrame({"path": ["a.png"], "predicted": ["soccer"]})
-    assert evaluate._heats(model, gallery, ["rugby", "soccer"], paths.workspace).shape == (1, 0, 0)
+    model.save(paths.workspace / "model.keras")
+    network = engines.with_tensorflow(model)
+    asked = Classifier(network, ["rugby", "soccer"], "model", ModelFiles.at(paths.workspace / "model.keras"))
+    assert evaluate._heats(asked, gallery, paths.workspace).shape == (1, 0, 0)
     assert "no heat maps: model" in capsys.readouterr().out
 
 

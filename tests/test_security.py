@@ -187,7 +187,8 @@ def run_by_a_spreadsheet(content: str) -> list[str]:
         for row in csv.reader(io.StringIO(line, newline=""), delimiter=separator)
         for cell in row
     ]
-    return [cell for cell in cells if re.match(r"[=+\-@\uff1d](?!\d+(\.\d+)?(e-?\d+)?$)", cell)]
+    # A negative number is one.
+    return [cell for cell in cells if re.match(r"[=@\uff1d]|[+\-](?!\d+(\.\d+)?(e-?\d+)?$)", cell)]
 
 
 @pytest.mark.parametrize("text", FORMULAS)

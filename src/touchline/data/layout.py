@@ -187,6 +187,8 @@ def _frame(body: bytes) -> tuple[int, int, list[tuple[int, int]]]:
     """Height, width, and name and samples of each component, out of a start of frame (T.81, B.2.2)."""
     height, width, count = struct.unpack_from(">HHB", body, 1)
     found = [(body[at], body[at + 1] >> 4, body[at + 1] & 15) for at in range(6, 6 + 3 * count, 3)]
+    if not found:
+        raise Refused("its header is damaged")
     most = max(across for _, across, _ in found) * max(down for _, _, down in found)
     return height, width, [(name, -(-width * height * across * down // most)) for name, across, down in found]
 

@@ -133,9 +133,7 @@ def _from_file(path: Path, paths: Paths, engine: str) -> Classifier:
     record = path.with_suffix(".json")
     classes = read_json(record).get("classes") if record.is_file() else None
     if not classes:
-        raise TouchlineError(
-            f"the classes of {path} are not known: put the {record.name} that training wrote beside it"
-        )
+        raise TouchlineError(f"the classes of {path} are not known: put {record.name} beside it, or run `dvc repro`")
     return Classifier(network, list(classes), paths.relative(path), files)
 
 
