@@ -349,7 +349,7 @@ def test_models_that_cannot_be_asked_are_one_line(ask: Ask, somewhere: Path) -> 
         ("vgg", 2, "no model of params.yaml (cnn, transfer) and no .keras file"),
         ("0" * 32, 1, "check the name"),
         ("transfer", 1, "transfer.keras is missing"),
-        ("nameless.keras", 1, "nameless.keras are not known: put the nameless.json that training wrote beside it"),
+        ("nameless.keras", 1, "nameless.keras are not known: put nameless.json beside it"),
         ("three.keras", 1, "not square RGB photos in and 3 probabilities out"),
         ("oblong.keras", 1, "not square RGB photos in"),
     ):
