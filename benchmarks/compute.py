@@ -59,7 +59,10 @@ def main() -> None:
     }
     for name, chosen in values.features.items():
         weights = backbones.identity(chosen, PROJECT) if isinstance(chosen, params.BackboneFeatures) else ""
-        works[name] = (partial(features._rows, features=chosen, project=PROJECT, weights=weights), inference.BATCH)
+        works[name] = (
+            partial(features._rows, features=chosen, project=PROJECT, weights=weights, engine="openvino"),
+            inference.BATCH,
+        )
     ways = {"local": 0, **{f"{count} workers": count for count in options.workers}}
     best = {(work, way): float("inf") for work in works for way in ways}
     processor = dict.fromkeys(best, float("inf"))

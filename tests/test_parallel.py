@@ -403,7 +403,11 @@ def test_workers_killed_in_the_middle_lose_nothing(
     doomed: Callable[..., Cluster], project: Paths, params_with: Callable[..., Params]
 ) -> None:
     work = partial(
-        features._rows, features=settings(params_with).features["pixels"], project=project.project, weights=""
+        features._rows,
+        features=settings(params_with).features["pixels"],
+        project=project.project,
+        weights="",
+        engine="",
     )
     photos = [path for path in sorted(project.photos.rglob("*.*")) if path.stem[-2:] not in {"46", "47"}]
     here = list(work(photos))
