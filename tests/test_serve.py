@@ -580,5 +580,6 @@ def test_one_photo_has_one_answer_wherever_it_is_asked(project: projects.Project
 
 def test_a_server_without_a_champion_says_so_and_ends(tmp_path: Path) -> None:
     project = projects.make(tmp_path / "project", git=False)
-    assert "has no champion yet" in (said := project.touchline("serve", exit_code=1)) and said.count("\n") == 1
-    assert "is no version" in project.touchline("serve", "--model", "7", exit_code=2)
+    for arguments, exit_code, named in (((), 1, projects.REGISTERED), (("--model", "7"), 2, "7")):
+        said = project.call("serve", *arguments, exit_code=exit_code).err
+        assert named in said and said.count("\n") == 1
