@@ -21,7 +21,7 @@ import projects
 import pytest
 from boards import free_ports
 from ruamel.yaml import YAML
-from test_serve import ASK, MLFLOW_ASK, MLFLOW_JSON, MLFLOW_SERVE, SERVE
+from test_serve import ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_ASK, MLFLOW_JSON, MLFLOW_SERVE, SERVE
 
 from touchline.core.params import check
 from touchline.core.paths import Paths
@@ -32,7 +32,10 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Run elsewhere.
 NOT_HERE = {
     "make test": "it runs this",
-    **dict.fromkeys((SERVE, ASK, MLFLOW_SERVE, MLFLOW_JSON, MLFLOW_ASK), "test_serve.py, which compares the answers"),
+    **dict.fromkeys(
+        (SERVE, ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_SERVE, MLFLOW_JSON, MLFLOW_ASK),
+        "test_serve.py, which compares the answers",
+    ),
 }
 # What runs until Ctrl-C: how to give it other ports than the printed ones, and where it then answers.
 SERVERS = {

@@ -27,6 +27,7 @@ import projects
 import psutil
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from touchline.commands import serve as serving
 from touchline.commands.serve import Limits
@@ -38,6 +39,8 @@ from touchline.models.inference import BATCH, ModelFiles
 # As the README has them; 260 is the side of the photos that the shipped champion takes.
 SERVE = "touchline serve"
 ASK = "curl --data-binary @photo.jpg http://127.0.0.1:8000/predict"
+ASK_IN_A_FORM = "curl -F file=@photo.jpg http://127.0.0.1:8000/predict"
+ASK_OF_SEVERAL = "curl -F file=@photo.jpg -F file=@photo.jpg http://127.0.0.1:8000/predict"
 MLFLOW_SERVE = (
     "MLFLOW_TRACKING_URI=sqlite:///mlflow/mlflow.db "
     "mlflow models serve -m models:/rugby-soccer@champion --env-manager local --port 5001"
@@ -160,6 +163,7 @@ class Served:
         boards.wait_for(lambda: len(self.server.server_state.tasks) >= photos, 60)
 
 
+STATUSES = ("200", "405", "413", "422", "500", "503")
 POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -174,7 +178,7 @@ def all_of(connection: socket.socket) -> bytes:
 
 @pytest.fixture
 def serve(params_with: Callable) -> Iterator[Callable[..., Served]]:
-    """`serve(body=1000)`: a server with that limit; the others are ample."""
+    """`serve(photo=1000)`: a server with that limit; the others are ample."""
     with ExitStack() as started:
 
         def start(**limits: Any) -> Served:
@@ -224,10 +228,114 @@ def test_what_is_no_photo_is_refused_in_a_line(serve: Callable[..., Served], bod
     assert served.is_well()
 
 
-def test_a_form_is_told_what_to_send(serve: Callable[..., Served]) -> None:
-    form = b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n" + jpeg() + b"\r\n--x--\r\n"
-    status, said, _ = serve().predict(form, Content_Type="multipart/form-data; boundary=x")
-    assert status == 415 and "--data-binary" in said["detail"]
+def form(*files: tuple[str, bytes], field: str = "file") -> dict[str, Any]:
+    """Body and type of a form as `curl -F file=@a.jpg -F file=@b.jpg` sends it."""
+    parts = [
+        f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'.encode() + content + b"\r\n"
+        for name, content in files
+    ]
+    return {"body": b"".join([*parts, b"--x--\r\n"]), "Content_Type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.parametrize("field", ["file", "image", "photos[]"])
+def test_a_form_with_one_photo_is_answered_as_the_photo_itself(serve: Callable[..., Served], field: str) -> None:
+    served = serve()
+    alone = served.predict(jpeg())[:2]
+    assert served.predict(**form(("a.jpg", jpeg()), field=field))[:2] == alone
+    status, said, _ = served.predict(**form(("a.jpg", b"<!doctype html>")))
+    assert status == 422 and said["detail"].startswith("a web page")
+
+
+def test_several_photos_are_answered_in_their_order_each_with_its_own_error(serve: Callable[..., Served]) -> None:
+    served = serve(photo=100_000)
+    files = [
+        ("a red one.jpg", jpeg()), ("page.jpg", b"<!doctype html>"), ("blau \u00fc.jpg", jpeg((0, 0, 250))),
+        ("cut.jpg", jpeg(size=(300, 300))[:-200]), ("large.jpg", jpeg() + bytes(100_000)), ("same.jpg", jpeg()),
+        ("same.jpg", jpeg((0, 0, 250))), ("", b""),
+    ]  # fmt: skip
+    status, said, _ = served.predict(**form(*files))
+    assert status == 200 and [each["photo"] for each in said] == [name for name, _ in files]
+    assert [each.get("label") for each in said] == ["red", None, "blue", None, None, "red", "blue", None]
+    refusals = [each["detail"].split()[:2] for each in said if "detail" in each]
+    assert refusals == [["a", "web"], ["cut", "off"], ["the", "photo"], ["empty", "file"]]
+    alone = served.predict(jpeg())[1]
+    assert {key: value for key, value in said[0].items() if key != "photo"} == alone
+
+
+def test_photos_of_one_request_are_judged_together(serve: Callable[..., Served]) -> None:
+    served = serve()
+    served.model.may_answer.clear()
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(served.predict, jpeg())
+        boards.wait_for(lambda: served.model.batches == [1], 60)
+        several = clients.submit(served.predict, **form(*[("a.jpg", jpeg())] * 8))
+        # All are decoded, and wait.
+        boards.wait_for(lambda: sample(served, "touchline_photos_in_progress") == 9, 60)
+        time.sleep(0.5)
+        served.model.may_answer.set()
+        assert first.result()[0] == 200 and len(several.result()[1]) == 8
+    assert served.model.batches == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (form(), 422),
+        ({"body": b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\na.jpg\r\n--x--\r\n',
+          "Content_Type": "multipart/form-data; boundary=x"}, 422),
+        ({"body": jpeg(), "Content_Type": "multipart/form-data"}, 400),
+        ({"body": jpeg(), "Content_Type": "multipart/form-data; boundary=x"}, 400),
+        ({"body": form(("a.jpg", jpeg()))["body"], "Content_Type": "multipart/mixed; boundary=x"}, 422),
+        (form(*[("a.jpg", jpeg())] * (BATCH + 1)), 400),
+        (form(("a.jpg", bytes(MB)), ("b.jpg", bytes(MB)), ("c.jpg", bytes(MB))), 413),
+        (form(*[("a.jpg", jpeg())] * 5), 503),
+    ],
+    ids=["empty", "a name", "no boundary", "no form", "mixed", "too many", "too large", "more than there is room for"],
+)  # fmt: skip
+def test_a_form_that_cannot_be_taken_is_refused_in_a_line(
+    serve: Callable[..., Served], sent: dict[str, Any], status: int
+) -> None:
+    served = serve(form=2 * MB, photos=4)
+    refused, said, _ = served.predict(**sent)
+    assert refused == status and len(said["detail"].splitlines()) == 1
+    assert not served.model.batches
+    assert served.is_well()
+
+
+def sample(served: Served, metric: str, /, **labels: str) -> float | None:
+    """What a server's /metrics says of one thing."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/metrics") as answer:
+        assert answer.headers["content-type"].startswith("text/plain; version=")
+        families = text_string_to_metric_families(answer.read().decode())
+    found = [
+        each.value for family in families for each in family.samples if (each.name, each.labels) == (metric, labels)
+    ]
+    return found[0] if found else None
+
+
+def test_an_orchestrator_and_prometheus_are_told_how_it_is(serve: Callable[..., Served]) -> None:
+    served = serve(photos=3)
+    assert served.ask("GET", "/healthz")[:2] == (200, {"status": "ok"})
+    for path in ("/readyz", "/ping"):
+        assert served.ask("GET", path)[:2] == (200, {"model": "a planted model"})
+    assert sample(served, "touchline_model_info", name="a planted model") == 1
+    assert sample(served, "touchline_requests_total", status="200") is None
+
+    served.predict(jpeg())
+    served.predict(**form(("a.jpg", jpeg()), ("b.jpg", b"no photo")))
+    served.predict(b"no photo")
+    served.predict(**form(*[("a.jpg", jpeg())] * 4))
+    served.predict(bytes(21 * MB))
+    served.model.fault = MemoryError("the model's")
+    served.predict(jpeg())
+    served.ask("GET", "/predict")
+    requests = {status: sample(served, "touchline_requests_total", status=status) for status in STATUSES}
+    assert requests == {"200": 2, "405": 1, "413": 1, "422": 1, "500": 1, "503": 1}
+    photos = {status: sample(served, "touchline_photos_total", status=status) for status in STATUSES}
+    assert photos == {"200": 2, "405": None, "413": None, "422": 2, "500": 1, "503": None}
+    assert sample(served, "touchline_request_seconds_count") == 7
+    assert sample(served, "touchline_photos_in_progress") == 0
+    assert sample(served, "process_resident_memory_bytes") > MB
 
 
 def test_a_body_that_is_too_large_is_refused_by_its_length(serve: Callable[..., Served]) -> None:
@@ -237,12 +345,12 @@ def test_a_body_that_is_too_large_is_refused_by_its_length(serve: Callable[..., 
     # Told so before it has sent any of it.
     with served.open(POST + b"Content-Length: 99999999999\r\n\r\n") as connection:
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
-    assert served.predict(jpeg() + bytes(served.limits.body - len(jpeg())))[0] == 422  # cut off: read as a whole
+    assert served.predict(jpeg() + bytes(served.limits.photo - len(jpeg())))[0] == 422  # cut off: read as a whole
     assert served.is_well()
 
 
 def test_a_body_of_unknown_length_is_refused_while_it_comes(serve: Callable[..., Served]) -> None:
-    served = serve(body=MB)
+    served = serve(photo=MB)
     before = psutil.Process().memory_info().rss
     with served.open(POST + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
         chunk, sent = b"10000\r\n" + bytes(0x10000) + b"\r\n", 0
@@ -306,7 +414,7 @@ def test_clients_that_never_end_a_request_or_take_an_answer_do_not_stop_others(s
 def test_nonsense_is_answered_in_a_line_and_ends_its_connection(
     serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
 ) -> None:
-    served = serve(body=1000)
+    served = serve(photo=1000)
     for sent, answer in (
         (b"\x16\x03\x01\x02\x00\x01\x00", b" 400 "),
         (POST + b"Content-Length: ten\r\n\r\n", b" 400 "),
@@ -337,20 +445,24 @@ def test_with_more_connections_than_allowed_each_request_is_told_503(serve: Call
 
 
 def test_a_refused_client_that_is_still_sending_reads_why(serve: Callable[..., Served]) -> None:
-    served = serve(photos=1, body=4 * MB)
+    served = serve(photos=1, photo=4 * MB)
+
+    def told(size: int, headers: bytes) -> bytes:
+        """What a client reads that sends everything before it listens."""
+        with served.open(POST + headers + b"Content-Length: %d\r\n\r\n" % size + bytes(size)) as connection:
+            return all_of(connection).lower()
+
     served.model.may_answer.clear()
     with ThreadPoolExecutor(1) as clients:
         first = clients.submit(served.predict, jpeg())
         boards.wait_for(lambda: served.model.batches == [1], 60)
         for headers in (b"", b"Connection: close\r\n"):
-            for size, told in ((3 * MB, b" 503 "), (20 * MB, b" 413 ")):
-                # It does not listen before it has sent everything.
-                sent = POST + headers + b"Content-Length: %d\r\n\r\n" % size + bytes(size)
-                with served.open(sent) as connection:
-                    said = all_of(connection)
-                    assert told in said and (told == b" 413 " or b"retry-after: 1\r\n" in said.lower())
+            for size in (3 * MB, 20 * MB):
+                assert b" 503 " in (said := told(size, headers)) and b"\r\nretry-after: 1\r\n" in said
         served.model.may_answer.set()
         assert first.result()[0] == 200
+    for headers in (b"", b"Connection: close\r\n"):
+        assert b" 413 " in told(20 * MB, headers)
     assert served.is_well()
 
 
@@ -437,12 +549,14 @@ def test_the_page_of_the_api_needs_no_other_host(serve: Callable[..., Served]) -
         page = answer.read().decode()
         assert answer.url.endswith("/docs")
     assert f"curl --data-binary @photo.jpg http://127.0.0.1:{served.port}/predict" in page
-    assert page.count("://") == 1
-    for words in ("a planted model", "/predict", "/ping", "408", "413", "415", "422", "503", "probabilities"):
+    assert page.count("://") == page.count(f"http://127.0.0.1:{served.port}/")
+    paths = ("/predict", "/ping", "/healthz", "/readyz", "/metrics")
+    for words in (*paths, "a planted model", "400", "408", "413", "422", "503", "probabilities"):
         assert words in page
     described = served.ask("GET", "/openapi.json")[1]
-    assert set(described["paths"]) == {"/predict", "/ping"}
-    assert "binary" in json.dumps(described["paths"]["/predict"]["post"]["requestBody"])
+    assert set(described["paths"]) == set(paths)
+    taken = described["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert set(taken) == {"image/*", "*/*", "multipart/form-data"} and "binary" in json.dumps(taken)
     # A host's name that is markup stays text.
     with served.open(
         b"GET /docs HTTP/1.1\r\nHost: <script>alert(1)</script>\r\nConnection: close\r\n\r\n"
@@ -483,9 +597,14 @@ def test_a_photo_tried_on_the_page_is_answered_there(serve: Callable[..., Served
             '"label": "blue"' in answer.text and photo.is_displayed() and int(photo.get_property("naturalWidth")) == 48
         )
         assert not browser.get_log("browser")
-        browser.find_element(By.ID, "file").send_keys(str(tmp_path / "b.jpg"))
+        file = browser.find_element(By.ID, "file")
+        file.send_keys(str(tmp_path / "b.jpg"))  # beside the first
+        WebDriverWait(browser, 60).until(lambda _: '"photo": "b.jpg"' in answer.text)
+        assert '"photo": "a.jpg"' in answer.text and "a web page" in answer.text and not photo.is_displayed()
+        browser.execute_script("arguments[0].value = ''", file)
+        file.send_keys(str(tmp_path / "b.jpg"))
         WebDriverWait(browser, 60).until(lambda _: answer.text.startswith("422"))
-        assert "a web page" in answer.text
+        assert "a web page" in answer.text and photo.is_displayed()
     finally:
         browser.quit()
 
@@ -544,7 +663,11 @@ def test_one_photo_has_one_answer_wherever_it_is_asked(project: projects.Project
             request = urllib.request.Request(f"http://127.0.0.1:{ports[0]}/predict", (project.root / path).read_bytes())
             with urllib.request.urlopen(request) as answer:
                 served.append(json.load(answer))
-        asked = json.loads(elsewhere.run("bash", "-c", ASK.replace("curl", "curl -s").replace("8000", str(ports[0]))))
+        asked, in_a_form, of_several = (
+            json.loads(elsewhere.run("bash", "-c", ask.replace("curl", "curl -s").replace("8000", str(ports[0]))))
+            for ask in (ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL)
+        )
+        assert asked == in_a_form and [{**asked, "photo": "photo.jpg"}] * 2 == of_several
 
         is_up(mlflows, ports[1], tmp_path / "mlflow.txt")
         inputs = [photos.decode((project.root / path).read_bytes(), side).tolist() for path in there]

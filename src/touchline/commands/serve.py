@@ -5,32 +5,27 @@ what clients cost. Connections are left to uvicorn, which waits for the head of 
 a network, a reverse proxy stands in front (docs/serving.md).
 """
 
-import asyncio
-import logging
-import os
 import signal
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from pydantic import BaseModel, Field
+from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
+from touchline.commands.serve_batches import Batches
+from touchline.commands.serve_metrics import Measured, Metrics
 from touchline.core import guard, ports
-from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.models.classifier import Answer, Classifier, pixels, resolve
+from touchline.models.classifier import Answer, Classifier, resolve
 from touchline.models.inference import BATCH
 from touchline.report import html
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,9 @@ class Limits:
     """What a server accepts at most; what is beyond is answered with 413, 408 or 503.
 
     Attributes:
-        body: bytes of one photo's file.
+        photo: bytes of one photo's file.
+        form: bytes of a form, which may hold several photos.
+        photos_in_form: photos in a form.
         bodies: bytes of all bodies that are being received or answered.
         body_seconds: for a body to arrive.
         photos: photos that are being decoded or wait for the model.
@@ -47,7 +44,9 @@ class Limits:
         end_seconds: for requests in progress when the server is told to end.
     """
 
-    body: int = 20 * 2**20
+    photo: int = 20 * 2**20
+    form: int = 100 * 2**20
+    photos_in_form: int = BATCH
     bodies: int = 256 * 2**20
     body_seconds: float = 20
     photos: int = 2 * BATCH
@@ -66,16 +65,34 @@ class Prediction(BaseModel):
     model: str = Field(description="whose answer it is")
 
 
-class Ready(BaseModel):
-    """The server answers."""
-
-    model: str
-
-
 class Refusal(BaseModel):
     """Why there is no answer."""
 
     detail: str
+
+
+class PredictionOfOne(Prediction):
+    """What the model says of one of several photos."""
+
+    photo: str = Field(description="the name of its file")
+
+
+class RefusalOfOne(Refusal):
+    """Why there is no answer to one of several photos."""
+
+    photo: str = Field(description="the name of its file")
+
+
+class Alive(BaseModel):
+    """The server answers."""
+
+    status: str = "ok"
+
+
+class Ready(BaseModel):
+    """The model is loaded."""
+
+    model: str
 
 
 def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
@@ -87,7 +104,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
     Raises:
         TouchlineError: the port is not free, or there is no such model.
     """
-    _allow_open_files(Limits.connections + 512)
+    ports.allow_open_files(Limits.connections + 512)
     # What ends a server from outside ends it as Ctrl-C does, also while the model is being loaded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), ports.bound(host, port) as listening:
@@ -127,8 +144,9 @@ def server(
 
 
 def application(classifier: Classifier, params: Params, limits: Limits) -> FastAPI:
-    """The HTTP API. What it refuses comes as `Refusal`: 408, 413, 415, 422, 503."""
-    desk = _Desk(classifier, params, limits)
+    """The HTTP API. What it refuses comes as `Refusal`: 400, 408, 413, 422, 503."""
+    batches, metrics = Batches(classifier, params, limits.photos, limits.photo), Metrics(classifier.name)
+    metrics.in_progress.set_function(lambda: batches.photos)
     app = FastAPI(
         title="Touchline",
         summary=f"What {classifier.name} says of a photo: {', '.join(classifier.classes)}.",
@@ -136,43 +154,48 @@ def application(classifier: Classifier, params: Params, limits: Limits) -> FastA
         # FastAPI's own pages load their scripts from another host.
         docs_url=None,
         redoc_url=None,
-        lifespan=desk.open,
+        lifespan=batches.open,
     )
-    app.add_middleware(guard.Bodies, most=limits.body, together=limits.bodies, seconds=limits.body_seconds)
-    refusals: dict[int | str, dict[str, Any]] = {
-        408: {"description": f"The body took more than {limits.body_seconds:g} s."},
-        413: {"description": f"The body is larger than {limits.body / 2**20:g} MB."},
-        415: {"description": "The photo came in a form, not as the body itself."},
-        422: {"description": "The body is not an image, or none that can be judged."},
-        503: {"description": "Too many requests at once: try again after as many seconds as Retry-After says."},
-    }
+    app.add_middleware(
+        guard.Bodies,
+        most=limits.photo,
+        most_in_form=limits.form,
+        together=limits.bodies,
+        seconds=limits.body_seconds,
+    )
+    app.add_middleware(Measured, metrics=metrics)
 
-    @app.post(
-        "/predict",
-        summary="Say what is on a photo",
-        responses={code: {"model": Refusal, **refusal} for code, refusal in refusals.items()},
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "description": "the bytes of the photo's file; what it is, is told by its content.",
-                "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/*", "*/*")},
-            }
-        },
-    )
-    async def predict(request: Request) -> Prediction:
-        if request.headers.get("content-type", "").startswith("multipart/"):
-            raise HTTPException(415, "send the photo itself as the body, not in a form: curl --data-binary @photo.jpg")
-        desk.refuse_if_full(1)
-        try:
-            content = await request.body()
-        except ClientDisconnect:
-            raise HTTPException(400, "the body broke off") from None
-        answer = await desk.answer(content)
+    @app.post("/predict", summary="Say what is on a photo, or on several", **_described(limits))
+    async def predict(request: Request) -> Prediction | list[PredictionOfOne | RefusalOfOne]:
+        batches.refuse_if_full()
+        photos = await _photos(request, limits)
+        answers = await batches.answers(content for _, content in photos)
+        for answer in answers:
+            metrics.photos.labels(answer.status_code if isinstance(answer, HTTPException) else 200).inc()
+        if len(photos) > 1:
+            return [_of_several(name, answer, classifier) for (name, _), answer in zip(photos, answers, strict=True)]
+        [answer] = answers
+        if isinstance(answer, HTTPException):
+            raise answer
         return Prediction(**vars(answer), model=classifier.name)
 
-    @app.get("/ping", summary="Say whether the model answers, and which it is")
-    async def ping() -> Ready:
+    @app.get("/healthz", summary="Say that the server runs", response_description="It runs.")
+    async def healthz() -> Alive:
+        return Alive()
+
+    @app.get("/readyz", summary="Say which model answers", response_description="It is loaded.")
+    @app.get("/ping", summary="The same as /readyz", response_description="It is loaded.")
+    async def readyz() -> Ready:
         return Ready(model=classifier.name)
+
+    @app.get(
+        "/metrics",
+        summary="Count requests, errors and seconds",
+        response_description="Prometheus' text format.",
+        response_class=PlainTextResponse,
+    )
+    async def measured() -> Response:
+        return metrics.page()
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
@@ -185,87 +208,53 @@ def application(classifier: Classifier, params: Params, limits: Limits) -> FastA
     return app
 
 
-def _allow_open_files(needed: int) -> None:
-    """Raise this process's limit of open files, often 1,024, as far as is needed and allowed."""
-    with suppress(ImportError):  # Windows has no such limit
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < needed:  # a negative number is no limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
+def _of_several(name: str, answer: Answer | HTTPException, classifier: Classifier) -> PredictionOfOne | RefusalOfOne:
+    if isinstance(answer, HTTPException):
+        return RefusalOfOne(photo=name, detail=answer.detail)
+    return PredictionOfOne(photo=name, **vars(answer), model=classifier.name)
 
 
-class _Desk:
-    """Takes photos in as far as there is room, and asks the model about all that wait at once."""
+async def _photos(request: Request, limits: Limits) -> list[tuple[str, bytes]]:
+    """Name and content of each photo in a request: the body itself, which has no name, or the files of a form.
 
-    def __init__(self, classifier: Classifier, params: Params, limits: Limits) -> None:
-        self._classifier, self._params, self._limits = classifier, params, limits
-        self._forward = classifier.network.forward
-        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
-        self._photos = 0
+    Raises:
+        HTTPException: there is none, there are too many, or the body breaks off.
+    """
+    try:
+        if not request.headers.get("content-type", "").lower().startswith("multipart/"):
+            return [("", await request.body())]
+        async with request.form(max_files=limits.photos_in_form) as form:
+            files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+            photos = [(file.filename or "", await file.read()) for file in files]
+    except ClientDisconnect:
+        raise HTTPException(400, "the body broke off") from None
+    if not photos:
+        raise HTTPException(422, "the form has no file: curl -F file=@photo.jpg")
+    return photos
 
-    @asynccontextmanager
-    async def open(self, _: FastAPI) -> AsyncIterator[None]:
-        """Answer while the block runs."""
-        import cv2
 
-        cv2.setNumThreads(1)  # photos are spread over the cores; OpenCV spreading each one over them too only costs
-        with ThreadPoolExecutor(os.cpu_count()) as self._decoders, ThreadPoolExecutor(1) as self._asker:
-            asking = asyncio.create_task(self._ask())
-            try:
-                yield
-            finally:
-                asking.cancel()
-
-    def refuse_if_full(self, photos: int) -> None:
-        """Raise HTTPException where there is no room for as many more photos."""
-        if self._photos + photos > self._limits.photos:
-            raise HTTPException(503, "too many requests at once: try again in a moment", {"Retry-After": "1"})
-
-    async def answer(self, content: bytes) -> Answer:
-        """The answer to a photo.
-
-        Raises:
-            HTTPException: why there is none.
-        """
-        self.refuse_if_full(1)
-        self._photos += 1
-        try:
-            return await self._judge(content)
-        finally:
-            self._photos -= 1
-
-    async def _judge(self, content: bytes) -> Answer:
-        loop = asyncio.get_running_loop()
-        try:
-            pixels = await loop.run_in_executor(self._decoders, self._pixels, content)
-        except TouchlineError as error:
-            raise HTTPException(422, str(error).removeprefix("photo ")) from None
-        probabilities = loop.create_future()
-        self._waiting.put_nowait((pixels, probabilities))
-        try:
-            # Shielded: an answer that nobody waits for any more must not break off the batch it is in.
-            found = await asyncio.shield(probabilities)
-            return Answer.of(found, self._classifier.classes, self._params.predict.min_confidence)
-        except TouchlineError as error:
-            raise HTTPException(500, str(error)) from None
-
-    def _pixels(self, content: bytes) -> np.ndarray:
-        return pixels(content, self._classifier.side, self._params.validate_.max_megapixels)
-
-    async def _ask(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = [await self._waiting.get()]
-            while len(batch) < BATCH and not self._waiting.empty():
-                batch.append(self._waiting.get_nowait())
-            images = np.stack([pixels for pixels, _ in batch])
-            try:
-                found = await loop.run_in_executor(self._asker, self._forward, images)
-            except Exception:  # whatever it is, it is the answer to these photos, and the next are asked about
-                _log.exception("the model failed")
-                for _, probabilities in batch:
-                    probabilities.set_exception(TouchlineError("the model failed; the server's log says how"))
-            else:
-                for (_, probabilities), row in zip(batch, found, strict=True):
-                    probabilities.set_result(row)
+def _described(limits: Limits) -> dict[str, Any]:
+    """What /predict takes and refuses, for OpenAPI."""
+    refusals = {
+        400: "The body broke off, or the form cannot be read or has too many files.",
+        408: f"The body took more than {limits.body_seconds:g} s.",
+        413: f"A photo is larger than {limits.photo / 2**20:g} MB, or a form larger than {limits.form / 2**20:g} MB.",
+        422: "The only photo is not an image, or cannot be judged.",
+        503: "Too many requests at once: try again after as many seconds as Retry-After says.",
+    }
+    photo = {"type": "string", "format": "binary"}
+    form = {"type": "object", "properties": {"file": {"type": "array", "items": photo}}}
+    return {
+        "responses": {code: {"model": Refusal, "description": words} for code, words in refusals.items()},
+        "response_description": "One photo: the answer. Several: a list of answers or refusals, in their order.",
+        "openapi_extra": {
+            "requestBody": {
+                "required": True,
+                "description": f"the bytes of the photo's file, or a form with up to {limits.photos_in_form} files.",
+                "content": {
+                    **{kind: {"schema": photo} for kind in ("image/*", "*/*")},
+                    "multipart/form-data": {"schema": form},
+                },
+            }
+        },
+    }

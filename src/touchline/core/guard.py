@@ -83,13 +83,15 @@ class Bodies:
 
     Args:
         most: bytes of one body.
+        most_in_form: bytes of a body that is a form, which may hold several files; as `most` unless given.
         together: bytes of all bodies whose requests are being answered.
         seconds: for a body to come.
     """
 
-    def __init__(self, app: ASGIApp, most: int, together: int, seconds: float) -> None:
-        self._app, self._most, self._together, self._seconds = app, most, together, seconds
-        self._held = 0
+    def __init__(self, app: ASGIApp, most: int, together: int, seconds: float, most_in_form: int | None = None) -> None:
+        self._app, self._most, self._most_in_form = app, most, most if most_in_form is None else most_in_form
+        self._together, self._seconds = together, seconds
+        self._held = 0  # bytes of all bodies now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, with its body counted."""
@@ -102,6 +104,9 @@ class Bodies:
         # a moment later the connection is gone, and nothing more is sent on it.
         await asyncio.sleep(0)
         deadline = asyncio.get_running_loop().time() + self._seconds
+        in_form = headers.get("content-type", "").lower().startswith("multipart/")
+        most = self._most_in_form if in_form else self._most
+        too_large = HTTPException(413, f"the body is larger than {most / 2**20:g} MB")
         held, whole = 0, False
 
         async def next_message() -> Message:
@@ -113,6 +118,8 @@ class Bodies:
 
         async def receive_counted() -> Message:
             nonlocal held, deadline
+            if int(length) > most:
+                raise too_large
             try:
                 message = await next_message()
             except TimeoutError:
@@ -121,8 +128,8 @@ class Bodies:
                 deadline = 0
                 raise HTTPException(503, "the server is ending", {"Retry-After": "1"}) from None
             size = len(message.get("body", b""))
-            if held + size > self._most:
-                raise self._too_large()
+            if held + size > most:
+                raise too_large
             if self._held + size > self._together:
                 raise HTTPException(503, "too many requests at once: try again in a moment", {"Retry-After": "1"})
             held += size
@@ -141,16 +148,9 @@ class Bodies:
             await send(message)
 
         try:
-            if int(length) > self._most:
-                error = self._too_large()
-                await JSONResponse({"detail": error.detail}, error.status_code)(scope, receive, send_and_hear)
-            else:
-                await self._app(scope, receive_counted, send_and_hear)
+            await self._app(scope, receive_counted, send_and_hear)
         finally:
             self._held -= held
-
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the body is larger than {self._most / 2**20:g} MB")
 
 
 def _bracketed(name: str) -> str:

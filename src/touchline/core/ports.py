@@ -1,6 +1,7 @@
 """Addresses that servers listen on."""
 
 import socket
+from contextlib import suppress
 from ipaddress import ip_address
 
 from touchline.core.errors import TouchlineError
@@ -37,3 +38,13 @@ def url(host: str, port: int) -> str:
     """Where a server that listens on `host` is reached from this machine."""
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every address, compared with
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def allow_open_files(needed: int) -> None:
+    """Raise the limit of this process's open files, connections among them and often 1,024, as far as is allowed."""
+    with suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < needed:  # a negative number is no limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))

@@ -1,0 +1,106 @@
+"""Photos of many requests through one model: decoded side by side, and judged together."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+from fastapi import FastAPI, HTTPException
+
+from touchline.core.errors import TouchlineError
+from touchline.core.params import Params
+from touchline.models.classifier import Answer, Classifier, pixels
+from touchline.models.inference import BATCH
+
+_log = logging.getLogger(__name__)
+
+
+class Batches:
+    """Takes photos in as far as there is room, and asks the model about all that wait at once.
+
+    Args:
+        most: photos that may be decoded or wait for the model at a time.
+        most_bytes: of one photo's file.
+
+    Attributes:
+        photos: how many there are now.
+    """
+
+    def __init__(self, classifier: Classifier, params: Params, most: int, most_bytes: int) -> None:
+        self._classifier, self._params = classifier, params
+        self._most, self._most_bytes = most, most_bytes
+        self._forward = classifier.network.forward
+        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
+        self.photos = 0
+
+    @asynccontextmanager
+    async def open(self, _: FastAPI) -> AsyncIterator[None]:
+        """Answer while the block runs."""
+        import cv2
+
+        cv2.setNumThreads(1)  # photos are spread over the cores; OpenCV spreading each one over them too only costs
+        with ThreadPoolExecutor(os.cpu_count()) as self._decoders, ThreadPoolExecutor(1) as self._asker:
+            asking = asyncio.create_task(self._ask())
+            try:
+                yield
+            finally:
+                asking.cancel()
+
+    def refuse_if_full(self, photos: int = 1) -> None:
+        """Raise HTTPException where there is no room for as many more photos."""
+        if self.photos + photos > self._most:
+            raise HTTPException(503, "too many requests at once: try again in a moment", {"Retry-After": "1"})
+
+    async def answers(self, photos: Iterable[bytes]) -> list[Answer | HTTPException]:
+        """The answer to each photo, in their order, or why there is none.
+
+        Raises:
+            HTTPException: there is no room for them.
+        """
+        photos = list(photos)
+        self.refuse_if_full(len(photos))
+        self.photos += len(photos)
+        try:
+            return await asyncio.gather(*map(self._answer, photos))
+        finally:
+            self.photos -= len(photos)
+
+    async def _answer(self, photo: bytes) -> Answer | HTTPException:
+        if len(photo) > self._most_bytes:
+            return HTTPException(413, f"the photo is larger than {self._most_bytes / 2**20:g} MB")
+        loop = asyncio.get_running_loop()
+        try:
+            decoded = await loop.run_in_executor(self._decoders, self._pixels, photo)
+        except TouchlineError as error:
+            return HTTPException(422, str(error).removeprefix("photo "))
+        probabilities = loop.create_future()
+        self._waiting.put_nowait((decoded, probabilities))
+        try:
+            # Shielded: an answer that nobody waits for any more must not break off the batch it is in.
+            found = await asyncio.shield(probabilities)
+            return Answer.of(found, self._classifier.classes, self._params.predict.min_confidence)
+        except TouchlineError as error:
+            return HTTPException(500, str(error))
+
+    def _pixels(self, photo: bytes) -> np.ndarray:
+        return pixels(photo, self._classifier.side, self._params.validate_.max_megapixels)
+
+    async def _ask(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < BATCH and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            images = np.stack([decoded for decoded, _ in batch])
+            try:
+                found = await loop.run_in_executor(self._asker, self._forward, images)
+            except Exception:  # whatever it is, it is the answer to these photos, and the next are asked about
+                _log.exception("the model failed")
+                for _, probabilities in batch:
+                    probabilities.set_exception(TouchlineError("the model failed: the server's log says how"))
+            else:
+                for (_, probabilities), row in zip(batch, found, strict=True):
+                    probabilities.set_result(row)
