@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.parallel import Budget
 from touchline.data import layout
 from touchline.data.layout import Layout, Refused
@@ -230,7 +230,7 @@ def _pixels(content: bytes, found: Layout, size: int) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags.get(_factor(found, size), cv2.IMREAD_COLOR))
     except cv2.error as error:
-        raise Refused(_reason(error)) from None
+        raise Refused(one_line(error, 120)) from None
     if image is None:
         raise Refused("no photo that OpenCV reads")
     return cv2.cvtColor(_squash(image, size), cv2.COLOR_BGR2RGB)
@@ -252,7 +252,7 @@ def _not_whole(content: bytes, found: Layout) -> str:
             image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
             image.load()
     except Exception as error:  # Pillow's readers raise many kinds on hostile bytes; all of them mean "not whole"
-        return _reason(error)
+        return one_line(error, 120)
     return ""
 
 
@@ -277,7 +277,3 @@ def _perceptual_hash(pixels: np.ndarray) -> str:
     from PIL import Image
 
     return str(imagehash.phash(Image.fromarray(pixels)))
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from touchline.core import parallel
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import replacing
 from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
@@ -121,8 +121,7 @@ def with_openvino(path: Path) -> Network:
             xml, weights = archive.read(_XML), archive.read(_BIN)
         return _compiled(xml, weights)
     except Exception as error:  # OpenVINO raises RuntimeError for whatever is wrong
-        reason = " ".join(str(error).split())[:200]
-        raise TouchlineError(f"{path} is not a readable OpenVINO network ({reason}): make it again") from None
+        raise TouchlineError(f"{path} is not a readable OpenVINO network ({one_line(error)}): make it again") from None
 
 
 def with_openvino_files(xml: Path) -> Network:
@@ -221,9 +220,8 @@ def serialize(model: "keras.Model", xml: Path) -> None:
             network = openvino.Core().read_model(folder)
             openvino.serialize(network, str(xml), str(xml.with_suffix(".bin")))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
             raise TouchlineError(
-                f"OpenVINO cannot read the network {model.name} ({reason}): set compute.engine: tensorflow"
+                f"OpenVINO cannot read the network {model.name} ({one_line(error)}): set compute.engine: tensorflow"
             ) from None
 
 

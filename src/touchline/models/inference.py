@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from touchline.core import parallel
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import RENEW, read_json, sha256
 from touchline.core.progress import track
 from touchline.core.tensorflow import import_tensorflow
@@ -79,8 +79,7 @@ class ModelFiles:
         try:
             return keras.models.load_model(self.model, safe_mode=True, compile=False)
         except Exception as error:  # a torn zip, a bad config, a refused layer: Keras raises many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise TouchlineError(f"{self.model} is no readable model ({reason}): {self.remedy}") from None
+            raise TouchlineError(f"{self.model} is no readable model ({one_line(error)}): {self.remedy}") from None
 
     def network(self, engine: str) -> Network:
         """The model, ready to run.

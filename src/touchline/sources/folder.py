@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.sources import Candidate
 from touchline.sources.received import Received, say_left_out, shown
 
@@ -71,9 +71,7 @@ def _manifest(received: Received) -> dict[str, dict[str, Any]]:
         if not isinstance(table.index, pd.RangeIndex):
             raise ValueError("its rows have more values than its header has columns")
     except (ValueError, UnicodeDecodeError) as error:
-        raise TouchlineError(
-            f"{path} is not a readable table ({' '.join(str(error).split())}): mend it or take it away"
-        ) from None
+        raise TouchlineError(f"{path} is not a readable table ({one_line(error)}): mend it or take it away") from None
     if "file" not in table:
         raise TouchlineError(f"{path} has no column `file` (path within the folder): add it or take the manifest away")
     known = [column for column in _MANIFEST_COLUMNS if column in table]

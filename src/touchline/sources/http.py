@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import read_json, write_json
 from touchline.core.params import DownloadParams
 from touchline.core.progress import say
@@ -437,7 +437,7 @@ def as_broken() -> Iterator[None]:
     except aiohttp.ClientPayloadError as error:
         raise Broken("cut off") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise Broken("no answer", " ".join(str(error).split()) or type(error).__name__) from error
+        raise Broken("no answer", one_line(error)) from error
 
 
 async def repeated(

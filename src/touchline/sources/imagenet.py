@@ -23,7 +23,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
-from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import read_json, write_bytes, write_json
 from touchline.core.params import DownloadParams, ImageNetParams
 from touchline.core.progress import say
@@ -543,8 +543,8 @@ def _photos_in_tar(
             raise TouchlineError(f"{path} cannot be read ({error.strerror})") from None
         whole_name = path if size is None else f"{wnid}.tar in {path}"
         remedy = "delete it and run again" if ours and size is None else "put a whole one in its place"
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise TouchlineError(f"{whole_name} is cut off or broken ({shown(reason)}): {remedy}") from None
+        reason = shown(one_line(error, 120))
+        raise TouchlineError(f"{whole_name} is cut off or broken ({reason}): {remedy}") from None
     say_left_out("imagenet", path if size is None else Path(f"{path} {wnid}.tar"), left_out)
     return photos
 
@@ -699,8 +699,7 @@ def _kaggle_trouble(error: Exception, what: str) -> TouchlineError:
             f"Kaggle does not give out {what}: accept the rules in the browser at "
             f"https://www.kaggle.com/c/{_COMPETITION}/rules"
         )
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return TouchlineError(f"Kaggle gives no {what} ({reason}): run again later")
+    return TouchlineError(f"Kaggle gives no {what} ({one_line(error, 120)}): run again later")
 
 
 # Hugging Face
@@ -784,11 +783,10 @@ def _hub_photo(row: dict[str, Any]) -> tuple[str, str, bytes]:
 
 
 def _hub_trouble(error: Exception) -> TouchlineError:
-    reason = " ".join(str(error).split())
     chain = [error, error.__cause__, error.__context__]
     status = next((found for link in chain if (found := _status(link)) is not None), None)
     page = f"https://huggingface.co/datasets/{_HUB_DATASET}"
-    if status == 403 or "ask for access" in reason:
+    if status == 403 or "ask for access" in " ".join(str(error).split()):
         return TouchlineError(f"Hugging Face has not let you in to {_HUB_DATASET}: accept its terms at {page}")
     if status == 401 or type(error).__name__ == "DatasetNotFoundError":
         return TouchlineError(
@@ -796,7 +794,7 @@ def _hub_trouble(error: Exception) -> TouchlineError:
             "then set HF_TOKEN or run `hf auth login`"
         )
     return TouchlineError(
-        f"{_HUB_DATASET} at Hugging Face cannot be read ({reason[:160] or type(error).__name__}): "
+        f"{_HUB_DATASET} at Hugging Face cannot be read ({one_line(error, 160)}): "
         "run again, it goes on where it stopped"
     )
 
