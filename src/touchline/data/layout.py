@@ -56,7 +56,7 @@ class Layout:
         format: JPEG, PNG, WEBP, GIF, BMP or TIFF.
         width, height: pixels as stored.
         orientation: of EXIF, 1 to 8.
-        samples: bytes that the samples of all pixels are, uncompressed.
+        samples: bytes of all samples uncompressed, where their depth and number vary: PNG and TIFF.
         per_pixel: bytes that OpenCV holds for each pixel at most while it decodes the file, as measured.
         held: bytes that decoding holds besides: coefficients of several scans, a strip, texts.
     """
@@ -180,7 +180,7 @@ def _jpeg(content: bytes) -> Layout:
     if scans > _SCANS or work > max(_PASSES * total, _SAMPLES):
         raise Refused(f"{scans:,} scans are more than a JPEG of {width:,} x {height:,} pixels needs")
     orientation = _orientation(b"".join(exif))
-    return Layout("JPEG", width, height, orientation, total, held=2 * total if buffered else 0)
+    return Layout("JPEG", width, height, orientation, held=2 * total if buffered else 0)
 
 
 def _frame(body: bytes) -> tuple[int, int, list[tuple[int, int]]]:

@@ -241,7 +241,7 @@ def _not_whole(content: bytes, found: Layout) -> str:
     # A WebP is read whole or not at all by OpenCV too, and Pillow would hold a large one five times over.
     if found.format == "WEBP":
         return ""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     # Our own limits decide what is a bomb; Pillow's would only warn or raise somewhere else.
     Image.MAX_IMAGE_PIXELS = None
@@ -251,6 +251,8 @@ def _not_whole(content: bytes, found: Layout) -> str:
             # A JPEG decoded at a fraction of its size is still read to its last byte, in a third of the time.
             image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
             image.load()
+    except UnidentifiedImageError:  # whose message holds an address in memory
+        return "its header is damaged"
     except Exception as error:  # Pillow's readers raise many kinds on hostile bytes; all of them mean "not whole"
         return one_line(error, 120)
     return ""
