@@ -49,8 +49,8 @@ _NEEDED = {
 # what a stage has just made.
 RENEW = "delete it and run `dvc repro`; if the same comes back, `chmod -R u+w .dvc/cache` and `dvc repro --force`"
 
-# A spreadsheet runs a cell that begins with one of these signs, whatever blanks and quotes stand before it; full-width
-# ones count too. Its import may begin a cell after any of these separators, whatever wrote the file.
+# A spreadsheet runs a cell that starts with one of these signs, also after blanks and quotes; full-width signs count
+# too. Depending on its import settings, a cell may start after any of these separators.
 _CELL, _FORMULA = r"[,;|\t\n\v\f\r]", r"(?=[\"'\s]*[=+\-@\uff1d\uff0b\uff0d\uff20])"
 _RUN, _GUARDED = re.compile(_CELL + _FORMULA), re.compile(f"({_CELL})'{_FORMULA}")
 

@@ -1,8 +1,8 @@
 """What an image file is made of, told from its bytes before anything decodes them.
 
-Some files are cheap to send and dear to decode: scans that repeat, parts by the million, tags that all claim the same
-bytes. A thread that decodes cannot be stopped, so what decoding will cost is worked out from the file's structure
-first, and such a file is refused. The limits leave room for twice the worst file that an honest program writes.
+Some files are cheap to send and expensive to decode: scans that repeat, parts by the million, tags that all claim the
+same bytes. A thread that decodes cannot be stopped, so the cost is worked out from the file's structure first, and a
+file that costs too much is refused. The limits are about twice the worst that ordinary programs write.
 
 Formats: JPEG, ITU-T T.81; PNG, W3C; GIF89a; TIFF 6.0; WebP, RFC 9649; BMP as Windows and OS/2 have it.
 """
@@ -143,7 +143,7 @@ def _jpeg(content: bytes) -> Layout:
     place = 2
     while found := _MARKER.search(content, place):
         kind = found[0][1]
-        # Pillow passes over what stands between segments byte by byte.
+        # Pillow skips the bytes between two segments one by one.
         parts.add(1 if scans else 1 + found.start() - place)
         place = found.end()
         if kind == 0xD9:
@@ -198,10 +198,10 @@ def _png(content: bytes) -> Layout:
     width, height, depth, colour = struct.unpack_from(">IIBB", content, len(_PNG) + 8)
     for kind, start, length in _chunks(content):
         parts.add()
-        # The sizes stand in the first chunk, and readers differ in what they make of another one like it.
+        # The sizes are in the first chunk; readers differ in how they treat a second one of its kind.
         if (kind == b"IHDR") != (start == len(_PNG) + 8):
             raise Refused("its header is damaged")
-        # OpenCV takes memory for all that a chunk claims.
+        # OpenCV allocates whatever length a chunk claims.
         if start + length > len(content):
             raise Refused("it is cut off or damaged")
         pixels_begun |= kind == b"IDAT"
@@ -253,7 +253,7 @@ def _bmp(content: bytes) -> Layout:
         compression = 0
     else:
         width, height, _, _, compression = struct.unpack_from("<iiHHI", content, 18)
-    # Pillow takes them apart in Python, pixel by pixel.
+    # Pillow decodes them in Python, pixel by pixel.
     if compression in {1, 2}:
         raise Refused("a run-length encoded BMP, which is not supported: save it as PNG")
     return Layout("BMP", abs(width), abs(height))
@@ -263,7 +263,7 @@ def _tiff(content: bytes) -> Layout:
     tags = _directory(content)
 
     def most(tag: int, default: int) -> int:
-        # Readers differ in which they take of a tag that stands twice.
+        # Where a tag is given twice, readers differ in which one they use.
         return max(tags.get(tag, ()), default=default)
 
     width, height, samples, depth = most(256, 0), most(257, 0), most(277, 1), most(258, 1)
@@ -311,7 +311,7 @@ def _webp(content: bytes) -> Layout:
 
 def _orientation(exif: bytes) -> int:
     exif = exif.removeprefix(_EXIF).removeprefix(_EXIF)
-    # Some programs write it twice. Pillow takes off any number, and copies the rest each time.
+    # Some programs write the prefix twice. Pillow removes any number of them, copying the rest each time.
     if exif.startswith(_EXIF):
         raise Refused("its EXIF data is damaged")
     return _upright(_directory(exif))
@@ -326,7 +326,7 @@ def _directory(content: bytes) -> dict[int, list[int]]:
     """Whole numbers in the first directory of a TIFF file or an EXIF block, by tag; empty where there is none.
 
     Raises:
-        Refused: its tags claim more than twice the bytes there are, or too many values: readers copy what each claims.
+        Refused: its tags claim more than twice the bytes there are, or too many values. Readers copy what each claims.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(content[:4])
     if order is None:
@@ -365,7 +365,7 @@ _STARTS = {
         "PNG": re.escape(_PNG),
         "WEBP": rb"RIFF....WEBP",
         "GIF": rb"GIF8[79]a",
-        # Two letters alone begin many a text; 14 bytes later stands the size of a header, and there are seven of those.
+        # Many texts begin with these two letters; at byte 14 is the size of a header, of which there are seven.
         "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
         "TIFF": rb"II\*\0|MM\0\*",
     }.items()

@@ -1,7 +1,7 @@
 """Files in a folder that others may have filled: read only what lies in it, and only what begins like an image.
 
-A received folder may hold a link to a private key, a pipe that keeps its reader waiting, or a device without an end.
-What is read becomes part of data/photos, and `dvc push` passes it on.
+A received folder may contain a link to a private key, a pipe that blocks its reader, or an endless device. Whatever is
+read becomes part of data/photos, and `dvc push` sends it on.
 """
 
 import os
@@ -28,7 +28,7 @@ class Received:
 
     Attributes:
         max_megabytes: of one file.
-        follow_links: links may leave the folder, because they are the user's own.
+        follow_links: links may lead out of the folder, because they are the user's own.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Received:
             return error.strerror or "cannot be read"
 
     def read(self, path: Path) -> bytes:
-        """The bytes of a file that `refusal` has nothing against.
+        """The bytes of a file that `refusal` accepts.
 
         Raises:
             TouchlineError: it has become something else since.
@@ -74,7 +74,7 @@ class Received:
             raise _Unfit("not a file but a folder, pipe, socket or device")
         if status.st_size > self.max_megabytes * 1e6:
             raise _Unfit(f"larger than {self.max_megabytes:g} MB")
-        # Should it be something else by now: no link is followed, and no pipe is waited for.
+        # If it has been replaced since, a link is not followed, and a pipe does not block.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         return open(os.open(real, flags), "rb")  # noqa: PTH123 - a descriptor has no path
 
