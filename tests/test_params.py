@@ -108,7 +108,7 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
         (
             "classes",
             ["rugby", "Rugby"],  # one folder where capitals do not count
-            "classes is ['rugby', 'Rugby']; allowed: each name once ('rugby' stands twice)",
+            "classes is ['rugby', 'Rugby']; allowed: each name once ('rugby' appears twice)",
         ),
         (
             "classes",
@@ -167,7 +167,7 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
         (
             "features.pooled.backbone",
             ["vgg16", "vgg16"],
-            "features.pooled.backbone is ['vgg16', 'vgg16']; allowed: each name once ('vgg16' stands twice)",
+            "features.pooled.backbone is ['vgg16', 'vgg16']; allowed: each name once ('vgg16' appears twice)",
         ),
         ("features.pooled.views", 3, "features.pooled.views is 3; allowed: 1 or 2"),
         ("features.pixels.image_size", 16, "features.pixels.image_size is 16; allowed: greater than or equal to 32"),

@@ -1,6 +1,6 @@
 """params.yaml as typed, checked values.
 
-An unknown key, a missing one, a wrong type or an impossible number is one line that names the key, what was found and
+An unknown or missing key, a wrong type or an impossible number is a one-line error that names the key, the value and
 what is allowed.
 """
 
@@ -37,19 +37,19 @@ Synset = Annotated[str, StringConstraints(pattern=r"^n[0-9]{8}$")]
 # The parts that the split cuts the photos into.
 SUBSETS = ("train", "validation", "test")
 
-# A few lines of aliases of aliases would take gigabytes in full.
+# Printed in full, a few lines of nested aliases would take gigabytes.
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 20, 20
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
 
 def _whole_number_as_float(value: object) -> object:
-    # A bool is an int to Python, but no number to a person.
+    # In Python a bool is an int, but users do not mean a number by it.
     return float(value) if type(value) is int else value
 
 
 def _between(low: float, high: float, low_included: bool, high_included: bool) -> AfterValidator:
-    """Refuses a float out of a range, with a message that states the whole range."""
+    """Rejects a float outside a range, with a message that states the whole range."""
 
     def check(value: float) -> float:
         if not (low <= value <= high) or (value == low and not low_included) or (value == high and not high_included):
@@ -62,7 +62,7 @@ def _between(low: float, high: float, low_included: bool, high_included: bool) -
     return AfterValidator(check)
 
 
-# YAML writes `4` where a person means `4.0`; strict mode would refuse it.
+# People write `4` for `4.0`; strict mode would reject it.
 _Number = Annotated[float, BeforeValidator(_whole_number_as_float)]
 Share = Annotated[_Number, _between(0, 1, low_included=False, high_included=False)]
 Fraction = Annotated[_Number, _between(0, 1, low_included=True, high_included=True)]
@@ -84,7 +84,7 @@ def _distinct(names: list[str]) -> list[str]:
     folded = [name.casefold() for name in names]
     for name in names:
         if folded.count(name.casefold()) > 1:
-            raise PydanticCustomError("distinct", "each name once ('{name}' stands twice)", {"name": name})
+            raise PydanticCustomError("distinct", "each name once ('{name}' appears twice)", {"name": name})
     return names
 
 
@@ -128,7 +128,7 @@ class OpenImagesParams(_Section):
 
 def _without_password(place: str) -> str:
     if re.match(r"[a-z]+://[^/]*@", place, re.IGNORECASE):
-        raise PydanticCustomError("password", "an address without a user's name and password")
+        raise PydanticCustomError("password", "an address without user name and password")
     return place
 
 
@@ -163,7 +163,7 @@ class IngestParams(_Section):
         if "imagenet" in self.sources and not self.remote and not self.imagenet.share:
             raise PydanticCustomError(
                 "options",
-                "imagenet, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
+                "imagenet, whose photos may not be passed on, only with your own DVC remote in `remote` "
                 "(`dvc remote add private /a/folder`), or with `imagenet.share: true`",
             )
         return self
@@ -231,7 +231,7 @@ class AugmentationParams(_Section):
     flip: bool
 
 
-# What layers compute in; weights, and the finished model, are float32 in any case.
+# The type that layers compute in; weights and the finished model are always float32.
 Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
 
@@ -348,7 +348,7 @@ class Params(_Section):
                         "name": name,
                         "found": model.input,
                         "architecture": model.architecture,
-                        "allowed": ", ".join(fitting) or "there is none that fits",
+                        "allowed": ", ".join(fitting) or "none fits",
                     },
                 )
             given = self.features[model.input]
@@ -368,7 +368,7 @@ def load(path: Path) -> Params:
     """Read and check `path`.
 
     Raises:
-        ParamsError: the file is missing, not YAML, or holds what is not allowed.
+        ParamsError: the file is missing, not YAML, or has invalid content.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -378,8 +378,8 @@ def load(path: Path) -> Params:
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing: restore it from version control") from None
     except RecursionError:
-        raise ParamsError(f"{path.name} is not readable YAML: it is nested too deep") from None
-    except (YAMLError, ValueError) as error:  # a date or a number that is none is a ValueError
+        raise ParamsError(f"{path.name} is not readable YAML: it is nested too deeply") from None
+    except (YAMLError, ValueError) as error:  # an invalid date or number is a ValueError
         raise ParamsError(f"{path.name} is not readable YAML: {one_line(error, 500)}") from None
     return check(content, path.name)
 
@@ -388,7 +388,7 @@ def check(content: object, where: str = "params.yaml") -> Params:
     """Typed params from a plain mapping.
 
     Raises:
-        ParamsError: the first thing that is not allowed, in one line, and how many more there are.
+        ParamsError: one line with the first error and the number of further ones.
     """
     try:
         return Params.model_validate(content)
@@ -426,9 +426,9 @@ def _one_line(error: ErrorDetails) -> str:
 
 
 def _location(parts: tuple[int | str, ...]) -> list[str]:
-    # A name that cannot be printed would break the line.
+    # An unprintable name would break the line.
     location = [str(part) if str(part).isprintable() else repr(part) for part in parts]
-    # pydantic puts the kind of a `features` or `models` entry behind its name, and marks names; the file holds neither.
+    # pydantic adds the kind of a `features` or `models` entry after its name; the file has no such key.
     if len(location) > 2 and location[0] in {"features", "models"}:
         del location[2]
     return location
