@@ -28,8 +28,11 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+_Model = Annotated[str, typer.Option(help="as for `predict` (default: the champion)")]
+
 # Options of the servers that answer a browser.
 _Host = Annotated[str, typer.Option(help="address to listen on; any but loopback lets other machines in")]
+_Port = Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)]
 _Allowed = Annotated[
     list[str] | None,
     typer.Option(
@@ -210,7 +213,7 @@ def export(
     form: Annotated[
         Target, typer.Option("--format", help="saved_model and openvino are folders; onnx needs the extra `onnx`")
     ],
-    model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
+    model: _Model = "",
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="must not exist yet (default: exports/<name of the model>)")
     ] = None,
@@ -295,7 +298,7 @@ def sync() -> None:
 @app.command()
 def mlflow(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 5000,
+    port: _Port = 5000,
 ) -> None:
     """Open the MLflow UI on the project's store, until Ctrl-C."""
     from touchline import tracking
@@ -323,9 +326,9 @@ def mlflow(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
+    model: _Model = "",
     host: _Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+    port: _Port = 8000,
     allowed_host: _Allowed = None,
 ) -> None:
     """Classify photos over HTTP until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
@@ -337,7 +340,7 @@ def serve(
 @app.command("app")
 def try_models(
     host: _Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 7860,
+    port: _Port = 7860,
     model: Annotated[str, typer.Option(help="model shown first, as for `predict` (default: the champion)")] = "",
     allowed_host: _Allowed = None,
 ) -> None:
