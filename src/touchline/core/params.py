@@ -128,7 +128,7 @@ class OpenImagesParams(_Section):
 
 def _without_password(place: str) -> str:
     if re.match(r"[a-z]+://[^/]*@", place, re.IGNORECASE):
-        raise PydanticCustomError("password", "an address without user name and password")
+        raise PydanticCustomError("password", "an address without a user's name and password")
     return place
 
 
