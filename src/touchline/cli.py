@@ -384,9 +384,8 @@ def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -
 def summary() -> None:
     """The last run in a table: models, interval, seconds, decision, where to look."""
     from touchline.commands import summary
-    from touchline.core.paths import Paths
 
-    summary.show(Paths.here())
+    summary.show(*_project())
 
 
 def _plan() -> None:

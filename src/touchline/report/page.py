@@ -14,7 +14,7 @@ from touchline.core.files import RENEW, read_json, read_table, sha256, write_tex
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
 from touchline.data import photos, terms, thumbnails
-from touchline.models import explain
+from touchline.models import explain, scores
 from touchline.report import html, plots
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def write(
         decision=decision(outcome, records[outcome["better_model"]]["run_name"], params.register_.name),
         better=outcome["better_model"],
         metrics=metrics,
+        titles=scores.titles(),
+        cells=scores.cells,
         speeds=speeds,
         records=records,
         split=read_json(paths.reports / "split.json"),
