@@ -8,7 +8,7 @@ import re
 from math import inf
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,13 +17,17 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
     StringConstraints,
     Tag,
     ValidationError,
+    create_model,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from touchline.core import extensions
 from touchline.core.errors import ParamsError, one_line
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -97,16 +101,18 @@ def _ascending(numbers: list[float]) -> list[float]:
 ClassName = Annotated[str, AfterValidator(_usable_class)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Keys of params.yaml; an unknown one is an error."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class SampleParams(_Section):
+class SampleParams(Section):
     per_class: Annotated[int, Field(ge=10)]
     seed: Seed
 
 
-class DownloadParams(_Section):
+class DownloadParams(Section):
     connections: Annotated[int, Field(ge=1, le=1000)]
     tries: Count
     connect_timeout: Positive
@@ -115,7 +121,7 @@ class DownloadParams(_Section):
     max_megabytes: Positive
 
 
-class OpenImagesParams(_Section):
+class OpenImagesParams(Section):
     url: Url
     photos_url: Url
     subsets: Annotated[list[Literal["validation", "test", "train"]], Field(min_length=1), AfterValidator(_distinct)]
@@ -132,7 +138,7 @@ def _without_password(place: str) -> str:
     return place
 
 
-class ImageNetParams(_Section):
+class ImageNetParams(Section):
     accept_terms: bool
     share: bool
     origin: Literal["winter21", "ilsvrc2012", "folder", "kaggle", "huggingface"]
@@ -142,34 +148,61 @@ class ImageNetParams(_Section):
     classes: dict[str, Annotated[list[Synset], Field(min_length=1)]]
 
 
-class IngestParams(_Section):
+def _known_source(name: str) -> str:
+    if extensions.source(name) is None:
+        raise PydanticCustomError("source", "one of {known}", {"known": ", ".join(extensions.sources())})
+    return name
+
+
+class IngestParams(Section):
     sources: Annotated[
-        list[Literal["sample", "folder", "openimages", "imagenet", "feedback"]],
-        Field(min_length=1),
-        AfterValidator(_distinct),
+        list[Annotated[str, AfterValidator(_known_source)]], Field(min_length=1), AfterValidator(_distinct)
     ]
     per_class: Count | None
     min_per_class: Count
     remote: str
     folder: Text
     follow_links: bool = False
-    sample: SampleParams
     download: DownloadParams
+    # These three are stated here, so that no other command than `ingest` has to import their sources.
+    sample: SampleParams
     openimages: OpenImagesParams
     imagenet: ImageNetParams
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_sections(cls, content: Any, handler: ModelWrapValidatorHandler["IngestParams"]) -> "IngestParams":
+        """With the sections that other sources have: those of the sources in use, and those that the file has."""
+        if not isinstance(content, dict):
+            return handler(content)
+        named = content.get("sources")
+        names = [*content, *(named if isinstance(named, list) else [])]
+        others = {name for name in names if isinstance(name, str)} - cls.model_fields.keys()
+        found = {name: source.params for name in sorted(others) if (source := extensions.source(name))}
+        sections: dict[str, Any] = {name: (section, ...) for name, section in found.items() if section}
+        if not sections:
+            return handler(content)
+        return create_model("IngestParams", __base__=cls, **sections).model_validate(content)
+
+    @property
+    def unshared(self) -> list[str]:
+        """The sources whose photos may not be passed on: their section has `share: false`."""
+        return [name for name, section in self if getattr(section, "share", True) is False]
+
     @model_validator(mode="after")
     def _terms_are_kept(self) -> "IngestParams":
-        if "imagenet" in self.sources and not self.remote and not self.imagenet.share:
-            raise PydanticCustomError(
-                "options",
-                "imagenet, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
-                "(`dvc remote add private /a/folder`), or with `imagenet.share: true`",
-            )
+        for name in self.unshared:
+            if name in self.sources and not self.remote:
+                raise PydanticCustomError(
+                    "options",
+                    "{name}, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
+                    "(`dvc remote add private /a/folder`), or with `{name}.share: true`",
+                    {"name": name},
+                )
         return self
 
 
-class ValidateParams(_Section):
+class ValidateParams(Section):
     min_side: Count
     max_aspect: Ratio
     max_megapixels: Positive
@@ -179,7 +212,7 @@ class ValidateParams(_Section):
     max_rejected_share: Fraction
 
 
-class SplitParams(_Section):
+class SplitParams(Section):
     seed: Seed
     test_share: Share
     validation_share: Share
@@ -199,11 +232,11 @@ class SplitParams(_Section):
         return self
 
 
-class PixelFeatures(_Section):
+class PixelFeatures(Section):
     image_size: Annotated[int, Field(ge=32, le=1024)]
 
 
-class BackboneFeatures(_Section):
+class BackboneFeatures(Section):
     image_size: Annotated[int, Field(ge=32, le=1024)]
     # A name stands for a list of one.
     backbone: Annotated[
@@ -224,7 +257,7 @@ class BackboneFeatures(_Section):
         return self
 
 
-class AugmentationParams(_Section):
+class AugmentationParams(Section):
     rotation: Degrees
     zoom: DropoutRate
     shift: DropoutRate
@@ -235,7 +268,7 @@ class AugmentationParams(_Section):
 Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
 
-class _Training(_Section):
+class _Training(Section):
     input: Name
     dropout: DropoutRate
     learning_rate: Positive
@@ -260,7 +293,7 @@ class ArticleParams(_Training):
     augmentation: AugmentationParams
 
 
-class FineTuneParams(_Section):
+class FineTuneParams(Section):
     blocks: Annotated[int, Field(ge=0)]
     learning_rate: Positive
     batch_size: Count
@@ -268,7 +301,7 @@ class FineTuneParams(_Section):
     patience: Count
 
 
-class HeadParams(_Section):
+class HeadParams(Section):
     architecture: Literal["head"]
     input: Name
     strengths: Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascending)]
@@ -278,30 +311,30 @@ class HeadParams(_Section):
     fine_tune: FineTuneParams
 
 
-class EvaluateParams(_Section):
+class EvaluateParams(Section):
     calibration_bins: Annotated[int, Field(ge=2, le=100)]
     gallery: Annotated[int, Field(ge=0, le=200)]
     baselines_seed: Seed
 
 
-class RegisterParams(_Section):
+class RegisterParams(Section):
     name: Annotated[str, StringConstraints(pattern=r"^[^/:.\"'%\s]+$")]
     min_accuracy: Fraction
     min_shared_photos: Count
     significance: Share
 
 
-class ComputeParams(_Section):
+class ComputeParams(Section):
     scheduler: Annotated[str, StringConstraints(pattern=r"^$|^(tcp|tls|ws|wss)://\S+:\d+$")]
     devices: Literal["one", "all"]
     engine: Literal["auto", "openvino", "tensorflow"]
 
 
-class PredictParams(_Section):
+class PredictParams(Section):
     min_confidence: Fraction
 
 
-class DriftParams(_Section):
+class DriftParams(Section):
     folder: str
     significance: Share
     threshold: Fraction
@@ -320,11 +353,12 @@ FeaturesParams = Annotated[
 ModelParams = Annotated[CnnParams | ArticleParams | HeadParams, Field(discriminator="architecture")]
 
 
-class Params(_Section):
+class Params(Section):
     """The whole of params.yaml."""
 
     classes: Annotated[list[ClassName], Field(min_length=2), AfterValidator(_distinct)]
-    ingest: IngestParams
+    # With the sections of whatever sources it has.
+    ingest: SerializeAsAny[IngestParams]
     validate_: Annotated[ValidateParams, Field(alias="validate")]
     split: SplitParams
     features: Annotated[dict[Name, FeaturesParams], Field(min_length=1)]
