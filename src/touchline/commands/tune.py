@@ -27,7 +27,9 @@ from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data.feature_store import Arrays
-from touchline.stages.train import Labelled, facts, fit
+from touchline.models.architectures import train as fit
+from touchline.models.training import Labelled
+from touchline.stages.train import facts
 from touchline.tracking import is_alive, open_store, this_process
 
 if TYPE_CHECKING:

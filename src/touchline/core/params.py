@@ -8,7 +8,7 @@ import re
 from math import inf
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     Discriminator,
     Field,
     ModelWrapValidatorHandler,
+    PlainValidator,
     SerializeAsAny,
     StringConstraints,
     Tag,
@@ -268,29 +269,41 @@ class AugmentationParams(Section):
 Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
 
-class _Training(Section):
+class ModelParams(Section):
+    """An entry of `models`.
+
+    Attributes:
+        takes: the kind of features that it learns from.
+    """
+
+    takes: ClassVar[type[Section]] = PixelFeatures
+    architecture: str
     input: Name
+    seed: Seed
+
+
+class NetworkParams(ModelParams):
+    """A network that is trained on photos from nothing."""
+
     dropout: DropoutRate
+    augmentation: AugmentationParams
     learning_rate: Positive
     batch_size: Count
     epochs: Count
     patience: Annotated[int, Field(ge=0)]
-    seed: Seed
     precision: Precision = "float32"
 
 
-class CnnParams(_Training):
+class CnnParams(NetworkParams):
     architecture: Literal["cnn"]
     # Each width is a halving of the side: five leave one pixel of the smallest photos.
     filters: Annotated[list[Count], Field(min_length=1, max_length=5)]
     weight_decay: NotNegative
-    augmentation: AugmentationParams
 
 
-class ArticleParams(_Training):
+class ArticleParams(NetworkParams):
     architecture: Literal["article"]
     dense_units: Count
-    augmentation: AugmentationParams
 
 
 class FineTuneParams(Section):
@@ -301,13 +314,12 @@ class FineTuneParams(Section):
     patience: Count
 
 
-class HeadParams(Section):
+class HeadParams(ModelParams):
+    takes: ClassVar[type[Section]] = BackboneFeatures
     architecture: Literal["head"]
-    input: Name
     strengths: Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascending)]
     folds: Annotated[int, Field(ge=2, le=20)]
     balance: Literal["none", "class", "group"]
-    seed: Seed
     fine_tune: FineTuneParams
 
 
@@ -350,7 +362,29 @@ FeaturesParams = Annotated[
     Annotated[PixelFeatures, Tag("pixels")] | Annotated[BackboneFeatures, Tag("backbone")],
     Discriminator(_kind_of_features),
 ]
-ModelParams = Annotated[CnnParams | ArticleParams | HeadParams, Field(discriminator="architecture")]
+# As with the sources: no other command has to import the architectures.
+_MODELS: dict[str, type[ModelParams]] = {"cnn": CnnParams, "article": ArticleParams, "head": HeadParams}
+
+
+def _model(content: object) -> ModelParams:
+    """An entry of `models`, of the kind that its architecture has."""
+    if isinstance(content, ModelParams):
+        return content
+    if not isinstance(content, dict):
+        raise PydanticCustomError("dict_type", "keys with their values")
+    if "architecture" not in content:
+        raise PydanticCustomError("union_tag_not_found", "an architecture")
+    name = content["architecture"]
+    kind = _MODELS.get(name) if isinstance(name, str) else None
+    if isinstance(name, str) and kind is None and (other := extensions.architecture(name)):
+        kind = other.params
+    if kind is None:
+        allowed = ", ".join(map(repr, [*_MODELS, *(set(extensions.architectures()) - set(_MODELS))]))
+        raise PydanticCustomError("union_tag_invalid", "of {expected_tags}", {"tag": name, "expected_tags": allowed})
+    return kind.model_validate(content)
+
+
+AnyModel = Annotated[SerializeAsAny[ModelParams], PlainValidator(_model)]
 
 
 class Params(Section):
@@ -362,7 +396,7 @@ class Params(Section):
     validate_: Annotated[ValidateParams, Field(alias="validate")]
     split: SplitParams
     features: Annotated[dict[Name, FeaturesParams], Field(min_length=1)]
-    models: Annotated[dict[Name, ModelParams], Field(min_length=1)]
+    models: Annotated[dict[Name, AnyModel], Field(min_length=1)]
     evaluate: EvaluateParams
     register_: Annotated[RegisterParams, Field(alias="register")]
     predict: PredictParams
@@ -372,8 +406,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _inputs_exist(self) -> "Params":
         for name, model in self.models.items():
-            kind = BackboneFeatures if isinstance(model, HeadParams) else PixelFeatures
-            fitting = [key for key, features in self.features.items() if isinstance(features, kind)]
+            fitting = [key for key, features in self.features.items() if isinstance(features, model.takes)]
             if model.input not in fitting:
                 raise PydanticCustomError(
                     "input",
@@ -462,7 +495,7 @@ def _one_line(error: ErrorDetails) -> str:
 def _location(parts: tuple[int | str, ...]) -> list[str]:
     # A name that cannot be printed would break the line.
     location = [str(part) if str(part).isprintable() else repr(part) for part in parts]
-    # pydantic puts the kind of a `features` or `models` entry behind its name, and marks names; the file holds neither.
-    if len(location) > 2 and location[0] in {"features", "models"}:
+    # pydantic puts the kind of a `features` entry behind its name, and marks names; the file holds neither.
+    if (len(location) > 2 and location[0] == "features") or location[2:] == ["[key]"]:
         del location[2]
     return location
