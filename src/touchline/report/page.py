@@ -76,7 +76,7 @@ def write(
         slices=_slices(tables["slices"]),
         mistakes={name: int((part["class"] != part["predicted"]).sum()) for name, part in of_model},
         galleries=_galleries(paths, tables["gallery"], split),
-        hidden=len(split) - len(terms.shown(split, params)),
+        hidden=split.loc[split.index.difference(terms.shown(split, params).index), "source"].tolist(),
         costs=_costs(paths, params),
         hardware=records[outcome["better_model"]]["tags"]["touchline.hardware"],
         code=stage.code(paths),
