@@ -112,7 +112,7 @@ def project(box: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pro
         },
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(scores.METRICS, "share_of_first", Metric("share of the first class", share_of_first))
+        patch.setitem(scores.METRICS, "share_of_first", Metric("first class", share_of_first))
         # The set is faulty: two photos have no licence.
         assert "licence" in made.call("ingest").err + made.call("validate", exit_code=1).err
         source = box / "toy_box.py"
@@ -194,4 +194,4 @@ def test_a_metric_is_one_function_in_one_table(project: projects.Project) -> Non
     [version] = projects.versions(project)
     summary = project.call("summary").out
     for text in ((project.root / "reports/report.html").read_text(), version.description, summary):
-        assert "share of the first class" in " ".join(text.split()) and f"{found:.3f}" in text
+        assert "first class" in " ".join(text.split()) and f"{found:.3f}" in text

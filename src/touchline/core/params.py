@@ -5,6 +5,7 @@ what is allowed.
 """
 
 import re
+from functools import cache
 from math import inf
 from pathlib import Path
 from reprlib import Repr
@@ -179,11 +180,9 @@ class IngestParams(Section):
         named = content.get("sources")
         names = [*content, *(named if isinstance(named, list) else [])]
         others = {name for name in names if isinstance(name, str)} - cls.model_fields.keys()
-        found = {name: source.params for name in sorted(others) if (source := extensions.source(name))}
-        sections: dict[str, Any] = {name: (section, ...) for name, section in found.items() if section}
-        if not sections:
-            return handler(content)
-        return create_model("IngestParams", __base__=cls, **sections).model_validate(content)
+        found = [(name, source.params) for name in sorted(others) if (source := extensions.source(name))]
+        sections = tuple((name, section) for name, section in found if section)
+        return _ingest_with(sections).model_validate(content) if sections else handler(content)
 
     @property
     def unshared(self) -> list[str]:
@@ -201,6 +200,12 @@ class IngestParams(Section):
                     {"name": name},
                 )
         return self
+
+
+@cache
+def _ingest_with(sections: tuple[tuple[str, type[Section]], ...]) -> type[IngestParams]:
+    fields: dict[str, Any] = {name: (section, ...) for name, section in sections}
+    return create_model("IngestParams", __base__=IngestParams, **fields)
 
 
 class ValidateParams(Section):
