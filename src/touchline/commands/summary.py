@@ -12,12 +12,15 @@ def show(paths: Paths, params: Params) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     metrics = read_json(paths.reports / "metrics.json")
     outcome = read_json(paths.reports / "registration.json")
     records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
-    table = Table("model", *scores.titles(), "training", box=SIMPLE_HEAD)
+    table = Table(
+        Column("model", overflow="fold"), *scores.titles(), "training",
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     for name, found in metrics["models"].items():
         seconds = f"{records[name]['metrics']['seconds/train']:.0f} s"
         style = "bold" if name == outcome["better_model"] else None
