@@ -173,7 +173,11 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
         ("features.pixels.image_size", 16, "features.pixels.image_size is 16; allowed: greater than or equal to 32"),
         ("features.pixels", 64, "features.pixels is 64; allowed: keys with their values"),
         ("models.cnn", None, "models.cnn is None; allowed: keys with their values"),
-        ("ingest.sources", ["web"], "ingest.sources.0 is 'web'; allowed: 'sample', 'folder', 'openimages', 'imagenet'"),
+        (
+            "ingest.sources",
+            ["web"],
+            "ingest.sources.0 is 'web'; allowed: one of feedback, folder, imagenet, openimages, sample",
+        ),
         (
             "ingest.sources",
             ["imagenet"],

@@ -22,10 +22,11 @@ from touchline.core.paths import Paths
 from touchline.data import feature_store
 from touchline.data.feature_store import Arrays
 from touchline.models import architectures, engines
+from touchline.models import training as fitting
 from touchline.models.heads import Head, log_loss
+from touchline.models.training import Labelled, Trained
 from touchline.stages import features
 from touchline.stages import train as training
-from touchline.stages.train import Labelled, Trained
 
 SIDE = 32
 CHANNELS = 256  # of the backbone that the heads here stand on
@@ -164,7 +165,7 @@ def test_the_simple_network_learns_red_from_blue(planted: Planted, trained_cnn: 
     fresh = np.arange(40) % 2
     assert accuracy(trained_cnn.model, coloured(fresh, 9), fresh) > 0.95
     assert [row["epoch"] for row in trained_cnn.history] == list(range(len(trained_cnn.history)))
-    assert set(trained_cnn.history[0]) == {"epoch", *training.METRICS.values()}
+    assert set(trained_cnn.history[0]) == {"epoch", *fitting.METRICS.values()}
 
 
 def test_the_simple_network_halves_the_side_for_each_width_and_ends_in_a_mean() -> None:
@@ -202,7 +203,7 @@ def test_the_rate_falls_to_nothing_over_the_epochs_and_weight_decay_is_no_part_o
     optimizer = trained_cnn.model.optimizer
     assert len(trained_cnn.history) == CNN.epochs and int(optimizer.iterations) == CNN.epochs * 6
     assert float(optimizer.learning_rate) == pytest.approx(0, abs=1e-8)
-    assert float(training._optimizer(CNN, 96).learning_rate) == pytest.approx(CNN.learning_rate)
+    assert float(fitting.adam_w(CNN, 96).learning_rate) == pytest.approx(CNN.learning_rate)
     assert isinstance(optimizer, keras.optimizers.AdamW) and optimizer.weight_decay == CNN.weight_decay
     assert not trained_cnn.model.losses
 
@@ -286,7 +287,7 @@ def test_every_training_photo_is_augmented_each_epoch_and_no_validation_photo_ev
         seen.append(numbers[photo.tobytes()])
         return photo
 
-    monkeypatch.setattr(training, "augment", recording)
+    monkeypatch.setattr(fitting, "augment", recording)
     planted.fit(CNN.model_copy(update={"epochs": 3}))
     # One photo is asked for once more, to learn the shape of a row.
     assert sorted(seen) == sorted([0, *list(range(96)) * 3])
@@ -295,7 +296,7 @@ def test_every_training_photo_is_augmented_each_epoch_and_no_validation_photo_ev
 def test_what_augmentation_makes_is_what_is_learned(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     # The article made an augmentation generator and gave `fit` the photos as they were. Here red and blue change
     # places in training photos alone, so a model that learned from these gets every validation photo wrong.
-    monkeypatch.setattr(training, "augment", lambda photo, params, random: photo[..., ::-1])
+    monkeypatch.setattr(fitting, "augment", lambda photo, params, random: photo[..., ::-1])
     trained = planted.fit(CNN.model_copy(update={"epochs": 3}))
     assert trained.history[-1]["train/accuracy"] > 0.95
     assert trained.history[-1]["validation/accuracy"] < 0.05
@@ -312,7 +313,7 @@ def test_training_rows_are_shuffled_and_changed_anew_each_epoch_by_the_seed_alon
         return chosen[:, None] + random.random((len(chosen), 1))
 
     def two_epochs(seed: int) -> list[np.ndarray]:
-        dataset = training._dataset(jittered, labels, 4, seed)
+        dataset = fitting.dataset(jittered, labels, 4, seed)
         assert int(dataset.cardinality()) == 3
         epochs = []
         for _ in range(2):
@@ -331,7 +332,7 @@ def test_training_rows_are_shuffled_and_changed_anew_each_epoch_by_the_seed_alon
 
 def test_validation_rows_are_the_same_each_epoch_in_their_order(planted: Planted) -> None:
     rows = planted.photos[96:]
-    dataset = training._dataset(lambda chosen, _: rows[chosen], planted.validation.labels, 12)
+    dataset = fitting.dataset(lambda chosen, _: rows[chosen], planted.validation.labels, 12)
     for _ in range(2):
         parts = batches(dataset)
         np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), rows)
@@ -401,7 +402,7 @@ def test_with_two_views_a_row_is_the_mean_and_a_mirror_image_is_judged_as_its_ph
 
 
 def test_each_strength_is_a_row_of_the_history(trained_head: Trained) -> None:
-    names = {"epoch", "strength", "cross_validation/loss", *training.METRICS.values()}
+    names = {"epoch", "strength", "cross_validation/loss", *fitting.METRICS.values()}
     assert [set(row) for row in trained_head.history] == [names] * 3
     assert [(row["epoch"], row["strength"]) for row in trained_head.history] == [(0, 0.01), (1, 0.1), (2, 1.0)]
     losses = [row["train/loss"] for row in trained_head.history]
@@ -509,7 +510,7 @@ def test_fine_tuning_that_helps_is_kept_with_its_best_epoch(tunable: Tunable, tu
     assert [row["epoch"] for row in tuned.history] == [0, 1, 2]
     frozen, *epochs = tuned.history
     assert frozen == tunable.frozen.history[0] and "strength" in frozen
-    assert [set(row) for row in epochs] == [{"epoch", *training.METRICS.values()}] * 2
+    assert [set(row) for row in epochs] == [{"epoch", *fitting.METRICS.values()}] * 2
     least = min(row["validation/loss"] for row in tuned.history)
     assert tuned.kept > 0 and tuned.history[tuned.kept]["validation/loss"] == least < frozen["validation/loss"]
     # Validation has stopped it, so it is not learned from as well.
@@ -663,7 +664,7 @@ def test_one_row_of_the_history_is_marked_as_kept_and_its_metrics_are_the_models
 def test_a_tuned_models_epochs_are_those_of_the_tuning(
     project: Project, trained_cnn: Trained, planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"epoch": number, **dict.fromkeys(training.METRICS.values(), 0.5)} for number in range(3)]
+    rows = [{"epoch": number, **dict.fromkeys(fitting.METRICS.values(), 0.5)} for number in range(3)]
     project.give(["train", "validation"])
     photos = [project.paths.workspace / name for name in project.split["path"][: len(planted.train.files)]]
     learned_from = replace(planted.train, files=photos)

@@ -31,8 +31,8 @@ from touchline.core.errors import Diverged, ParamsError, TouchlineError
 from touchline.core.paths import Paths
 from touchline.data import feature_store
 from touchline.data.feature_store import Arrays
+from touchline.models.training import Labelled, Trained
 from touchline.stages import train
-from touchline.stages.train import Labelled, Trained
 
 SIDE = 32
 NAMES = [hashlib.sha256(bytes([number])).hexdigest() for number in range(96)]

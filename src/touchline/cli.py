@@ -96,13 +96,18 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run(name: str, *arguments: str) -> None:
-    """Run a stage's module under the stage's lock."""
+def _run(name: str, entry: str = "", section: str = "") -> None:
+    """Run a stage, under its lock: `run` of the module that does its work.
+
+    Args:
+        entry: what a stage that runs once an entry of a `section` of params.yaml runs for.
+    """
     from importlib import import_module
 
     from touchline.core import stage
 
     paths, params = _project()
+    arguments = [_known(params, entry, section)] if section else []
     with stage.running(paths, "@".join([name, *arguments])):
         import_module(STAGES[name]).run(paths, params, *arguments)
 
@@ -133,13 +138,13 @@ def split() -> None:
 @app.command()
 def features(name: Annotated[str, typer.Argument(help="an entry of `features` in params.yaml")]) -> None:
     """Turn photos into arrays, once."""
-    _run("features", _known(name, "features"))
+    _run("features", name, "features")
 
 
 @app.command()
 def train(name: Annotated[str, typer.Argument(help="an entry of `models` in params.yaml")]) -> None:
     """Train one model."""
-    _run("train", _known(name, "models"))
+    _run("train", name, "models")
 
 
 @app.command()
@@ -181,7 +186,8 @@ def tune(
     """
     from touchline.commands import tune
 
-    tune.run(*_project(), _known(model, "models"), trials, seed, apply=apply)
+    paths, params = _project()
+    tune.run(paths, params, _known(params, model, "models"), trials, seed, apply=apply)
 
 
 @app.command()
@@ -388,9 +394,8 @@ def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -
 def summary() -> None:
     """Show the last run in a table: models, intervals, seconds, decision, where to look."""
     from touchline.commands import summary
-    from touchline.core.paths import Paths
 
-    summary.show(Paths.here())
+    summary.show(*_project())
 
 
 def _plan() -> None:
@@ -424,9 +429,9 @@ def _store() -> "tuple[Store, str]":
     return open_store(paths, params.register_.name), params.register_.name
 
 
-def _known(name: str, section: str) -> str:
-    """`name`, checked to be in that section of params.yaml."""
-    known = getattr(_project()[1], section)
+def _known(params: "Params", name: str, section: str) -> str:
+    """`name`, if the section of params.yaml has it."""
+    known = getattr(params, section)
     if name not in known:
         raise ParamsError(f"params.yaml: {section} has no entry '{name}'; allowed: {', '.join(known)}")
     return name

@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from touchline.core import params as params_file
 from touchline.core.editing import as_yaml, change, set_values
-from touchline.core.errors import Diverged, TouchlineError, one_line
+from touchline.core.errors import Diverged, ParamsError, TouchlineError, one_line
 from touchline.core.files import read_table
-from touchline.core.params import ArticleParams, CnnParams, HeadParams, ModelParams, Params
+from touchline.core.params import ArticleParams, CnnParams, HeadParams, ModelParams, NetworkParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data.feature_store import Arrays
-from touchline.stages.train import Labelled, facts, fit
+from touchline.models.architectures import train as fit
+from touchline.models.training import Labelled
+from touchline.stages.train import facts
 from touchline.tracking import is_alive, open_store, this_process
 
 if TYPE_CHECKING:
@@ -113,6 +115,11 @@ def space(model: ModelParams) -> Space:
                 "strengths": Between(1e-4, 100, log=True, alone=True),
                 "balance": OneOf("none", "class", "group"),
             }
+        case _:
+            raise ParamsError(
+                f"touchline tune has no ranges for the architecture {model.architecture}: tune a model of another one, or "
+                "change its values by hand"
+            )
 
 
 def run(paths: Paths, params: Params, name: str, trials: int, seed: int, *, apply: bool) -> None:
@@ -184,9 +191,9 @@ class _Study:
         )
         # A head has no epochs to stop at. The first quarter of a network's epochs tells little about its end.
         pruner = (
-            optuna.pruners.NopPruner()
-            if isinstance(self._model, HeadParams)
-            else optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self._model.epochs // 4)
+            optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self._model.epochs // 4)
+            if isinstance(self._model, NetworkParams)
+            else optuna.pruners.NopPruner()
         )
         return optuna.create_study(
             storage=storage, study_name=self._study_name(), pruner=pruner, direction="minimize", load_if_exists=True

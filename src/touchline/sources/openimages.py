@@ -23,10 +23,11 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from touchline.core.errors import ParamsError, TouchlineError
-from touchline.core.files import write_json
-from touchline.core.params import DownloadParams, OpenImagesParams
+from touchline.core.files import remove_partials, write_json
+from touchline.core.params import DownloadParams, OpenImagesParams, Params
+from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.sources import Candidate, Planned, http
+from touchline.sources import Candidate, Planned, Source, at_most, http
 from touchline.sources.http import HttpError
 
 LICENCE = "labels CC BY 4.0 (Google LLC); photos listed as CC BY 2.0, each with its author"
@@ -467,3 +468,24 @@ def _kept(path: Path) -> Any:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _offers(paths: Paths, params: Params) -> Iterator[Candidate]:
+    remove_partials(paths.openimages)
+    return candidates(params.ingest.openimages, params.ingest.download, params.classes, paths.openimages)
+
+
+def _plan(paths: Paths, params: Params) -> list[Planned]:
+    limit, settings = params.ingest.per_class, params.ingest.openimages
+    expected = None if limit is None else 0.3 * limit * len(params.classes)
+    what = f"photos, {at_most(params)}, about 0.3 MB each"
+    licence = "of each photo, CC BY 2.0 as a rule; in data/ATTRIBUTION.csv"
+    files = plan(settings, params.ingest.download, params.classes, paths.openimages)
+    return [*files, Planned(what, settings.photos_url, expected, "to fetch", licence)]
+
+
+def _facts(paths: Paths, params: Params) -> dict[str, Any]:
+    return {"labels": facts(params.ingest.openimages, params.classes, paths.openimages)}
+
+
+SOURCE = Source("openimages", _offers, _plan, network=True, by_url=True, licensed=True, facts=_facts)
