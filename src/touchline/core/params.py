@@ -163,7 +163,7 @@ class IngestParams(_Section):
         if "imagenet" in self.sources and not self.remote and not self.imagenet.share:
             raise PydanticCustomError(
                 "options",
-                "imagenet, whose photos may not be passed on, only with your own DVC remote in `remote` "
+                "imagenet, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
                 "(`dvc remote add private /a/folder`), or with `imagenet.share: true`",
             )
         return self
@@ -428,7 +428,7 @@ def _one_line(error: ErrorDetails) -> str:
 def _location(parts: tuple[int | str, ...]) -> list[str]:
     # An unprintable name would break the line.
     location = [str(part) if str(part).isprintable() else repr(part) for part in parts]
-    # pydantic adds the kind of a `features` or `models` entry after its name; the file has no such key.
+    # pydantic puts the kind of a `features` or `models` entry behind its name, and marks names; the file holds neither.
     if len(location) > 2 and location[0] in {"features", "models"}:
         del location[2]
     return location
