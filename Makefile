@@ -33,7 +33,7 @@ test-all: setup  ## the slow tests too, about half an hour: before a release
 	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 
-test-portable: setup  ## the tests as if on one core of a processor without wide vectors; TESTS="tests/test_train.py" for some
+test-portable: setup  ## the tests as on one core of a processor without wide vectors; TESTS="tests/test_train.py" for some
 	@python tests/plain_processor.py --timeout=1800 $(TESTS)
 
 faults: setup  ## kill every stage at random moments, damage files, fill disks, lock stores, feed hostile bytes; ends with a table
