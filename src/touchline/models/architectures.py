@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -264,7 +264,7 @@ ARCHITECTURES = {
 
 def of(params: ModelParams) -> Architecture:
     """The architecture of an entry of `models`."""
-    return extensions.architecture(params.architecture)
+    return cast(Architecture, extensions.architecture(params.architecture))
 
 
 def train(
