@@ -264,7 +264,7 @@ ARCHITECTURES = {
 
 def of(params: ModelParams) -> Architecture:
     """The architecture of an entry of `models`."""
-    return cast(Architecture, extensions.architecture(params.architecture))
+    return cast("Architecture", extensions.architecture(params.architecture))
 
 
 def train(
