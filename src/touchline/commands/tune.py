@@ -117,7 +117,7 @@ def space(model: ModelParams) -> Space:
             }
         case _:
             raise ParamsError(
-                f"touchline tune has no ranges for the architecture {model.architecture}: tune a model of another one, or "
+                f"touchline tune has no ranges for the architecture {model.architecture}: tune another model, or "
                 "change its values by hand"
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -26,21 +26,7 @@ from touchline.data import photos
 from touchline.data.feature_store import Arrays
 from touchline.models import heads, training
 from touchline.models.heads import Head
-from touchline.models.training import (
-    Labelled,
-    OnEpoch,
-    Rows,
-    Task,
-    Trained,
-    adam_w,
-    built,
-    dataset,
-    errors_of_rows,
-    finished,
-    fit,
-    least_loss,
-    pick,
-)
+from touchline.models.training import Labelled, OnEpoch, Task, Trained
 
 if TYPE_CHECKING:
     import keras
@@ -154,10 +140,10 @@ def _train_head(params: HeadParams, task: Task) -> Trained:
     head, kept, whole_head = _fit_head(params, task, both)
     if params.fine_tune.blocks:
         build = partial(transfer, head, task.features, task.project)
-        model = built(build, params.fine_tune.batch_size, task.devices)
+        model = training.built(build, params.fine_tune.batch_size, task.devices)
         tuned = _fine_tune(model, params, task)
         if tuned is not None:
-            return Trained(lambda: finished(model, build), task.history, tuned, task.train)
+            return Trained(lambda: training.finished(model, build), task.history, tuned, task.train)
     whole = partial(transfer, whole_head, task.features, task.project)
     return Trained(whole, task.history, kept, both)
 
@@ -202,23 +188,23 @@ def _fine_tune(model: "keras.Model", params: HeadParams, task: Task) -> int | No
     unfreeze(model, params.fine_tune.blocks)
 
     def read(files: Sequence[Path], chosen: np.ndarray) -> np.ndarray:
-        return np.stack([photos.read(path, task.features.image_size) for path in pick(files, chosen)])
+        return np.stack([photos.read(path, task.features.image_size) for path in training.pick(files, chosen)])
 
     def mirrored(chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
         images = read(task.train.files, chosen)
         return np.where(random.random((len(images), 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
 
-    rows = Rows(mirrored, partial(read, task.validation.files))
+    rows = training.Rows(mirrored, partial(read, task.validation.files))
     size, replicas = params.fine_tune.batch_size, model.distribute_strategy.num_replicas_in_sync
     with model.distribute_strategy.scope():
         model.compile(loss="sparse_categorical_crossentropy")
     labels = task.validation.labels
-    with errors_of_rows() as telling:
-        judged = dataset(telling(lambda chosen, _: rows.validation(chosen)), labels, size, replicas=replicas)
+    with training.errors_of_rows() as telling:
+        judged = training.dataset(telling(lambda chosen, _: rows.validation(chosen)), labels, size, replicas=replicas)
         before = model.evaluate(judged, verbose=0)
     start = len(task.history)
-    fit(model, rows, task.train, task.validation, params.fine_tune, task.remember, params.seed, adam_w)
-    best = start + least_loss(task.history[start:])
+    training.fit(model, rows, params.fine_tune, task, params.seed)
+    best = start + training.least_loss(task.history[start:])
     loss = task.history[best]["validation/loss"]
     if loss < before:
         return best
@@ -264,7 +250,7 @@ ARCHITECTURES = {
 
 def of(params: ModelParams) -> Architecture:
     """The architecture of an entry of `models`."""
-    return extensions.architecture(params.architecture)
+    return cast("Architecture", extensions.architecture(params.architecture))
 
 
 def train(

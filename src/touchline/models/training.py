@@ -172,7 +172,7 @@ def network(
             return np.stack([augment(photo, params.augmentation, random) for photo in photos])
 
         rows = Rows(augmented, lambda chosen: task.arrays[pick(task.validation.digests, chosen)])
-        fit(model, rows, task.train, task.validation, params, task.remember, params.seed, optimizer)
+        fit(model, rows, params, task, params.seed, optimizer)
         kept = least_loss(task.history) if params.patience else len(task.history) - 1
         return Trained(lambda: finished(model, make), task.history, kept, task.train)
 
@@ -217,12 +217,10 @@ def finished(model: "keras.Model", build: Callable[[], "keras.Model"]) -> "keras
 def fit(
     model: "keras.Model",
     rows: Rows,
-    train: Labelled,
-    validation: Labelled,
     params: NetworkParams | FineTuneParams,
-    remember: OnEpoch,
+    task: Task,
     seed: int,
-    optimizer: Optimizer,
+    optimizer: Optimizer = adam_w,
 ) -> None:
     """Fit until validation loss stops falling, and keep the best weights; without patience, all epochs and the last."""
     import keras
@@ -230,7 +228,7 @@ def fit(
     with model.distribute_strategy.scope():
         # The last layer is a softmax: the loss is given probabilities, and says so.
         model.compile(
-            optimizer=optimizer(params, len(train.labels)),
+            optimizer=optimizer(params, len(task.train.labels)),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False),
             metrics=["accuracy"],
         )
@@ -239,7 +237,7 @@ def fit(
         row = {METRICS[key]: round(float(logs[key]), 6) for key in METRICS}
         if not np.isfinite(list(row.values())).all():
             raise Diverged(f"training {model.name}: the loss is no number any more: lower its learning_rate")
-        remember(row)
+        task.remember(row)
 
     callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=at_epoch_end)]
     if params.patience:
@@ -247,10 +245,10 @@ def fit(
     size, replicas = params.batch_size, model.distribute_strategy.num_replicas_in_sync
     with errors_of_rows() as telling:
         model.fit(
-            dataset(telling(rows.train), train.labels, size, seed, replicas),
+            dataset(telling(rows.train), task.train.labels, size, seed, replicas),
             epochs=params.epochs,
             validation_data=dataset(
-                telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size, replicas=replicas
+                telling(lambda chosen, _: rows.validation(chosen)), task.validation.labels, size, replicas=replicas
             ),
             verbose=0,
             shuffle=False,  # `dataset` does it
