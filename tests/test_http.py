@@ -10,9 +10,11 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -253,6 +255,7 @@ def test_a_file_goes_on_where_it_broke(host: Host, tmp_path: Path) -> None:
 
 FETCH = """
 import sys
+import threading
 from pathlib import Path
 from touchline.sources import http
 from touchline.core.params import DownloadParams
@@ -575,3 +578,23 @@ def test_a_redirect_is_followed(host: Host) -> None:
     host.put("/y", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000)])
     assert streamed(f"{host.url}/x") == CONTENT
     assert ranges(host, "/y") == ["", "bytes=1000000-"]
+
+
+def test_what_is_cancelled_before_it_has_begun_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_SECONDS_TO_PUT_AWAY", 300)
+    loop, held, free, ended = http._loop(), threading.Event(), threading.Event(), threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(CancelledError):
+            http.network(asyncio.sleep(300))
+        ended.set()
+
+    # While the network's thread is held up, a request and its cancellation come in one after the other.
+    loop.call_soon_threadsafe(lambda: (held.set(), free.wait()))
+    assert held.wait(60)
+    before = len(loop._ready)
+    threading.Thread(target=ask, daemon=True).start()
+    wait_until(lambda: len(loop._ready) > before, "the request")
+    loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+    free.set()
+    assert ended.wait(60)
