@@ -169,7 +169,7 @@ class Page:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     root = tmp_path_factory.mktemp("page") / "the project"
-    project = projects.copy(projects.built(tmp_path_factory).untouched, root)
+    project = projects.copy(projects.built(tmp_path_factory).project, root)
     scratch = tmp_path_factory.mktemp("scratch")
     for owner in (ENDED, os.getpid()):
         (scratch / f"touchline-app-{owner}-left" / "0123").mkdir(parents=True)
