@@ -87,7 +87,7 @@ COMMANDS = [
     for document, commands in blocks_to_run()
 ]
 # One command and no more of a shell, that would start TensorFlow or MLflow: this process has them.
-HERE = re.compile(r"touchline (?:predict|drift|export|audit|promote|rollback|registry)\b[^|&;<>$]*")
+HERE = re.compile(r"touchline (?:predict|drift|export|audit|clean|promote|rollback|registry)\b[^|&;<>$]*")
 SETTINGS = [
     pytest.param(block, id=f"{document.name} {number}")
     for document in DOCUMENTS
