@@ -46,8 +46,8 @@ os.environ |= {
 
 # Groups of tests that take long, in the order in which they begin; the three after the board need no shared project.
 FIRST = (
-    "board", "test_train", "test_tune", "test_backbones", "test_readme", "test_serve", "test_app", "test_faults",
-    "test_security", "test_parallel", "test_tracking", "test_flows_alone", "test_export", "test_pipeline",
+    "board", "test_train", "test_tune", "test_backbones", "test_readme", "test_export", "test_serve", "test_app",
+    "test_faults", "test_security", "test_parallel", "test_tracking", "test_flows_alone", "test_pipeline",
     "test_pipeline_elsewhere", "test_team", "test_report", "test_audit", "test_load", "test_mlflow_page", "test_clean",
 )  # fmt: skip
 
