@@ -32,7 +32,6 @@ test: setup  ## every feature once for real, about 13 minutes on two cores: befo
 test-all: setup  ## the slow tests too, about half an hour: before a release
 	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-
 test-portable: setup  ## the tests as on one core of a processor without wide vectors; TESTS="tests/test_train.py" for some
 	@python tests/plain_processor.py --timeout=1800 $(TESTS)
 

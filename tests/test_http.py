@@ -10,9 +10,12 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -23,6 +26,7 @@ from typing import Any
 import pyarrow.csv
 import pytest
 import servers
+from conftest import names
 from servers import Fault, Host, Stored
 
 from touchline.core.errors import TouchlineError
@@ -53,6 +57,14 @@ def statuses(host: Host, path: str = "/x") -> list[int]:
 def one_line(error: Exception) -> str:
     assert "\n" not in str(error)
     return str(error)
+
+
+@contextmanager
+def refused(url: str, *named: str) -> Iterator[None]:
+    """The block ends in a line about wrong content of `url` that names what was wrong with it."""
+    with pytest.raises(WrongContent) as caught:
+        yield
+    assert caught.value.url == url and names(one_line(caught.value), url, *named), caught.value
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
@@ -134,14 +146,13 @@ def test_a_stream_that_is_not_what_its_server_promised_fails_at_its_end(host: Ho
         host._stored["/x"] = replace(host._stored["/x"], content=OTHER[:1] + CONTENT[1:])
     with http.stream(f"{host.url}/x", settings()) as file:
         file.read(100)
-        with pytest.raises(WrongContent) as caught:
+        with refused(f"{host.url}/x", "MD5"):
             file.read()
-    assert one_line(caught.value)
 
 
 def test_a_file_that_changes_while_it_is_streamed_is_an_error(host: Host) -> None:
     host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000), Fault.changed(OTHER)])
-    with pytest.raises(WrongContent):
+    with refused(f"{host.url}/x", "changed"):
         streamed(f"{host.url}/x")
 
 
@@ -153,7 +164,7 @@ def test_a_change_shows_too_where_the_server_does_not_look_at_if_range(host: Hos
         stored = host._stored["/x"]
         # A weak tag goes into no If-Range: what is left is to compare the answers.
         host._stored["/x"] = WeaklyTagged(CONTENT[::-1], stored.size, stored.md5, False, stored.content_type)
-        with pytest.raises(WrongContent):
+        with refused(f"{host.url}/x", "changed"):
             file.read()
 
 
@@ -168,7 +179,7 @@ def test_a_weak_etag_is_no_obstacle_to_going_on(host: Host) -> None:
 
 def test_a_server_that_sends_another_range_is_not_believed(host: Host) -> None:
     host.put("/x", CONTENT, faults=[Fault.cut(after=1_000_000), Fault.other_range()])
-    with pytest.raises(WrongContent):
+    with refused(f"{host.url}/x", "range"):
         streamed(f"{host.url}/x")
 
 
@@ -182,14 +193,14 @@ def test_a_table_is_read_from_a_stream_that_breaks(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "hashed, faults, error",
-    [("wrong", [], WrongContent), (True, [Fault.cut(after=2_000_000), Fault.status(404)], HttpError)],
+    "hashed, faults, error, named",
+    [("wrong", [], WrongContent, "MD5"), (True, [Fault.cut(after=2_000_000), Fault.status(404)], HttpError, "404")],
 )
 def test_who_reads_a_table_from_a_stream_sees_what_went_wrong(
-    host: Host, hashed: Any, faults: list[Fault], error: type[TouchlineError]
+    host: Host, hashed: Any, faults: list[Fault], error: type[TouchlineError], named: str
 ) -> None:
     host.put("/x", b"number\n" + b"".join(b"%d\n" % number for number in range(500_000)), hash=hashed, faults=faults)
-    with http.stream(f"{host.url}/x", settings()) as file, pytest.raises(error):
+    with http.stream(f"{host.url}/x", settings()) as file, pytest.raises(error, match=rf"/x\b.*\b{named}\b"):
         list(pyarrow.csv.open_csv(file))
 
 
@@ -253,6 +264,7 @@ def test_a_file_goes_on_where_it_broke(host: Host, tmp_path: Path) -> None:
 
 FETCH = """
 import sys
+import threading
 from pathlib import Path
 from touchline.sources import http
 from touchline.core.params import DownloadParams
@@ -357,7 +369,7 @@ def test_a_part_with_damaged_bytes_is_found_out_by_its_hash_and_not_gone_on_from
 ) -> None:
     host.put("/x", CONTENT, hash=True)
     left_behind(tmp_path / "x", f"{host.url}/x", bytes(1000))
-    with pytest.raises(WrongContent):
+    with refused(f"{host.url}/x", "MD5"):
         http.to_file(f"{host.url}/x", tmp_path / "x", settings())
     assert list(tmp_path.iterdir()) == []
     http.to_file(f"{host.url}/x", tmp_path / "x", settings())
@@ -372,9 +384,9 @@ def test_a_login_page_is_not_taken_for_the_file(host: Host, tmp_path: Path) -> N
         asked.append(len(start))
         return start.startswith(CONTENT[:20])
 
-    with pytest.raises(WrongContent) as caught:
+    with refused(f"{host.url}/x", "web page"):
         http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=is_right)
-    assert one_line(caught.value) and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=is_right)
     assert (tmp_path / "x").read_bytes() == CONTENT
     assert len(asked) == 2 and asked[1] >= 512
@@ -384,7 +396,7 @@ def test_a_login_page_in_place_of_the_rest_is_not_taken_for_the_file_either(host
     """Who has begun a file with a session that has ended since gets 200 and a page, as if the file had changed."""
     host.put("/x", CONTENT, faults=[Fault.html()])
     left_behind(tmp_path / "x", f"{host.url}/x", CONTENT[:1_000_000])
-    with pytest.raises(WrongContent):
+    with refused(f"{host.url}/x", "web page"):
         http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=lambda start: start == CONTENT[:20])
     assert list(tmp_path.iterdir()) == []
 
@@ -415,9 +427,9 @@ def test_a_server_without_ranges_sends_the_file_again(host: Host, tmp_path: Path
 
 def test_a_server_without_ranges_cannot_send_a_piece(host: Host, tmp_path: Path) -> None:
     host.put("/x", CONTENT, faults=[Fault.no_ranges().always()])
-    with pytest.raises(WrongContent):
+    with refused(f"{host.url}/x", "range"):
         http.to_file(f"{host.url}/x", tmp_path / "x", settings(), offset=10, size=10)
-    with pytest.raises(WrongContent):
+    with refused(f"{host.url}/x", "range"):
         http.read_range(f"{host.url}/x", 10, 10, settings())
     assert list(tmp_path.iterdir()) == []
 
@@ -453,7 +465,7 @@ def test_a_range_and_the_size_of_all(host: Host) -> None:
 
 def test_a_range_that_is_not_the_one_asked_for_is_refused(host: Host) -> None:
     host.put("/x", CONTENT, faults=[Fault.other_range()])
-    with pytest.raises(WrongContent):
+    with refused(f"{host.url}/x", "range"):
         http.read_range(f"{host.url}/x", 500, 1_000, settings())
     with pytest.raises(HttpError) as caught:
         http.read_range(f"{host.url}/x", 3_000_000, 1, settings())
@@ -481,7 +493,7 @@ def test_a_final_answer_is_asked_for_once(host: Host, tmp_path: Path, status: in
         with pytest.raises(HttpError) as caught:
             fetch()
         assert (caught.value.status, caught.value.url) == (status, f"{host.url}/x")
-        assert one_line(caught.value) == f"{host.url}/x answers {status}"
+        assert names(one_line(caught.value), f"{host.url}/x", str(status))
         assert len(host.requests) == before + 1
     assert not (tmp_path / "x").exists()
 
@@ -548,7 +560,7 @@ def test_a_server_that_says_nothing_is_given_up(host: Host) -> None:
     host.put("/x", CONTENT, faults=[Fault.stall(after=0, seconds=60).always()])
     with pytest.raises(Unavailable) as caught:
         streamed(f"{host.url}/x", read_timeout=0.2, tries=1)
-    assert caught.value.kind == "timed out"
+    assert caught.value.kind == "timed out" and names(one_line(caught.value), f"{host.url}/x", "timed out", "1")
 
 
 def test_a_reset_connection_is_another_try(host: Host) -> None:
@@ -560,7 +572,8 @@ def test_a_reset_connection_is_another_try(host: Host) -> None:
 def test_nobody_there(tmp_path: Path) -> None:
     with pytest.raises(Unavailable) as caught:
         http.to_file(f"{NOWHERE}/x", tmp_path / "x", settings(tries=1))
-    assert f"{NOWHERE}/x" in str(caught.value) and one_line(caught.value)
+    assert caught.value.kind == "no connection"
+    assert names(one_line(caught.value), f"{NOWHERE}/x", os.strerror(errno.ECONNREFUSED), "1")
 
 
 @pytest.mark.parametrize("url", ["http://[", "http://", "no-scheme/x"])
@@ -575,3 +588,23 @@ def test_a_redirect_is_followed(host: Host) -> None:
     host.put("/y", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000)])
     assert streamed(f"{host.url}/x") == CONTENT
     assert ranges(host, "/y") == ["", "bytes=1000000-"]
+
+
+def test_what_is_cancelled_before_it_has_begun_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_SECONDS_TO_PUT_AWAY", 300)
+    loop, held, free, ended = http._loop(), threading.Event(), threading.Event(), threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(CancelledError):
+            http.network(asyncio.sleep(300))
+        ended.set()
+
+    # While the network's thread is held up, a request and its cancellation come in one after the other.
+    loop.call_soon_threadsafe(lambda: (held.set(), free.wait()))
+    assert held.wait(60)
+    before = len(loop._ready)
+    threading.Thread(target=ask, daemon=True).start()
+    wait_until(lambda: len(loop._ready) > before, "the request")
+    loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+    free.set()
+    assert ended.wait(60)

@@ -64,9 +64,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     """A built project judged anew, with a class, titles and authors that are hostile, and some photos of ImageNet."""
-    project = projects.copy(
-        projects.built(tmp_path_factory).untouched, tmp_path_factory.mktemp("report") / "the project"
-    )
+    project = projects.copy(projects.built(tmp_path_factory).project, tmp_path_factory.mktemp("report") / "the project")
     root = project.root
     renamed = {"rugby": CLASS}
     for name in ("validated", "rejected", "photos", "split"):

@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -521,32 +523,54 @@ def test_fine_tuning_that_helps_is_kept_with_its_best_epoch(tunable: Tunable, tu
     assert log_loss(validation.labels, tuned.model.predict(photos, verbose=0)) == pytest.approx(least, rel=1e-3)
 
 
-def test_fine_tuning_that_does_not_help_is_undone(tunable: Tunable, capsys: pytest.CaptureFixture[str]) -> None:
-    undone = tunable.fit(blocks=2, learning_rate=50.0)
-    # The head as well is that which is taken where nothing is tuned: fitted to validation photos too.
-    assert tunable.changed_by(undone) == set()
-    assert len(undone.history) > 1 and undone.kept == 0
-    assert undone.learned_from.digests == tunable.frozen.learned_from.digests
-    assert set(tunable.subsets[1].digests) < set(undone.learned_from.digests)
+@dataclass(frozen=True)
+class Undone:
+    """A fine-tuning that did not help.
+
+    Attributes:
+        heads: those that a model was built with, in turn.
+        note: the line about it.
+    """
+
+    trained: Trained
+    heads: list[Head]
+    note: str
 
 
-def test_fine_tuning_starts_from_the_head_that_has_seen_no_validation_photo(
-    tunable: Tunable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Head] = []
+@pytest.fixture(scope="module")
+def undone(tunable: Tunable) -> Undone:
+    heads: list[Head] = []
     build = architectures.transfer
 
     def recording(head: Head, *others: object) -> keras.Model:
-        given.append(head)
+        heads.append(head)
         return build(head, *others)
 
-    monkeypatch.setattr(architectures, "transfer", recording)
-    undone = tunable.fit(blocks=1, learning_rate=50.0)
-    finished = head_of(undone)  # the model is built when it is asked for
-    first, last = given
+    with patch.object(architectures, "transfer", recording), redirect_stdout(StringIO()) as out:
+        trained = tunable.fit(blocks=2, learning_rate=50.0)
+        assert trained.model  # it is built when it is asked for
+    [note] = [line for line in out.getvalue().splitlines() if "fine-tuning" in line]
+    return Undone(trained, heads, note)
+
+
+def test_fine_tuning_that_does_not_help_is_undone(tunable: Tunable, undone: Undone) -> None:
+    trained = undone.trained
+    # The head as well is that which is taken where nothing is tuned: fitted to validation photos too.
+    assert tunable.changed_by(trained) == set()
+    assert len(trained.history) > 1 and trained.kept == 0
+    assert trained.learned_from.digests == tunable.frozen.learned_from.digests
+    assert set(tunable.subsets[1].digests) < set(trained.learned_from.digests)
+    frozen, *epochs = (row["validation/loss"] for row in trained.history)
+    told = sorted(float(number) for number in re.findall(r"\d+\.\d{4}\b", undone.note))
+    assert told == pytest.approx([frozen, min(epochs)], rel=1e-3, abs=1e-3)
+
+
+def test_fine_tuning_starts_from_the_head_that_has_seen_no_validation_photo(tunable: Tunable, undone: Undone) -> None:
+    finished = head_of(undone.trained)
+    first, last = undone.heads
     validation = tunable.subsets[1]
     rows = tunable.arrays[validation.digests]
-    told = undone.history[0]["validation/loss"]
+    told = undone.trained.history[0]["validation/loss"]
     assert log_loss(validation.labels, first.probabilities(rows)) == pytest.approx(told, abs=1e-6)
     assert (first.weights != last.weights).any()
     np.testing.assert_array_equal(last.weights, finished.weights)
@@ -627,15 +651,21 @@ def project(
     return Project(tmp_path_factory.mktemp("a project"), params_with, backbone)
 
 
+@pytest.fixture(scope="module")
+def trainings(project: Project) -> dict[str, tuple[dict, pd.DataFrame]]:
+    """Record and history of each model, trained where there is no test photo."""
+    project.give(["train", "validation"])
+    return {name: project.train(name) for name in ("cnn", "transfer")}
+
+
 @pytest.mark.parametrize("name, learned_from", [("cnn", ["train"]), ("transfer", ["train", "validation"])])
 def test_training_reads_no_test_photo_and_goes_the_same_without_any(
-    project: Project, name: str, learned_from: list[str]
+    project: Project, trainings: dict[str, tuple[dict, pd.DataFrame]], name: str, learned_from: list[str]
 ) -> None:
+    _, without = trainings[name]
     # The article stopped by its test photos.
     project.give(["train", "validation", "test"])
-    _, history = project.train(name)
-    project.give(["train", "validation"])
-    record, without = project.train(name)
+    record, history = project.train(name)
     pd.testing.assert_frame_equal(without, history)
 
     assert record["training_photos"] == sorted(project.split.loc[project.split["subset"].isin(learned_from), "sha256"])
@@ -648,10 +678,9 @@ def test_training_reads_no_test_photo_and_goes_the_same_without_any(
 
 @pytest.mark.parametrize("name, by", [("cnn", "validation/loss"), ("transfer", "cross_validation/loss")])
 def test_one_row_of_the_history_is_marked_as_kept_and_its_metrics_are_the_models(
-    project: Project, name: str, by: str
+    trainings: dict[str, tuple[dict, pd.DataFrame]], name: str, by: str
 ) -> None:
-    project.give(["train", "validation"])
-    record, history = project.train(name)
+    record, history = trainings[name]
     assert sorted(history["kept"]) == [0] * (len(history) - 1) + [1]
     [kept] = history[history["kept"] == 1].to_dict("records")
     assert kept[by] == history[by].min()
