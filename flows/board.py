@@ -29,11 +29,11 @@ import typer
 from filelock import FileLock, Timeout
 
 from flows import BOARD, private_folder
-from touchline import tracking
 from touchline.core import params, ports
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import write_json
 from touchline.core.paths import Paths
+from touchline.tracking.client import runs_page
 
 POOL = "touchline"
 SERVER, WORKER, MLFLOW = "Prefect's server", "the worker", "MLflow's UI"
@@ -258,7 +258,7 @@ Ctrl-C ends all of it; a flow run that is at work is ended too, and shown as cra
 
 def _runs_page() -> str:
     paths = Paths.here()
-    return tracking.page(paths, params.load(paths.workspace / "params.yaml").register_.name)
+    return runs_page(paths, params.load(paths.workspace / "params.yaml").register_.name)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 
 from touchline.core.params import RegisterParams
 from touchline.stages.register import Decision, Duel, choose, decide
-from touchline.tracking import Version
+from touchline.tracking.registry import Version
 
 PARAMS = RegisterParams(name="rugby-soccer", min_accuracy=0.6, min_shared_photos=30, significance=0.05)
 CHAMPION = Version("rugby-soccer", 3, "run", "models:/m", "", {"touchline.model_sha256": "old"}, ("champion",))
@@ -118,7 +118,7 @@ def test_a_test_between_two_other_models_is_no_gate() -> None:
         (Duel(40, champion=0.85, challenger=0.8), False, "0.800 does not reach the champion, version 3, with 0.850"),
         (Duel(30, champion=0.8, challenger=0.9), True, "on 30 test photos that neither was trained on"),
         (Duel(29, champion=0.0, challenger=0.0), False, "only 29 test photos were unseen by both transfer and"),
-        (None, False, "the champion, version 3, knows other classes: compare them by hand, then promote"),
+        (None, False, "the champion, version 3, has other classes: compare them by hand, then promote"),
     ],
 )
 def test_a_challenger_must_at_least_equal_the_champion_on_enough_photos_unseen_by_both(
