@@ -1,5 +1,7 @@
 """What `make run` ends with: the last run in one table, and where to look next."""
 
+from collections.abc import Mapping
+
 from touchline.core import stage
 from touchline.core.files import read_json
 from touchline.core.params import load
@@ -17,24 +19,15 @@ def show(paths: Paths) -> None:
     records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
     table = Table("model", "test accuracy", "95 % interval", "balanced", "training")
     for name, found in metrics["models"].items():
-        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
         seconds = f"{records[name]['metrics']['seconds/train']:.0f} s"
         style = "bold" if name == outcome["better_model"] else None
-        row = (
-            records[name]["run_name"],
-            f"{found['accuracy']:.3f}",
-            interval,
-            f"{found['balanced_accuracy']:.3f}",
-            seconds,
-        )
-        table.add_row(*row, style=style)
+        table.add_row(records[name]["run_name"], *_scores(found), seconds, style=style)
     for name, found in metrics["baselines"].items():
-        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
         label = f"{name.replace('_', ' ')} ({'control' if name == 'size_and_aspect' else 'baseline'})"
-        table.add_row(label, f"{found['accuracy']:.3f}", interval, f"{found['balanced_accuracy']:.3f}", "", style="dim")
+        table.add_row(label, *_scores(found), "", style="dim")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    # A model taken out of params.yaml leaves its cost behind.
+    # The cost of a model that was removed from params.yaml is still recorded.
     named = {*params.features, *params.models}
     costs = {name: cost for name, cost in stage.costs(paths).items() if name.partition("@")[2] in {"", *named}}
     total = sum(cost["seconds"] for cost in costs.values())
@@ -51,3 +44,8 @@ def show(paths: Paths) -> None:
         console.print("note        the sample's photos are drawn: accuracy on them says nothing about photos")
     console.print(f"report      {paths.relative(paths.reports / 'report.html')}")
     console.print("MLflow UI   make mlflow")
+
+
+def _scores(found: Mapping[str, float]) -> tuple[str, str, str]:
+    interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
+    return f"{found['accuracy']:.3f}", interval, f"{found['balanced_accuracy']:.3f}"
