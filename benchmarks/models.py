@@ -129,7 +129,7 @@ class Ours:
         """The saved model, and seconds."""
         from touchline.core.paths import Paths
         from touchline.stages import train as training
-        from touchline.tracking import open_store
+        from touchline.tracking import registry, runs
 
         def subset(chosen: np.ndarray) -> training.Labelled:
             return training.Labelled(
@@ -145,11 +145,14 @@ class Ours:
         path = self.folder / "model.keras"
         trained.model.save(path)
         if registered:
-            store = open_store(Paths(self.folder, self.folder), "benchmark")
-            run_id = store.start("benchmark", {}, {}, {"name": "split", "digest": "0", "source": "-", "counts": {}})
-            store.finish(run_id, model_path=path, image_size=self.features.image_size, classes=self.photos.classes,
+            store = runs.open_store(Paths(self.folder, self.folder), "benchmark")
+            run_id = runs.start(
+                store, "benchmark", {}, {}, {"name": "split", "digest": "0", "source": "-", "counts": {}}
+            )
+            runs.finish(store, run_id, model_path=path, image_size=self.features.image_size,
+                        classes=self.photos.classes,
                          training_photos=[], metrics=trained.history[trained.kept])  # fmt: skip
-            store.register("benchmark", run_id, {}, "")
+            registry.register(store, "benchmark", run_id, {}, "")
         return path, time.perf_counter() - began
 
     def __call__(self, split: Split, first: bool) -> Result:

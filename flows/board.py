@@ -7,13 +7,14 @@ import base64
 import http.client
 import json
 import os
+import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,49 +23,47 @@ from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.error import HTTPError
 
 import psutil
 import typer
 from filelock import FileLock, Timeout
 
 from flows import BOARD, private_folder
-from touchline import tracking
 from touchline.core import params, ports
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import write_json
 from touchline.core.paths import Paths
+from touchline.tracking.client import runs_page
 
 POOL = "touchline"
 SERVER, WORKER, MLFLOW = "Prefect's server", "the worker", "MLflow's UI"
 
 _LOGS = {SERVER: "server.log", WORKER: "worker.log", MLFLOW: "mlflow.log"}
 _QUIET = {
-    # What is sold beside Prefect is no news to who runs this.
+    # Advertisements for what Prefect sells.
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    # A run asked for in the UI begins sooner than with the worker's 10 s.
+    # A run started in the UI begins sooner than with the worker's default of 10 s.
     "PREFECT_WORKER_QUERY_SECONDS": "3",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # Eight processes of 0.2 GB each, for pages about language models.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "PYTHONUNBUFFERED": "1",
 }
-# In the environment of all that a board starts, and of what that starts: whose it is, by the project's path.
+# In the environment of every process below a board: the project's path.
 _MARK = "TOUCHLINE_BOARD"
-# Prefect's own, in the environment of a flow run's process.
+# Set by Prefect in the environment of a flow run's process.
 _FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 # States that take one of the pool's places.
-_AT_WORK = ["PENDING", "RUNNING", "CANCELLING"]
+_ACTIVE = ["PENDING", "RUNNING", "CANCELLING"]
 
 _SECONDS_TO_START = 240
 # A stage gets 20 s of it to end (see stages.py).
 _SECONDS_FOR_FLOW_RUNS = 40
 _SECONDS_TO_END = 10
 _SECONDS_FOR_BUSY_SERVER = 60
-_LONGEST_PAUSE = 60
+_SECONDS_BETWEEN_STARTS = 5
 _LINES_SHOWN = 12
-# A umask: nothing for others.
-_PRIVATE = 0o077
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
@@ -75,6 +74,7 @@ class Board:
     Attributes:
         project: absolute path of the project.
         host: address that all of it listens on.
+        umask: the user's, for the files that flow runs make.
         auth_string: what Prefect's server asks of every client, new at each start. Without it any web page in the
             user's browser and any other user of this machine could have the worker run commands.
     """
@@ -84,6 +84,7 @@ class Board:
     port: int
     mlflow_port: int
     reports_port: int
+    umask: int = 0o022
     auth_string: str = field(
         default_factory=lambda: os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or secrets.token_hex(16), repr=False
     )
@@ -98,7 +99,7 @@ class Board:
 
     @property
     def url(self) -> str:
-        return self._url(self.port)
+        return ports.url(self.host, self.port)
 
     @property
     def api_url(self) -> str:
@@ -106,27 +107,25 @@ class Board:
 
     @property
     def mlflow_url(self) -> str:
-        return _without_password(self.mlflow_server) if self.mlflow_server else self._url(self.mlflow_port)
+        # Not with its password; to the last @, because one may hold a slash.
+        server = re.sub(r"//\S*@", "//", self.mlflow_server or "").rstrip("/")
+        return server or ports.url(self.host, self.mlflow_port)
 
     @property
     def mlflow_server(self) -> str | None:
-        """The server that holds the project's store, where it is not in the project: its UI is there already."""
+        """The server that holds the project's store, if one does: it has a UI already."""
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         return uri if uri.startswith("http") else None
 
     @property
     def reports_url(self) -> str:
-        return self._url(self.reports_port)
+        return ports.url(self.host, self.reports_port)
 
     def log(self, name: str) -> Path:
         return self.folder / _LOGS[name]
 
-    def _url(self, port: int) -> str:
-        # Who listens on every address is reached on this one.
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"  # noqa: S104
-
     def environment(self) -> dict[str, str]:
-        """Variables of all that is started here."""
+        """The environment of every process that the board starts."""
         kept = {"PREFECT_HOME": str(self.folder), "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self.url} | _QUIET | os.environ
         return kept | {
             "PREFECT_API_URL": self.api_url,
@@ -159,40 +158,34 @@ class Board:
             accepted: statuses besides 2xx that are no error; the answer is None then.
 
         Raises:
-            TouchlineError: it refused.
-            OSError, http.client.HTTPException: nothing answers as HTTP.
+            TouchlineError: it refuses, or does not answer.
         """
         until = time.monotonic() + _SECONDS_FOR_BUSY_SERVER
-        login = {"Authorization": f"Basic {base64.b64encode(self.auth_string.encode()).decode()}"}
+        login = f"Basic {base64.b64encode(self.auth_string.encode()).decode()}"
+        content = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": login}
+        request = urllib.request.Request(self.api_url + path, content, headers, method=method)  # noqa: S310 - http
         while True:
-            status, text = _request(urlsplit(self.api_url + path), method, body, login)
-            # Its database was locked by another request for longer than it waits.
-            if status != 503 or time.monotonic() > until:
-                break
+            try:
+                with _open(request, timeout=30) as answer:
+                    text = answer.read()
+                    return json.loads(text) if text else None
+            except HTTPError as error:
+                text = error.read()[:200].decode(errors="replace")
+                if error.code in accepted:
+                    return None
+                # 503: another request has kept the database locked for longer than the server waits.
+                if error.code != 503 or time.monotonic() > until:
+                    raise TouchlineError(
+                        f"{SERVER} answered {error.code} to {method} {path} ({text}): see {self.log(SERVER)}"
+                    ) from None
+            except (OSError, http.client.HTTPException) as error:
+                raise TouchlineError(f"{SERVER} does not answer ({error}): see {self.log(SERVER)}") from None
             time.sleep(0.5)
-        if status in accepted:
-            return None
-        if not 200 <= status < 300:
-            raise TouchlineError(
-                f"{SERVER} answered {status} to {method} {path} ({text[:200].decode(errors='replace')}): "
-                f"see {self.log(SERVER)}"
-            )
-        return json.loads(text) if text else None
 
 
-def _request(
-    url: SplitResult, method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None
-) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=30)
-    try:
-        content = None if body is None else json.dumps(body)
-        connection.request(method, url.path, content, {"Content-Type": "application/json", **(headers or {})})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
+# Without the proxies that the environment may name: everything asked is on this machine.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _PORT = {"min": 1, "max": 65535}
 
@@ -204,7 +197,8 @@ def main(
     mlflow_port: Annotated[int, typer.Option(help="port of MLflow's UI", **_PORT)] = 5000,
     reports_port: Annotated[int, typer.Option(help="port that reports/ is served on", **_PORT)] = 4280,
 ) -> None:
-    run(Board(Paths.here().project, host, port, mlflow_port, reports_port))
+    # The files of the board and its servers are for this user alone.
+    run(Board(Paths.here().project, host, port, mlflow_port, reports_port, os.umask(0o077)))
 
 
 def run(board: Board) -> None:
@@ -230,7 +224,7 @@ def run(board: Board) -> None:
                 _tell(board)
                 _keep(board, running)
         except KeyboardInterrupt:
-            _say("ending: a flow run that is at work is given time to end (Ctrl-C again kills it)")
+            _say("ending: a flow run in progress is given time to end (Ctrl-C again kills it)")
         finally:
             try:
                 _end_all(board, running.get(SERVER))
@@ -245,20 +239,17 @@ def run(board: Board) -> None:
 def _tell(board: Board) -> None:
     # A file that the output goes to may be readable by others.
     login = board.auth_string if sys.stdout.isatty() else f"api_auth_string in {board.file}"
+    paths = Paths.here()
+    page = runs_page(paths, params.load(paths.workspace / "params.yaml").register_.name)
     _say(
         f"""
 Prefect UI  {board.url}  (it asks for a password: {login})
-MLflow UI   {board.mlflow_url}{_runs_page()}
+MLflow UI   {board.mlflow_url}{page}
 Reports     {board.reports_url}
 
 Schedules are kept while this runs. Logs: {board.folder}{os.sep}*.log
-Ctrl-C ends all of it; a flow run that is at work is ended too, and shown as crashed."""
+Ctrl-C ends all of it; a flow run in progress is ended too, and shown as crashed."""
     )
-
-
-def _runs_page() -> str:
-    paths = Paths.here()
-    return tracking.page(paths, params.load(paths.workspace / "params.yaml").register_.name)
 
 
 @contextmanager
@@ -275,7 +266,7 @@ def _alone(board: Board) -> Iterator[None]:
             f"a board of {board.project} is running already{where}: use that one, or end it with Ctrl-C first"
         ) from None
     try:
-        # One that was killed could not.
+        # Left by a board that was killed.
         board.file.unlink(missing_ok=True)
         yield
     finally:
@@ -310,19 +301,11 @@ def _check_ports(board: Board) -> None:
         asked = ", ".join(f"{option} {port}" for option, port in wanted.items())
         raise ParamsError(f"one port is asked for twice: {asked}")
     for option, port in wanted.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((board.host, port))
-            except OSError as error:
-                raise TouchlineError(
-                    f"{board.host}:{port} is not free ({error.strerror}): end what listens there, or choose another "
-                    f"with {option}"
-                ) from None
+        ports.bound(board.host, port, option).close()
 
 
 class _Reports(SimpleHTTPRequestHandler):
-    """Files of one folder, as they are now; to be looked at, and not to be shown inside another page."""
+    """Serves the files of one folder as they are now; other pages may not embed them."""
 
     def __init__(self, *arguments: Any, hosts: Collection[str], **options: Any) -> None:
         self._hosts = hosts
@@ -342,17 +325,17 @@ class _Reports(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, *_: object) -> None:
-        """A board's terminal is for what matters."""
+        """Requests are not logged on the board's terminal."""
 
 
 class _ReportsServer(ThreadingHTTPServer):
     def handle_error(self, *_: object) -> None:
-        """A browser that hangs up is no news either."""
+        """A browser that closes a connection is not reported either."""
 
 
 @contextmanager
 def _reports(board: Board) -> Iterator[None]:
-    """Serve the reports while the block runs. The folder need not be there yet."""
+    """Serve the reports while the block runs. The folder need not exist yet."""
     hosts = ports.trusted_hosts(board.host, board.reports_port)
     handler = partial(_Reports, directory=str(board.project / "reports"), hosts=hosts)
     with _ReportsServer((board.host, board.reports_port), handler) as server:
@@ -381,26 +364,13 @@ def _start(board: Board, running: dict[str, subprocess.Popen[bytes]]) -> None:
     _deploy(board, running[SERVER])
     _await(board, running, WORKER, partial(_has_worker, board))
     if MLFLOW in running:
-        _await(board, running, MLFLOW, lambda: _request(urlsplit(f"{board.mlflow_url}/health"))[0] == 200)
+        _await(board, running, MLFLOW, lambda: _open(f"{board.mlflow_url}/health", timeout=30).read())
     told = {name: getattr(board, name) for name in ("api_url", "mlflow_url", "reports_url")}
-    with _private_files():
-        write_json(board.file, {"pid": os.getpid(), "api_auth_string": board.auth_string, **told})
-
-
-@contextmanager
-def _private_files() -> Iterator[None]:
-    """Files made in this block are for this user alone."""
-    before = os.umask(_PRIVATE)
-    try:
-        yield
-    finally:
-        os.umask(before)
+    write_json(board.file, {"pid": os.getpid(), "api_auth_string": board.auth_string, **told})
 
 
 def _launch(board: Board, name: str) -> subprocess.Popen[bytes]:
-    with _private_files():
-        log = board.log(name).open("ab")
-    with log:
+    with board.log(name).open("ab") as log:
         # In a session of its own: Ctrl-C is for this process, which ends the others in their order.
         return subprocess.Popen(
             board.command(name),
@@ -411,12 +381,12 @@ def _launch(board: Board, name: str) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             # Flow runs make photos, models and DVC's cache, which the user may share.
-            umask=-1 if name == WORKER else _PRIVATE,
+            umask=board.umask if name == WORKER else -1,
         )
 
 
 def _deploy(board: Board, server: "subprocess.Popen[bytes]") -> None:
-    # Without TOUCHLINE_PROJECT: Prefect would write its value into the deployments, and they are to hold no path.
+    # Without TOUCHLINE_PROJECT, whose value Prefect would write into the deployments: they hold no path.
     environment = {key: value for key, value in board.environment().items() if key != "TOUCHLINE_PROJECT"}
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
@@ -447,8 +417,9 @@ def _await(
         for needed in (name, SERVER):
             if (code := running[needed].poll()) is not None:
                 raise _ended_by_itself(board, needed, code)
-        # Nobody listens yet, or the answer is an error page.
-        with suppress(OSError, http.client.HTTPException, TouchlineError):
+        with suppress(
+            OSError, http.client.HTTPException, TouchlineError
+        ):  # it does not listen yet, or answers with an error page
             if is_ready():
                 return
         time.sleep(0.3)
@@ -461,29 +432,19 @@ def _has_worker(board: Board) -> bool:
 
 def _keep(board: Board, running: dict[str, subprocess.Popen[bytes]]) -> None:
     """Start again what ends by itself; without the server there is nothing to keep."""
-    pauses = dict.fromkeys(running, 1.0)
-    began = dict.fromkeys(running, time.monotonic())
-    due: dict[str, float] = {}
     while True:
         time.sleep(0.5)
-        now = time.monotonic()
-        for name in list(running):
-            if name in due:
-                if now >= due[name]:
-                    running[name], began[name] = _launch(board, name), now
-                    del due[name]
-            elif (code := running[name].poll()) is not None:
-                if name == SERVER:
-                    raise _ended_by_itself(board, name, code)
-                pauses[name] = 1.0 if now - began[name] > _LONGEST_PAUSE else min(2 * pauses[name], _LONGEST_PAUSE)
-                _say(
-                    f"{name} ended by itself ({_how(code)}; see {board.log(name)}): starting it again in "
-                    f"{pauses[name]:.0f} s"
-                )
-                if name == WORKER:
-                    _end_flow_runs(board)
-                    _give_up_lost_runs(board, "the worker that ran it ended")
-                due[name] = now + pauses[name]
+        for name, process in running.items():
+            if (code := process.poll()) is None:
+                continue
+            if name == SERVER:
+                raise _ended_by_itself(board, name, code)
+            _say(f"{name} ended by itself ({_how(code)}; see {board.log(name)}): starting it again")
+            if name == WORKER:
+                _end_flow_runs(board)
+                _give_up_lost_runs(board, "the worker that ran it ended")
+            time.sleep(_SECONDS_BETWEEN_STARTS)
+            running[name] = _launch(board, name)
 
 
 def _ended_by_itself(board: Board, name: str, code: int) -> TouchlineError:
@@ -497,18 +458,18 @@ def _how(code: int) -> str:
 
 
 def _give_up_lost_runs(board: Board, why: str) -> None:
-    """Mark as crashed what the server takes to be at work on our pool though no process works on it.
+    """Mark as crashed the flow runs that are active for the server but have no process.
 
     Such a run would keep the pool's only place for ever.
     """
-    alive = {_variable(process, _FLOW_RUN) for process in _flow_runs(board)}
-    ours = {"work_pools": {"name": {"any_": [POOL]}}, "flow_runs": {"state": {"type": {"any_": _AT_WORK}}}}
+    alive = {process.info["environ"][_FLOW_RUN] for process in _flow_runs(board)}
+    ours = {"work_pools": {"name": {"any_": [POOL]}}, "flow_runs": {"state": {"type": {"any_": _ACTIVE}}}}
     state = {"type": "CRASHED", "name": "Crashed", "message": why}
     for flow_run in board.ask("POST", "/flow_runs/filter", ours):
         if flow_run["id"] in alive:
             continue
         its_own = {"id": {"any_": [flow_run["id"]]}}
-        tasks = {"flow_runs": its_own, "task_runs": {"state": {"type": {"any_": _AT_WORK}}}}
+        tasks = {"flow_runs": its_own, "task_runs": {"state": {"type": {"any_": _ACTIVE}}}}
         for task_run in board.ask("POST", "/task_runs/filter", tasks):
             board.ask("POST", f"/task_runs/{task_run['id']}/set_state", {"state": state, "force": True})
         board.ask("POST", f"/flow_runs/{flow_run['id']}/set_state", {"state": state, "force": True})
@@ -516,20 +477,20 @@ def _give_up_lost_runs(board: Board, why: str) -> None:
 
 
 def _end_all(board: Board, server: "subprocess.Popen[bytes] | None") -> None:
-    """End what this board has started: first the flow runs, while the server still hears them, then the rest."""
-    # Another one's server may listen where ours was to.
-    is_heard = server is not None and server.poll() is None
-    if is_heard:
-        with suppress(OSError, http.client.HTTPException, TouchlineError):
-            # Else the worker would begin the next run that waits. The next start gives the place back.
+    """End what this board has started: first the flow runs, while their server still answers, then the rest."""
+    # Not whether the port answers: another board's server may have it.
+    is_up = server is not None and server.poll() is None
+    if is_up:
+        with suppress(TouchlineError):
+            # Else the worker would begin the next run that waits. The next start resets the limit.
             board.ask("PATCH", f"/work_pools/{POOL}", {"concurrency_limit": 0}, accepted=[404])
     _end_flow_runs(board)
-    if is_heard:
+    if is_up:
         _end([process for process in _processes(board) if server is None or process.pid != server.pid], _SECONDS_TO_END)
-        with suppress(OSError, http.client.HTTPException, TouchlineError):
+        with suppress(TouchlineError):
             _give_up_lost_runs(board, "the board that ran it ended")
-    # A worker without its server would try to reach it for long.
-    _end(_processes(board), _SECONDS_TO_END if is_heard else 2)
+    # A worker whose server is gone would go on trying to reach it.
+    _end(_processes(board), _SECONDS_TO_END if is_up else 2)
     _kill_all(board)
 
 
@@ -538,8 +499,8 @@ def _end_flow_runs(board: Board) -> None:
     until = time.monotonic() + _SECONDS_FOR_FLOW_RUNS
     asked: set[psutil.Process] = set()
     while (found := _flow_runs(board)) and time.monotonic() < until:
-        # What a flow run has started is its own to end.
-        first = {process for process in found if not set(_parents(process)) & set(found)}
+        # A flow run ends the processes that it has started.
+        first = {process for process in found if process.info["ppid"] not in {each.pid for each in found}}
         for process in first - asked:
             with suppress(psutil.Error):
                 process.terminate()
@@ -549,7 +510,7 @@ def _end_flow_runs(board: Board) -> None:
 
 
 def _kill_all(board: Board) -> None:
-    # One that was being started during the first look is there at the second.
+    # A process that was being started during one look is seen by the next.
     for _ in range(3):
         _end(_processes(board), 0)
 
@@ -566,37 +527,23 @@ def _end(processes: Collection[psutil.Process], seconds: float) -> None:
 
 
 def _processes(board: Board) -> list[psutil.Process]:
-    """All that a board of this project has started, directly or not, and that still runs."""
-    mark = str(board.project)
+    """Every process below a board of this project, this one or an earlier one, that still runs."""
     us = {psutil.Process(), *psutil.Process().parents()}
-    return [process for process in psutil.process_iter() if _variable(process, _MARK) == mark and process not in us]
+    return [
+        process
+        for process in psutil.process_iter(["environ", "ppid"])
+        # No environment where it may not be read.
+        if (process.info["environ"] or {}).get(_MARK) == str(board.project) and process not in us
+    ]
 
 
 def _flow_runs(board: Board) -> list[psutil.Process]:
     """Processes of the worker's flow runs, and what those have started."""
-    return [process for process in _processes(board) if _variable(process, _FLOW_RUN)]
-
-
-def _parents(process: psutil.Process) -> list[psutil.Process]:
-    with suppress(psutil.Error):
-        return process.parents()
-    return []
-
-
-def _variable(process: psutil.Process, name: str) -> str | None:
-    """A variable of the environment that a process was started with; None where it may not be read."""
-    with suppress(psutil.Error, OSError):
-        return process.environ().get(name)
-    return None
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    return [process for process in _processes(board) if _FLOW_RUN in process.info["environ"]]
 
 
 def _say(line: str) -> None:
-    # The terminal may be gone; what is to be ended is ended all the same.
+    # The terminal may be gone; ending must go on.
     with suppress(OSError):
         print(line, flush=True)
 

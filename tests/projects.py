@@ -27,7 +27,9 @@ from ruamel.yaml import YAML
 from touchline import cli
 from touchline.core.files import read_table
 from touchline.core.paths import Paths
-from touchline.tracking import Version, open_store
+from touchline.tracking import registry
+from touchline.tracking.registry import Version
+from touchline.tracking.runs import open_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -262,7 +264,7 @@ def copy(project: Project, root: Path) -> Project:
 
 def versions(project: Project) -> list[Version]:
     """What the registry of the project's store holds, oldest first."""
-    return open_store(Paths(project.root, project.root), REGISTERED).versions(REGISTERED)
+    return registry.versions(open_store(Paths(project.root, project.root), REGISTERED), REGISTERED)
 
 
 def aliases(project: Project) -> dict[str, str]:

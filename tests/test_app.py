@@ -21,12 +21,13 @@ import pytest
 from PIL import Image
 from test_predict import CLASSES, COLOURS, SIDE, planted
 
-from touchline import tracking
 from touchline.commands import app
 from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.models.classifier import Answer
+from touchline.tracking import registry, runs
+from touchline.tracking.client import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -46,30 +47,35 @@ def colour(name: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, tracking.Store]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, Store]:
     """Two versions, the second with red and blue the other way round, and a model in a file, which has no opinion."""
     root = tmp_path_factory.mktemp("machine") / "a project; $(id)"
     (root / "models").mkdir(parents=True)
     paths = Paths(root, root)
-    store = tracking.open_store(paths, NAME)
+    store = runs.open_store(paths, NAME)
     for turned in (False, True):
         planted(turned=turned).save(root / "model.keras")
-        run = store.start("transfer", {}, {}, {"name": "split", "digest": "0", "source": "-", "counts": {}})
-        store.finish(
-            run, model_path=root / "model.keras", image_size=SIDE, classes=CLASSES, training_photos=[], metrics={}
+        run = runs.start(store, "transfer", {}, {}, {"name": "split", "digest": "0", "source": "-", "counts": {}})
+        runs.finish(
+            store,
+            run,
+            model_path=root / "model.keras",
+            image_size=SIDE,
+            classes=CLASSES,
+            training_photos=[],
+            metrics={},
         )
-        store.register(NAME, run, {"touchline.model": "transfer"}, "")
+        registry.register(store, NAME, run, {"touchline.model": "transfer"}, "")
     planted(steepness=0.0).save(root / "models/cnn.keras")
     files.write_json(root / "models/cnn.json", {"classes": CLASSES})
     return paths, store
 
 
 @pytest.fixture
-def models(store: tuple[Paths, tracking.Store], params_with: Any) -> app.Models:
-    paths, registry = store
-    registry.promote(NAME, 1)
-    registry.set_alias(NAME, "challenger", 2)
-    return app.Models(paths, params_with())
+def models(store: tuple[Paths, Store], params_with: Any) -> app.Models:
+    registry.promote(store[1], NAME, 1)
+    registry.set_alias(store[1], NAME, "challenger", 2)
+    return app.Models(store[0], params_with())
 
 
 def test_the_champion_is_asked_first_and_the_challenger_beside_it(models: app.Models) -> None:
@@ -81,13 +87,13 @@ def test_the_champion_is_asked_first_and_the_challenger_beside_it(models: app.Mo
 
 
 def test_where_the_challenger_became_champion_a_model_of_another_name_stands_beside_it(
-    models: app.Models, store: tuple[Paths, tracking.Store]
+    models: app.Models, store: tuple[Paths, Store]
 ) -> None:
-    store[1].promote(NAME, 2)
+    registry.promote(store[1], NAME, 2)
     assert list(models.choices()) == ["2", "cnn", "1"]
 
 
-def test_the_model_that_was_named_is_asked_first(store: tuple[Paths, tracking.Store], params_with: Any) -> None:
+def test_the_model_that_was_named_is_asked_first(store: tuple[Paths, Store], params_with: Any) -> None:
     assert next(iter(app.Models(store[0], params_with(), "cnn").choices())) == "cnn"
 
 
@@ -100,9 +106,7 @@ def test_each_model_answers_for_itself_and_shows_where_it_looked(models: app.Mod
     assert first.picture
 
 
-def test_what_training_wrote_anew_is_asked_anew(
-    models: app.Models, store: tuple[Paths, tracking.Store], tmp_path: Path
-) -> None:
+def test_what_training_wrote_anew_is_asked_anew(models: app.Models, store: tuple[Paths, Store], tmp_path: Path) -> None:
     models.choices()
     file = store[0].models / "cnn.keras"
     before = file.read_bytes()
@@ -113,7 +117,7 @@ def test_what_training_wrote_anew_is_asked_anew(
     files.write_bytes(file, before)
 
 
-def test_a_model_that_was_not_offered_is_not_opened(models: app.Models, store: tuple[Paths, tracking.Store]) -> None:
+def test_a_model_that_was_not_offered_is_not_opened(models: app.Models, store: tuple[Paths, Store]) -> None:
     models.choices()
     with pytest.raises(TouchlineError):
         models.ask(str(store[0].models / "cnn.keras"), colour("red"))

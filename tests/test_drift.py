@@ -19,7 +19,7 @@ from sklearn.model_selection import GroupKFold
 from test_predict import CLASSES, planted
 from typer.testing import CliRunner
 
-from touchline import cli, tracking
+from touchline import cli
 from touchline.commands import drift, predict
 from touchline.commands.drift import CONFIDENCE, CONTENT, DRIFT, FEWEST, SILENT, TOO_FEW, Side
 from touchline.core import files
@@ -29,6 +29,8 @@ from touchline.core.paths import Paths
 from touchline.data import feature_store, photos
 from touchline.models import backbones
 from touchline.tracking import registered
+from touchline.tracking.registry import Version
+from touchline.tracking.runs import StoredModel
 
 STRICT = DriftParams(folder="", significance=0.01, threshold=0.15, train=False)
 NOTHING = Side({}, [])
@@ -227,13 +229,13 @@ class Made:
 
         folder = root / "champion"
         (folder / "data").mkdir(parents=True)
-        planted(steepness=6).save(folder / tracking.StoredModel.KERAS)
-        digest = files.sha256(folder / tracking.StoredModel.KERAS)
-        version = tracking.Version("rugby-soccer", 3, "0" * 32, "", "", {}, ("champion",))
+        planted(steepness=6).save(folder / StoredModel.KERAS)
+        digest = files.sha256(folder / StoredModel.KERAS)
+        version = Version("rugby-soccer", 3, "0" * 32, "", "", {}, ("champion",))
         self.versions = [version]
         made = self
 
-        class Stored(tracking.StoredModel):
+        class Stored(StoredModel):
             training_photos = property(lambda _: made.learned_from)
 
         monkeypatch.setattr(registered, "versions", lambda paths, name: self.versions)

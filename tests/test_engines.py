@@ -27,7 +27,8 @@ from touchline.core.paths import Paths
 from touchline.models import architectures, backbones, engines, explain
 from touchline.models.inference import ModelFiles
 from touchline.stages import train
-from touchline.tracking import open_store, registered
+from touchline.tracking import registered, registry, runs
+from touchline.tracking.runs import open_store
 
 if TYPE_CHECKING:
     import keras
@@ -226,16 +227,16 @@ def project(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Paths
     paths = Paths(root, root)
     store = open_store(paths, NAME)
     for _ in range(2):
-        run_id = store.start("a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
-        store.finish(run_id, model_path=model_file, image_size=SIDE, classes=CLASSES, training_photos=["f" * 64],
+        run_id = runs.start(store, "a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
+        runs.finish(store, run_id, model_path=model_file, image_size=SIDE, classes=CLASSES, training_photos=["f" * 64],
                      metrics={})  # fmt: skip
-        store.register(NAME, run_id, {"why": "a test"}, "of a test")
-    store.promote(NAME, 1)
+        registry.register(store, NAME, run_id, {"why": "a test"}, "of a test")
+    registry.promote(store, NAME, 1)
     return paths
 
 
 def test_versions_are_read_as_mlflow_has_them(project: Paths) -> None:
-    assert registered.versions(project, NAME) == open_store(project, NAME).versions(NAME)
+    assert registered.versions(project, NAME) == registry.versions(open_store(project, NAME), NAME)
     assert registered.versions(project, "another") == []
     stored = registered.model(project, registered.versions(project, NAME)[0])
     assert (stored.classes, stored.training_photos) == (CLASSES, {"f" * 64})
@@ -307,11 +308,11 @@ def test_a_server_is_asked_over_http(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     assert registered.versions(paths, NAME) == []
     store = open_store(paths, NAME)
-    run_id = store.start("a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
-    store.finish(run_id, model_path=model_file, image_size=SIDE, classes=CLASSES, training_photos=["f" * 64],
+    run_id = runs.start(store, "a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
+    runs.finish(store, run_id, model_path=model_file, image_size=SIDE, classes=CLASSES, training_photos=["f" * 64],
                  metrics={})  # fmt: skip
-    store.promote(NAME, store.register(NAME, run_id, {"why": "a test"}, "of a test"))
-    known = store.versions(NAME)
+    registry.promote(store, NAME, registry.register(store, NAME, run_id, {"why": "a test"}, "of a test"))
+    known = registry.versions(store, NAME)
 
     monkeypatch.setattr(registered, "open_store", None)
     [version] = found = registered.versions(paths, NAME)

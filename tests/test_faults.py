@@ -16,14 +16,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import projects
 import psutil
 import pytest
-from projects import REGISTERED, UP_TO_DATE, Project, built, copy, ran, runs, versions
+from projects import REGISTERED, UP_TO_DATE, Project, built, copy, ran, versions
 from ruamel.yaml import YAML
 from test_pipeline_killed import unmake
 
-from touchline import tracking
 from touchline.core.paths import Paths
+from touchline.tracking import runs
 
 EVERY = "TOUCHLINE_FAULTS" in os.environ  # else only those that cost little
 Record = Callable[[str, Any], None]
@@ -367,15 +368,17 @@ def locked(project: Project) -> Iterator[Callable[[], None]]:
 
 
 def test_a_store_that_another_program_writes_to_is_waited_for(torn: Project, record_property: Record) -> None:
-    store = tracking.open_store(Paths(torn.root, torn.root), REGISTERED)
-    run_id = store.start("waiting", {}, {}, {"name": "split", "digest": "1", "source": "data/split.csv", "counts": {}})
+    store = runs.open_store(Paths(torn.root, torn.root), REGISTERED)
+    run_id = runs.start(
+        store, "waiting", {}, {}, {"name": "split", "digest": "1", "source": "data/split.csv", "counts": {}}
+    )
     with locked(torn) as let_go:
         soon = threading.Timer(3, let_go)
         soon.start()
-        store.log_row(run_id, {"epoch": 0, "train/loss": 0.5})
+        runs.log_row(store, run_id, {"epoch": 0, "train/loss": 0.5})
         assert not soon.is_alive()
-    assert store.metrics(run_id)["train/loss"] == 0.5
-    store.fail(run_id, "a test's own")
+    assert runs.logged_metrics(store, run_id)["train/loss"] == 0.5
+    runs.fail(store, run_id, "a test's own")
     record_property("fault", "store locked for 3 s: waited for, nothing lost")
 
 
@@ -431,14 +434,14 @@ def test_files_from_the_future_are_up_to_date_and_a_change_in_the_past_is_seen(
 
 
 def test_a_process_lives_on_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:
-    tags = tracking.this_process()
-    assert tracking.is_alive(tags)
+    tags = runs.this_process()
+    assert runs.is_alive(tags)
     # Linux tells when a process began by when the machine did, and that by the clock.
     shifted = psutil.boot_time() - 3600
     monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: shifted)
     assert psutil.boot_time() == shifted
-    assert tracking.is_alive(tags)
-    assert not tracking.is_alive({**tags, "touchline.process_started": "1.0"})
+    assert runs.is_alive(tags)
+    assert not runs.is_alive({**tags, "touchline.process_started": "1.0"})
     record_property("fault", "clock set back: a living run is not taken for dead")
 
 
@@ -454,7 +457,7 @@ def test_runs_from_the_future_stay_and_the_registry_goes_on(project: Project, re
         held = {alias: version.number for version in versions(project) for alias in version.aliases}
         assert held["challenger"] == decided["registered"]["version"] > before[0][0]
         assert held["champion"] == (held["challenger"] if decided["promoted"] else before[0][0])
-    assert not runs(project, "attributes.status = 'RUNNING'")
+    assert not projects.runs(project, "attributes.status = 'RUNNING'")
     project.touchline("registry", "sync")
     assert [version.number for version in versions(project)][: len(before)] == [number for number, _ in before]
     record_property("fault", "clock set back: runs of next year stay, and the next pipeline registers as ever")

@@ -18,13 +18,13 @@ from conftest import SHIPPED, names
 from PIL import Image
 from ruamel.yaml import YAML
 
-from touchline import tracking
 from touchline.commands import predict
 from touchline.core import files, params
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.paths import Paths
 from touchline.models import classifier, explain, inference
 from touchline.models.inference import BATCH
+from touchline.tracking import registry, runs
 
 if TYPE_CHECKING:
     import keras
@@ -379,18 +379,24 @@ def registered(project: Paths, tmp_path: Path) -> tuple[Paths, list[str]]:
     (root / "models").mkdir(parents=True)
     (root / "params.yaml").write_bytes((project.workspace / "params.yaml").read_bytes())
     paths = Paths(root, root)
-    store, runs = tracking.open_store(paths, NAME), []
+    store, logged = runs.open_store(paths, NAME), []
     for turned in (False, True):
         planted(turned=turned).save(root / "model.keras")
         dataset = {"name": "split", "digest": "0", "source": "-", "counts": {}}
-        runs.append(store.start("cnn", {}, {}, dataset))
-        store.finish(
-            runs[-1], model_path=root / "model.keras", image_size=SIDE, classes=CLASSES, training_photos=[], metrics={}
+        logged.append(runs.start(store, "cnn", {}, {}, dataset))
+        runs.finish(
+            store,
+            logged[-1],
+            model_path=root / "model.keras",
+            image_size=SIDE,
+            classes=CLASSES,
+            training_photos=[],
+            metrics={},
         )
-        store.register(NAME, runs[-1], {}, "")
-    store.promote(NAME, 1)
-    store.set_alias(NAME, "challenger", 2)
-    return paths, [*runs, store.start("cnn", {}, {}, dataset)]
+        registry.register(store, NAME, logged[-1], {}, "")
+    registry.promote(store, NAME, 1)
+    registry.set_alias(store, NAME, "challenger", 2)
+    return paths, [*logged, runs.start(store, "cnn", {}, {}, dataset)]
 
 
 def test_a_model_of_the_store_is_the_champion_a_version_an_alias_or_a_run(

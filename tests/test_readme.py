@@ -27,7 +27,9 @@ from test_serve import ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_ASK, MLFLOW_JS
 
 from touchline.core.params import check
 from touchline.core.paths import Paths
-from touchline.tracking import CHAMPION, open_store
+from touchline.tracking import registry
+from touchline.tracking.registry import CHAMPION
+from touchline.tracking.runs import open_store
 
 ROOT = projects.REPOSITORY
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,8 +128,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     root = tmp_path_factory.mktemp("readme") / "the project"
     made = as_cloned(projects.copy(projects.built(tmp_path_factory).project, root))
     store = open_store(Paths(root, root), projects.REGISTERED)
-    first = store.alias(projects.REGISTERED, CHAMPION)
-    store.promote(projects.REGISTERED, store.register(projects.REGISTERED, first.run_id, first.tags, "the same again"))
+    first = registry.alias(store, projects.REGISTERED, CHAMPION)
+    registry.promote(
+        store,
+        projects.REGISTERED,
+        registry.register(store, projects.REGISTERED, first.run_id, first.tags, "the same again"),
+    )
     album = root / "album"
     album.mkdir()
     for photo in [path for path in projects.accepted(made, "rugby") if path.suffix == ".jpg"][:3]:
@@ -230,5 +236,5 @@ def test_classes_of_ones_own_are_told_apart_as_the_readme_says(tmp_path, project
     own.change(projects.SMALL)
     own.dvc("repro")
     assert own.json("models/transfer.json")["classes"] == ["cat", "dog"]
-    [first] = open_store(Paths(own.root, own.root), "cat-dog").versions("cat-dog")
+    [first] = registry.versions(open_store(Paths(own.root, own.root), "cat-dog"), "cat-dog")
     assert CHAMPION in first.aliases

@@ -7,7 +7,7 @@ from conftest import names
 
 from touchline.core.params import RegisterParams
 from touchline.stages.register import Decision, Duel, choose, decide
-from touchline.tracking import Version
+from touchline.tracking.registry import Version
 
 PARAMS = RegisterParams(name="rugby-soccer", min_accuracy=0.6, min_shared_photos=30, significance=0.05)
 CHAMPION = Version("rugby-soccer", 3, "run", "models:/m", "", {"touchline.model_sha256": "old"}, ("champion",))

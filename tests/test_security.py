@@ -27,7 +27,8 @@ from touchline.core.paths import Paths
 from touchline.core.tensorflow import import_tensorflow
 from touchline.models import classifier, inference
 from touchline.stages.ingest import _attribution
-from touchline.tracking import Store, open_store
+from touchline.tracking import registry, runs
+from touchline.tracking.client import Store
 
 REPOSITORY = projects.REPOSITORY
 # Two names that a shell would run, and one of them a page.
@@ -70,10 +71,10 @@ def _logged(project: Paths, model: Any) -> tuple[Store, int, Path]:
     """The model as version 1 of a registry, and where the store has its file."""
     path = project.models / "cnn.keras"
     model.save(path)
-    store = open_store(project, "rugby-soccer")
-    run_id = store.start("a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
-    store.finish(run_id, model_path=path, image_size=SIDE, classes=CLASSES, training_photos=[], metrics={})
-    version = store.register("rugby-soccer", run_id, {}, "")
+    store = runs.open_store(project, "rugby-soccer")
+    run_id = runs.start(store, "a run", {}, {}, {"name": "photos", "digest": "0", "source": "-", "counts": {}})
+    runs.finish(store, run_id, model_path=path, image_size=SIDE, classes=CLASSES, training_photos=[], metrics={})
+    version = registry.register(store, "rugby-soccer", run_id, {}, "")
     (file,) = (project.mlflow / "artifacts").rglob("model.keras")
     return store, version, file
 
@@ -96,7 +97,8 @@ def test_a_model_that_brings_a_program_is_refused_from_the_store(project: Paths,
     canary.unlink(missing_ok=True)
     values = params.load(project.workspace / "params.yaml")
 
-    for load in (lambda: classifier.from_stored(store.model(store.versions("rugby-soccer")[0]), "", "auto").model,
+    registered = registry.model(store, registry.versions(store, "rugby-soccer")[0])
+    for load in (lambda: classifier.from_stored(registered, "", "auto").model,
                  lambda: classifier.resolve(project, values, str(version))):  # fmt: skip
         with pytest.raises(TouchlineError, match=r"\.keras") as refused:
             load()
@@ -119,25 +121,25 @@ def test_a_model_that_is_not_the_one_described_is_refused(project: Paths) -> Non
 
 def test_a_model_of_the_registry_is_the_one_that_was_registered(project: Paths) -> None:
     store, _, file = _logged(project, _model())
-    model = classifier.from_stored(store.model(store.versions("rugby-soccer")[0]), "", "auto").model
+    model = classifier.from_stored(registry.model(store, registry.versions(store, "rugby-soccer")[0]), "", "auto").model
     assert model.input_shape == (None, SIDE, SIDE, 3)
     _model().save(file)
 
-    version = store.versions("rugby-soccer")[0]
-    for source in (version, version.run_id):
+    version = registry.versions(store, "rugby-soccer")[0]
+    for stored in (registry.model(store, version), runs.model(store, version.run_id)):
         for engine in ("openvino", "tensorflow"):
             with pytest.raises(TouchlineError, match=r"\.keras"):
-                classifier.from_stored(store.model(source), "", engine)
+                classifier.from_stored(stored, "", engine)
 
 
 def test_a_version_that_another_tool_registered_without_a_run_is_refused(project: Paths, tmp_path: Path) -> None:
     store, version, file = _logged(project, _model())
     copy = shutil.copytree(file.parents[1], tmp_path / "elsewhere")
-    other = store._client.create_model_version("rugby-soccer", copy.as_uri())
+    other = store.client.create_model_version("rugby-soccer", copy.as_uri())
 
-    assert store.versions("rugby-soccer")[-1].number == int(other.version) > version
+    assert registry.versions(store, "rugby-soccer")[-1].number == int(other.version) > version
     values = params.load(project.workspace / "params.yaml")
-    for load in (lambda: store.model(store.versions("rugby-soccer")[-1]),
+    for load in (lambda: registry.model(store, registry.versions(store, "rugby-soccer")[-1]),
                  lambda: classifier.resolve(project, values, str(other.version))):  # fmt: skip
         with pytest.raises(TouchlineError, match="Touchline did not log it"):
             load()

@@ -23,7 +23,10 @@ from team import Gate, Team, why_not
 
 from touchline.core.paths import Paths
 from touchline.models import inference
-from touchline.tracking import CHALLENGER, CHAMPION, Store, open_store
+from touchline.tracking import registry, runs
+from touchline.tracking.client import Store
+from touchline.tracking.registry import CHALLENGER, CHAMPION
+from touchline.tracking.runs import open_store
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 long = pytest.mark.skipif("TOUCHLINE_FAULTS" not in os.environ, reason="takes minutes: `make faults` runs it")
@@ -54,15 +57,15 @@ class Seen:
 
     @property
     def versions(self) -> list:
-        return self.store.versions(self.name)
+        return registry.versions(self.store, self.name)
 
     @property
     def champion(self) -> Any:
-        return self.store.alias(self.name, CHAMPION)
+        return registry.alias(self.store, self.name, CHAMPION)
 
     def has_whole_run(self, record: dict[str, Any]) -> None:
         """The run of a model has all that the project's files say of it, figures, and its model."""
-        client, run_id = self.store._client, self.store.find(record)
+        client, run_id = self.store.client, runs.find(self.store, record)
         assert run_id is not None
         run = client.get_run(run_id)
         assert run.info.status == "FINISHED"
@@ -84,7 +87,7 @@ class Seen:
         versions = self.versions
         assert len({version.model_sha256 for version in versions}) == len(versions) == count
         for version in versions:
-            inference.load_model(self.store.model(version).file)
+            inference.load_model(registry.model(self.store, version).file)
         assert sorted(alias for version in versions for alias in version.aliases) == [CHALLENGER, CHAMPION]
 
 
@@ -172,12 +175,12 @@ def test_runs_that_start_at_once_on_the_same_photos_all_have_them(
     def start(store: Store, number: int) -> str:
         split = {"name": "split", "digest": f"split {number}", "source": "data/split.csv", "counts": {}}
         together.wait(60)
-        return store.start("a run", {}, {}, split)
+        return runs.start(store, "a run", {}, {}, split)
 
     # MLflow looks for the dataset for each of them before it has inserted any, more often than not.
     with ThreadPoolExecutor(4) as pool:
-        runs = [run for number in range(10) for run in pool.map(start, machines, [number] * 4)]
-    datasets = [first._client.get_run(run).inputs.dataset_inputs[0].dataset.digest for run in runs]
+        made = [run for number in range(10) for run in pool.map(start, machines, [number] * 4)]
+    datasets = [first.client.get_run(run).inputs.dataset_inputs[0].dataset.digest for run in made]
     assert datasets == [f"split {number}" for number in range(10) for _ in range(4)]
     record_property("fault", "four runs started at once, ten times: 40 runs with their dataset, none failed")
 
@@ -213,8 +216,8 @@ def test_a_tracking_server_killed_in_the_middle_of_a_training_costs_no_training(
     seen.has_whole_run(record)
     seen.has_sound_versions(1)
     # Both stand under the pipeline's run, which says what was decided.
-    known = seen.store._client.get_run
-    broken_off, restored = known(record["run_id"]), known(seen.store.find(record))
+    known = seen.store.client.get_run
+    broken_off, restored = known(record["run_id"]), known(runs.find(seen.store, record))
     assert broken_off.info.status == "KILLED"
     [execution] = {run.data.tags["mlflow.parentRunId"] for run in (broken_off, restored)}
     assert project.json("reports/registration.json")["reason"] in known(execution).data.tags["mlflow.note.content"]
@@ -267,9 +270,11 @@ def test_a_champion_that_another_machine_makes_meanwhile_is_compared_with(
     def make_another_champion(call: str) -> bool:
         # That there is no champion is what the stage has seen.
         if call.endswith("model-versions/create") and not done:
-            run_id = seen.store.find(rival)
-            done.append(seen.store.register("meanwhile", run_id, {"touchline.classes": '["rugby", "soccer"]'}, ""))
-            seen.store.promote("meanwhile", done[0])
+            run_id = runs.find(seen.store, rival)
+            done.append(
+                registry.register(seen.store, "meanwhile", run_id, {"touchline.classes": '["rugby", "soccer"]'}, "")
+            )
+            registry.promote(seen.store, "meanwhile", done[0])
         return False
 
     with Gate(team.mlflow_url) as gate:
@@ -289,16 +294,16 @@ def test_a_champion_that_another_machine_makes_meanwhile_is_compared_with(
     # Who has not seen the champion does not replace it; who is at it elsewhere is waited for, unless it died long ago.
     loser = 3 - seen.champion.number
     untouched = seen.versions
-    assert not seen.store.replace("meanwhile", None, loser)
+    assert not registry.replace(seen.store, "meanwhile", None, loser)
     assert seen.versions == untouched
     at_it, now = seen.champion.number, datetime.now(UTC)
-    seen.store.set_version_tags("meanwhile", at_it, {"touchline.promoting": now.isoformat()})
+    registry.set_version_tags(seen.store, "meanwhile", at_it, {"touchline.promoting": now.isoformat()})
     with ThreadPoolExecutor(1) as pool:
-        promoted = pool.submit(seen.store.replace, "meanwhile", seen.champion, loser)
+        promoted = pool.submit(registry.replace, seen.store, "meanwhile", seen.champion, loser)
         time.sleep(3)
         assert not promoted.done() and seen.champion.number == at_it
         long_ago = now - timedelta(minutes=2)
-        seen.store.set_version_tags("meanwhile", at_it, {"touchline.promoting": long_ago.isoformat()})
+        registry.set_version_tags(seen.store, "meanwhile", at_it, {"touchline.promoting": long_ago.isoformat()})
         assert promoted.result(60) and seen.champion.number == loser
     assert seen.champion.tags["touchline.replaced"] == str(at_it)
     assert "touchline.promoting" not in seen.champion.tags
@@ -309,11 +314,11 @@ def test_who_did_not_see_the_champion_does_not_replace_it(team: Team, project: P
     project.run("touchline", "registry", "sync", **team.environment())
     seen = see("unseen")
     first = seen.champion
-    second = seen.store.register("unseen", first.run_id, {}, "the same again")
-    assert not seen.store.replace("unseen", None, second)
+    second = registry.register(seen.store, "unseen", first.run_id, {}, "the same again")
+    assert not registry.replace(seen.store, "unseen", None, second)
     assert seen.champion.number == first.number
     assert "touchline.replaced" not in seen.versions[-1].tags
-    assert seen.store.replace("unseen", first, second)
+    assert registry.replace(seen.store, "unseen", first, second)
     assert seen.champion.number == second and seen.champion.tags["touchline.replaced"] == str(first.number)
 
 
@@ -339,11 +344,11 @@ def test_a_password_of_the_tracking_server_is_nowhere(team: Team, project: Proje
     assert "***@" in the_line(outputs[-1])
 
     seen = see("behind-a-password")
-    runs = seen.store._client.search_runs([seen.store.experiment_id])
+    logged = seen.store.client.search_runs([seen.store.experiment_id])
     written = [path for path in project.root.rglob("*") if path.is_file()]
-    texts = [path.read_bytes() for path in written] + [repr(run.to_dictionary()).encode() for run in runs]
+    texts = [path.read_bytes() for path in written] + [repr(run.to_dictionary()).encode() for run in logged]
     texts += [repr(seen.versions).encode(), team.log("mlflow").encode(), *(output.encode() for output in outputs)]
-    assert len(runs) == 2 and (project.root / "dvc.lock") in written
+    assert len(logged) == 2 and (project.root / "dvc.lock") in written
     for text in texts:
         assert not any(each.encode() in text for each in ("hush", keys["AWS_SECRET_ACCESS_KEY"]))
     record_property("fault", f"password of the tracking server: in none of {len(texts)} files, runs and outputs")

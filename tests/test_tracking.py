@@ -8,16 +8,18 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
-from touchline import tracking
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.models import inference
+from touchline.tracking import client, registry, runs, sync
+from touchline.tracking.client import Store, StoreError
 
 EXPERIMENT = "rugby-soccer"
 CLASSES = ["rugby", "soccer"]
@@ -29,7 +31,7 @@ DATASET = {
     "counts": {"train": 3, "test": 1},
 }
 HISTORY = [{"epoch": epoch, "train/loss": 1 / (epoch + 1), "validation/accuracy": epoch / 4} for epoch in range(4)]
-SOURCES = Path(tracking.__file__).parents[1]
+SOURCES = Path(runs.__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +63,15 @@ def paths(tmp_path_factory) -> Paths:
 
 
 @pytest.fixture(scope="module")
-def store(paths) -> tracking.Store:
-    return tracking.open_store(paths, EXPERIMENT)
+def store(paths) -> Store:
+    return runs.open_store(paths, EXPERIMENT)
 
 
 @pytest.fixture(scope="module")
 def run_id(store, keras_file) -> str:
     run_id = _start(store)
     for row in HISTORY:
-        store.log_row(run_id, row)
+        runs.log_row(store, run_id, row)
     _finish(store, run_id, keras_file)
     return run_id
 
@@ -80,12 +82,13 @@ def _project(folder: Path) -> Paths:
     return Paths(root, root)
 
 
-def _start(store: tracking.Store) -> str:
-    return store.start("cnn", {"git": "abc"}, {"learning_rate": 0.001}, DATASET)
+def _start(store: Store) -> str:
+    return runs.start(store, "cnn", {"git": "abc"}, {"learning_rate": 0.001}, DATASET)
 
 
-def _finish(store: tracking.Store, run_id: str, model_path: Path) -> None:
-    store.finish(
+def _finish(store: Store, run_id: str, model_path: Path) -> None:
+    runs.finish(
+        store,
         run_id,
         model_path=model_path,
         image_size=8,
@@ -124,19 +127,19 @@ def _client(paths: Paths):
 
 
 def test_a_run_keeps_its_epochs_its_params_its_dataset_and_its_model(paths, store, run_id, keras_file):
-    client = _client(paths)
-    run = client.get_run(run_id)
+    mlflow = _client(paths)
+    run = mlflow.get_run(run_id)
     dataset = run.inputs.dataset_inputs[0]
-    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    model = mlflow.get_logged_model(run.outputs.model_outputs[0].model_id)
 
     assert run.info.status == "FINISHED"
     assert run.data.params == {"learning_rate": "0.001"}
     # One more point: what is shown of a run is that of the weights that were kept, not that of the last epoch.
-    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [
+    assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "train/loss")] == [
         *((row["epoch"], row["train/loss"]) for row in HISTORY),
         (4, 0.5),
     ]
-    assert store.metrics(run_id) == {"train/loss": 0.5, "validation/accuracy": 0.75, "seconds/train": 1.5}
+    assert runs.logged_metrics(store, run_id) == {"train/loss": 0.5, "validation/accuracy": 0.75, "seconds/train": 1.5}
     assert (dataset.dataset.name, dataset.dataset.digest) == ("split", DATASET["digest"][:36])
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
     assert model.status == "READY"
@@ -169,15 +172,15 @@ def test_evaluation_adds_test_metrics_and_figures(paths, store, run_id, tmp_path
     picture = tmp_path / "drawn.png"
     picture.write_bytes(b"a picture")
 
-    store.describe(run_id, "A simple network.")
+    runs.describe(store, run_id, "A simple network.")
     for _ in range(2):  # a second time changes nothing
-        store.log_evaluation(run_id, {"accuracy": 0.9, "note": "text is left out"}, {"confusion": picture})
+        runs.log_evaluation(store, run_id, {"accuracy": 0.9, "note": "text is left out"}, {"confusion": picture})
 
-    client = _client(paths)
-    [metric] = [m for m in client.get_logged_model(_model_id(paths, run_id)).metrics if m.key == "test/accuracy"]
-    assert (store.metrics(run_id)["test/accuracy"], metric.value) == (0.9, 0.9)
-    assert [file.path for file in client.list_artifacts(run_id)] == ["confusion.png"]
-    note = client.get_run(run_id).data.tags["mlflow.note.content"]
+    mlflow = _client(paths)
+    [metric] = [m for m in mlflow.get_logged_model(_model_id(paths, run_id)).metrics if m.key == "test/accuracy"]
+    assert (runs.logged_metrics(store, run_id)["test/accuracy"], metric.value) == (0.9, 0.9)
+    assert [file.path for file in mlflow.list_artifacts(run_id)] == ["confusion.png"]
+    note = mlflow.get_run(run_id).data.tags["mlflow.note.content"]
     assert note == "A simple network.\n\n**On the test photos**: accuracy 0.900"
 
 
@@ -185,19 +188,19 @@ def test_what_a_head_tried_is_kept_apart_from_the_curves_of_trainings(paths, sto
     run_id = _start(store)
     tried = [{"epoch": n, "strength": strength, "train/loss": 0.1} for n, strength in enumerate((0.3, 1.0))]
     for row in tried:
-        store.log_row(run_id, row)
-    store.end(run_id, {"strength": 0.3, "train/loss": 0.2}, history=tried)
+        runs.log_row(store, run_id, row)
+    runs.end(store, run_id, {"strength": 0.3, "train/loss": 0.2}, history=tried)
 
-    client = _client(paths)
-    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "tried/strength")] == [(0, 0.3), (1, 1.0)]
-    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [(0, 0.2)]
+    mlflow = _client(paths)
+    assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "tried/strength")] == [(0, 0.3), (1, 1.0)]
+    assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "train/loss")] == [(0, 0.2)]
 
 
 def test_a_run_that_has_ended_says_nothing_of_its_process(paths, store):
     run_id = _start(store)
     assert "touchline.pid" in _client(paths).get_run(run_id).data.tags
-    store.end(run_id, {})
-    store.end(run_id, {})  # as two processes of one search do with their common run
+    runs.end(store, run_id, {})
+    runs.end(store, run_id, {})  # as two processes of one search do with their common run
 
     assert (
         not {"touchline.pid", "touchline.host", "touchline.process_started"}
@@ -211,14 +214,14 @@ def flow(monkeypatch, request):
     monkeypatch.setenv("TOUCHLINE_FLOW_RUN", request.node.name)
 
 
-def _under(store: tracking.Store) -> tuple[str, str]:
+def _under(store: Store) -> tuple[str, str]:
     """A run of this execution of the pipeline, and the run that stands for it."""
-    parent = store.execution({"git": "abc"})
-    return store.start("cnn", {}, {}, DATASET, parent=parent), parent
+    parent = runs.execution(store, {"git": "abc"})
+    return runs.start(store, "cnn", {}, {}, DATASET, parent=parent), parent
 
 
 def test_a_stage_that_a_person_starts_stands_for_itself(store):
-    assert store.execution({}) is None
+    assert runs.execution(store, {}) is None
 
 
 def test_the_runs_of_one_flow_run_stand_under_one_that_runs_while_they_do(paths, store, flow, keras_file):
@@ -226,11 +229,11 @@ def test_the_runs_of_one_flow_run_stand_under_one_that_runs_while_they_do(paths,
         return _client(paths).get_run(run_id).info.status
 
     first, parent = _under(store)
-    second, same = _under(tracking.open_store(paths, EXPERIMENT))
+    second, same = _under(runs.open_store(paths, EXPERIMENT))
     assert same == parent and status(parent) == "RUNNING"
     _finish(store, first, keras_file)
     assert status(parent) == "RUNNING"
-    store.fail(second, "the loss is not a number")
+    runs.fail(store, second, "the loss is not a number")
     assert status(parent) == "FAILED"
 
     run = _client(paths).get_run(parent)
@@ -244,27 +247,27 @@ def test_an_execution_whose_process_was_killed_is_closed(paths, store, flow, die
     ended.wait()
     run_id, parent = _under(store)
     if died == "in its run":
-        store.set_tags(run_id, {"touchline.pid": ended.pid})
+        runs.set_tags(store, run_id, {"touchline.pid": ended.pid})
     else:
         _client(paths).set_terminated(run_id, "FINISHED")
     assert _client(paths).get_run(parent).info.status == "RUNNING"
 
-    tracking.open_store(paths, EXPERIMENT)
+    runs.open_store(paths, EXPERIMENT)
 
     expected = "KILLED" if died == "in its run" else "FINISHED"
     assert [_client(paths).get_run(run).info.status for run in (run_id, parent)] == [expected, expected]
 
 
 def test_what_was_decided_stands_on_the_last_execution(paths, store, monkeypatch):
-    runs, parents = [], []
+    ended, parents = [], []
     for flow_run in ("an earlier one", "the last one"):
         monkeypatch.setenv("TOUCHLINE_FLOW_RUN", flow_run)
         run_id, parent = _under(store)
-        store.end(run_id, {"validation/accuracy": 0.5, "seconds/train": 1})
-        runs.append(run_id)
+        runs.end(store, run_id, {"validation/accuracy": 0.5, "seconds/train": 1})
+        ended.append(run_id)
         parents.append(parent)
 
-    store.conclude(runs, runs[0], "Champion: the first.")
+    runs.conclude(store, ended, ended[0], "Champion: the first.")
 
     earlier, last = (_client(paths).get_run(parent).data for parent in parents)
     assert (last.tags["mlflow.note.content"], last.metrics) == ("Champion: the first.", {"validation/accuracy": 0.5})
@@ -278,11 +281,12 @@ def test_the_stages_of_one_dvc_are_one_execution_and_another_dvc_is_another(tmp_
     stage.write_text(
         """
 import sys
+from dataclasses import replace
 from pathlib import Path
-from touchline import tracking
 from touchline.core.paths import Paths
+from touchline.tracking import runs
 root = Path(sys.argv[1])
-print(tracking.open_store(Paths(root, root), "both").execution({}))
+print(runs.execution(runs.open_store(Paths(root, root), "both"), {}))
 """
     )
     dvc = f"""
@@ -303,7 +307,7 @@ print(*(stage.communicate()[0].split()[-1] for stage in stages))
 
 def test_a_failed_run_says_why(paths, store):
     run_id = _start(store)
-    store.fail(run_id, "the loss is not a number")
+    runs.fail(store, run_id, "the loss is not a number")
 
     run = _client(paths).get_run(run_id)
     assert (run.info.status, run.data.tags["touchline.reason"]) == ("FAILED", "the loss is not a number")
@@ -313,86 +317,90 @@ def test_only_runs_whose_process_is_gone_are_closed(paths, store):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     alive, killed, pid_taken_by_another, elsewhere = (_start(store) for _ in range(4))
-    store.set_tags(killed, {"touchline.pid": ended.pid})
-    store.set_tags(pid_taken_by_another, {"touchline.process_started": 1.0})
-    store.set_tags(elsewhere, {"touchline.pid": ended.pid, "touchline.host": "another-machine"})
+    runs.set_tags(store, killed, {"touchline.pid": ended.pid})
+    runs.set_tags(store, pid_taken_by_another, {"touchline.process_started": 1.0})
+    runs.set_tags(store, elsewhere, {"touchline.pid": ended.pid, "touchline.host": "another-machine"})
 
     # Opening the store is what closes them: the next training does it for one that was killed.
-    tracking.open_store(paths, EXPERIMENT)
+    runs.open_store(paths, EXPERIMENT)
 
     status = {run: _client(paths).get_run(run).info.status for run in (alive, killed, pid_taken_by_another, elsewhere)}
     assert status == {alive: "RUNNING", killed: "KILLED", pid_taken_by_another: "KILLED", elsewhere: "RUNNING"}
-    assert store.close_killed() == []
+    assert runs.close_killed(store) == []
 
 
-def test_a_lock_that_another_process_keeps_is_one_line(paths, store, monkeypatch):
+def test_a_lock_that_another_process_keeps_is_one_line(store, monkeypatch):
     run_id = _start(store)
     monkeypatch.setenv("TOUCHLINE_FLOW_RUN", "a flow run")
-    parent = store.execution({})
-    child = store.start("cnn", {}, {}, DATASET, parent=parent)
-    monkeypatch.setattr(store, "_lock", FileLock(store._lock.lock_file, timeout=0.05))
-    with FileLock(store._lock.lock_file):
-        for ask in (lambda: _start(store), lambda: store.execution({}), lambda: store.end(child, {})):
-            with pytest.raises(tracking.StoreError, match=r"store\.lock is held by another process"):
+    parent = runs.execution(store, {})
+    child = runs.start(store, "cnn", {}, {}, DATASET, parent=parent)
+    impatient = replace(store, lock=FileLock(store.lock.lock_file, timeout=0.05))
+    with FileLock(store.lock.lock_file):
+        for ask in (
+            lambda: _start(impatient),
+            lambda: runs.execution(impatient, {}),
+            lambda: runs.end(impatient, child, {}),
+        ):
+            with pytest.raises(StoreError, match=r"store\.lock is held by another process"):
                 ask()
-    store.end(run_id, {})
+    runs.end(store, run_id, {})
     assert _start(store)
 
 
 def test_versions_promotion_and_rollback(store, run_id):
     name = "ladder"
-    assert (store.versions(name), store.alias(name, "champion")) == ([], None)
+    assert (registry.versions(store, name), registry.alias(store, name, "champion")) == ([], None)
     with pytest.raises(TouchlineError):
-        store.rollback(name)
+        registry.rollback(store, name)
 
-    first = store.register(name, run_id, {"why": "it is the first"}, "The first one.")
-    store.promote(name, first)
+    first = registry.register(store, name, run_id, {"why": "it is the first"}, "The first one.")
+    registry.promote(store, name, first)
     with pytest.raises(TouchlineError, match=r"\b1\b.*ladder"):
-        store.rollback(name)
+        registry.rollback(store, name)
 
-    second = store.register(name, run_id, {}, "")
-    store.set_alias(name, "challenger", second)
-    store.promote(name, second)
-    store.promote(name, second)
+    second = registry.register(store, name, run_id, {}, "")
+    registry.set_alias(store, name, "challenger", second)
+    registry.promote(store, name, second)
+    registry.promote(store, name, second)
 
-    assert [(v.number, v.aliases) for v in store.versions(name)] == [(1, ()), (2, ("challenger", "champion"))]
-    assert store.versions(name)[0].tags["why"] == "it is the first"
-    champion = store.alias(name, "champion")
+    assert [(v.number, v.aliases) for v in registry.versions(store, name)] == [(1, ()), (2, ("challenger", "champion"))]
+    assert registry.versions(store, name)[0].tags["why"] == "it is the first"
+    champion = registry.alias(store, name, "champion")
     assert (champion.run_id, champion.tags["touchline.replaced"]) == (run_id, "1")
     assert "touchline.promoted_at" in champion.tags
 
-    assert store.rollback(name) == 1
-    assert store.alias(name, "champion").number == 1
+    assert registry.rollback(store, name) == 1
+    assert registry.alias(store, name, "champion").number == 1
 
     # It is remembered until a person promotes that version again, or a rollback goes there.
     digest = champion.model_sha256
-    assert store.rolled_back(name, digest).number == 2
-    assert store.rolled_back(name, "0" * 64) is None
-    store.promote(name, second)
-    assert store.rolled_back(name, digest) is None
-    store.promote(name, first)
-    store.rollback(name)
-    assert (store.alias(name, "champion").number, store.rolled_back(name, digest).number) == (2, 1)
-    store.rollback(name)
-    assert (store.alias(name, "champion").number, store.rolled_back(name, digest).number) == (1, 2)
+    assert registry.rolled_back(store, name, digest).number == 2
+    assert registry.rolled_back(store, name, "0" * 64) is None
+    registry.promote(store, name, second)
+    assert registry.rolled_back(store, name, digest) is None
+    registry.promote(store, name, first)
+    registry.rollback(store, name)
+    assert (registry.alias(store, name, "champion").number, registry.rolled_back(store, name, digest).number) == (2, 1)
+    registry.rollback(store, name)
+    assert (registry.alias(store, name, "champion").number, registry.rolled_back(store, name, digest).number) == (1, 2)
 
 
 def test_a_version_gives_back_its_model_and_the_photos_it_learned_from(store, run_id):
     import numpy as np
 
-    version = store.register("whole", run_id, {}, "")
-    model = store.model(store.versions("whole")[0])
+    version = registry.register(store, "whole", run_id, {}, "")
+    model = registry.model(store, registry.versions(store, "whole")[0])
     probabilities = inference.load_model(model.file).predict(np.zeros((2, 8, 8, 3), "uint8"), verbose=0)
 
     assert probabilities.shape == (2, 2) and model.classes == ["rugby", "soccer"]
-    assert store.training_photos("whole", version) == set(PHOTOS)
+    assert registry.training_photos(store, "whole", version) == set(PHOTOS)
     with pytest.raises(TouchlineError, match="version=99"):
-        store.training_photos("whole", 99)
+        registry.training_photos(store, "whole", 99)
 
 
 @pytest.mark.slow
 def test_the_champion_predicts_in_a_process_that_never_saw_touchline(paths, store, run_id, tmp_path):
-    store.promote("served", store.register("served", run_id, {}, ""))
+    registry.promote(store, "served", registry.register(store, "served", run_id, {}, ""))
     script = """
 import importlib.util, numpy, mlflow
 assert importlib.util.find_spec("touchline") is None
@@ -422,7 +430,7 @@ def _site_packages() -> list[str]:
 
 
 def test_a_known_model_is_not_logged_again(store, run_id, keras_file):
-    assert store.ensure(_record(run_id, keras_file), keras_file) == run_id
+    assert runs.ensure(store, _record(run_id, keras_file), keras_file) == run_id
 
 
 @pytest.fixture(scope="module")
@@ -445,14 +453,13 @@ def pulled(tmp_path_factory, run_id, keras_file) -> SimpleNamespace:
         "description": "The seventh.",
     }
     (paths.reports / "registration.json").write_text(json.dumps({"registered": registered}))
-    before = tracking.in_sync(paths, EXPERIMENT)
-    lines = tracking.sync(paths, EXPERIMENT)
-    return SimpleNamespace(paths=paths, record=record, before=before, lines=lines)
+    lines = sync.sync(paths, EXPERIMENT)
+    return SimpleNamespace(paths=paths, record=record, lines=lines)
 
 
 def test_sync_puts_back_run_metrics_and_version(pulled):
-    store = tracking.open_store(pulled.paths, EXPERIMENT)
-    [version] = store.versions(EXPERIMENT)
+    store = runs.open_store(pulled.paths, EXPERIMENT)
+    [version] = registry.versions(store, EXPERIMENT)
     run = _client(pulled.paths).get_run(version.run_id)
 
     assert [line.split(" as run ")[0] for line in pulled.lines] == [
@@ -477,61 +484,46 @@ def test_sync_puts_back_run_metrics_and_version(pulled):
 
 
 def test_sync_twice_puts_back_nothing(pulled):
-    assert tracking.sync(pulled.paths, EXPERIMENT) == []
+    assert sync.sync(pulled.paths, EXPERIMENT) == []
 
 
-def test_whether_all_is_in_sync_is_told_without_mlflow(pulled):
-    script = """
-import sys
-from pathlib import Path
-from touchline.core.paths import Paths
-from touchline.tracking import in_sync
-print(in_sync(Paths(Path(sys.argv[1]), Path(sys.argv[1])), sys.argv[2]), "mlflow" in sys.modules)
-"""
-    said = subprocess.check_output(
-        [sys.executable, "-c", script, str(pulled.paths.project), EXPERIMENT],
-        env={**os.environ, "PYTHONPATH": str(SOURCES)},
-        text=True,
-    )
-
-    assert pulled.before is False
-    assert said.split() == ["True", "False"]
-
-
-@pytest.mark.parametrize("changed", ["a retrained model", "a new metric", "another version", "another server"])
-def test_what_is_missing_in_the_store_is_noticed(pulled, changed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", ["a retrained model", "a new metric", "another version"])
+def test_what_is_missing_in_the_store_is_noticed(pulled, changed, tmp_path):
     # The reports of another workspace over the same store, as in an experiment.
     paths = Paths(tmp_path, pulled.paths.project)
     shutil.copytree(pulled.paths.models, paths.models)
     shutil.copytree(pulled.paths.reports, paths.reports)
-    assert tracking.in_sync(paths, EXPERIMENT)
+    assert sync.sync(paths, EXPERIMENT) == []
 
+    if changed == "a new metric":
+        found = {"accuracy": 0.875, "log_loss": 0.5}
+        (paths.reports / "metrics.json").write_text(json.dumps({"models": {"cnn": found}}))
+        assert sync.sync(paths, EXPERIMENT) == ["cnn: test metrics logged again"]
+        assert sync.sync(paths, EXPERIMENT) == []
+        return
     if changed == "a retrained model":
-        record = {**pulled.record, "model_sha256": "0" * 64}
-        (paths.models / "cnn.json").write_text(json.dumps(record))
-    elif changed == "a new metric":
-        (paths.reports / "metrics.json").write_text(json.dumps({"models": {"cnn": {"accuracy": 0.9}}}))
-    elif changed == "another version":
-        (paths.reports / "registration.json").write_text(json.dumps({"registered": {"model_sha256": "0" * 64}}))
+        (paths.models / "cnn.json").write_text(json.dumps({**pulled.record, "model_sha256": "0" * 64}))
+        named = "cnn.keras"
     else:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-
-    assert not tracking.in_sync(paths, EXPERIMENT)
+        (paths.reports / "registration.json").write_text(json.dumps({"registered": {"model_sha256": "0" * 64}}))
+        named = "registration.json"
+    with pytest.raises(TouchlineError, match=re.escape(named)):
+        sync.sync(paths, EXPERIMENT)
 
 
 def test_sync_leaves_an_alias_with_the_version_that_holds_it(paths, store, run_id, keras_file, pulled, tmp_path):
-    holder = store.register(EXPERIMENT, run_id, {}, "")
+    holder = registry.register(store, EXPERIMENT, run_id, {}, "")
     _client(paths).set_model_version_tag(EXPERIMENT, str(holder), "touchline.model_sha256", "of another model")
-    store.promote(EXPERIMENT, holder)
+    registry.promote(store, EXPERIMENT, holder)
     workspace = Paths(tmp_path, paths.project)
     shutil.copytree(pulled.paths.models, workspace.models)
     shutil.copytree(pulled.paths.reports, workspace.reports)
 
-    lines = tracking.sync(workspace, EXPERIMENT)
+    lines = sync.sync(workspace, EXPERIMENT)
 
     assert "cnn" in lines[-1] and str(holder) in lines[-1]
-    assert store.alias(EXPERIMENT, "champion").number == holder
-    assert store.alias(EXPERIMENT, "challenger").number == holder + 1
+    assert registry.alias(store, EXPERIMENT, "champion").number == holder
+    assert registry.alias(store, EXPERIMENT, "challenger").number == holder + 1
 
 
 def test_a_file_that_is_not_the_one_described_is_not_logged(store, keras_file, tmp_path):
@@ -540,9 +532,9 @@ def test_a_file_that_is_not_the_one_described_is_not_logged(store, keras_file, t
     record = {**_record("unknown", keras_file), "model_sha256": "1" * 64}
 
     with pytest.raises(TouchlineError, match=r"cnn\.keras.*`dvc repro`"):
-        store.ensure(record, other)
+        runs.ensure(store, record, other)
     with pytest.raises(TouchlineError, match=r"gone\.keras"):
-        store.ensure(record, tmp_path / "gone.keras")
+        runs.ensure(store, record, tmp_path / "gone.keras")
 
 
 @pytest.mark.slow
@@ -550,17 +542,18 @@ def test_two_trainings_may_start_at_once_on_a_fresh_store(tmp_path, keras_file):
     paths = _project(tmp_path)
     script = """
 import sys
+from dataclasses import replace
 from pathlib import Path
-from touchline import tracking
 from touchline.core.paths import Paths
+from touchline.tracking import registry, runs
 root, model, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-store = tracking.open_store(Paths(root, root), "both")
+store = runs.open_store(Paths(root, root), "both")
 dataset = {"name": "split", "digest": "same", "source": "data/split.csv", "counts": {}}
-run_id = store.start(name, {}, {"model": name}, dataset)
+run_id = runs.start(store, name, {}, {"model": name}, dataset)
 for epoch in range(20):
-    store.log_row(run_id, {"epoch": epoch, "train/loss": 1 / (epoch + 1)})
-store.finish(run_id, model_path=model, image_size=8, classes=["a", "b"], training_photos=[], metrics={})
-store.register("both", run_id, {}, "")
+    runs.log_row(store, run_id, {"epoch": epoch, "train/loss": 1 / (epoch + 1)})
+runs.finish(store, run_id, model_path=model, image_size=8, classes=["a", "b"], training_photos=[], metrics={})
+registry.register(store, "both", run_id, {}, "")
 print(run_id)
 """
     command = [sys.executable, "-c", script, str(paths.project), str(keras_file)]
@@ -575,12 +568,12 @@ print(run_id)
 
     assert [training.returncode for training in trainings] == [0, 0], said
     assert not any(" mlflow" in errors or "alembic" in errors for _, errors in said), said
-    client = _client(paths)
+    mlflow = _client(paths)
     for output, _ in said:
-        run = client.get_run(output.split()[-1])
+        run = mlflow.get_run(output.split()[-1])
         assert run.info.status == "FINISHED"
-        assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 20
-    assert [version.number for version in tracking.open_store(paths, "both").versions("both")] == [1, 2]
+        assert len(mlflow.get_metric_history(run.info.run_id, "train/loss")) == 20
+    assert [version.number for version in registry.versions(runs.open_store(paths, "both"), "both")] == [1, 2]
 
 
 def test_a_server_that_is_down_is_one_clear_line(tmp_path, monkeypatch, capfd):
@@ -591,7 +584,7 @@ def test_a_server_that_is_down_is_one_clear_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
     with pytest.raises(TouchlineError) as raised:
-        tracking.open_store(_project(tmp_path), EXPERIMENT)
+        runs.open_store(_project(tmp_path), EXPERIMENT)
 
     message = str(raised.value)
     assert f"http://***@127.0.0.1:{port}" in message and "MLFLOW_TRACKING_URI" in message
@@ -605,13 +598,13 @@ def test_a_damaged_store_is_one_clear_line(tmp_path):
     (paths.mlflow / "mlflow.db").write_text("not a database, but long enough to be taken for one" * 50)
 
     with pytest.raises(TouchlineError, match=r"mlflow\.db.*make run"):
-        tracking.open_store(paths, EXPERIMENT)
+        runs.open_store(paths, EXPERIMENT)
 
 
 def test_the_database_is_for_its_owner_alone_also_where_it_was_not(paths, store):
     database = paths.mlflow / "mlflow.db"
     assert database.stat().st_mode & 0o777 == 0o600
-    for open_again in (lambda: tracking.server_settings(paths, []), lambda: tracking.open_store(paths, EXPERIMENT)):
+    for open_again in (lambda: client.server_settings(paths, []), lambda: runs.open_store(paths, EXPERIMENT)):
         database.chmod(0o666)
         open_again()
         assert database.stat().st_mode & 0o777 == 0o600
@@ -620,10 +613,10 @@ def test_the_database_is_for_its_owner_alone_also_where_it_was_not(paths, store)
 def test_mlflows_server_answers_to_the_hosts_that_are_given_unless_the_user_says_otherwise(paths, monkeypatch):
     name = "MLFLOW_SERVER_ALLOWED_HOSTS"
     monkeypatch.delenv(name, raising=False)
-    assert tracking.server_settings(paths, ["127.0.0.1:5000", "[::1]:5000"])[name] == "127.0.0.1:5000,[::1]:5000"
-    assert name not in tracking.server_settings(paths, [])
+    assert client.server_settings(paths, ["127.0.0.1:5000", "[::1]:5000"])[name] == "127.0.0.1:5000,[::1]:5000"
+    assert name not in client.server_settings(paths, [])
     monkeypatch.setenv(name, "mlflow.example.com")
-    assert name not in tracking.server_settings(paths, ["127.0.0.1:5000"])
+    assert name not in client.server_settings(paths, ["127.0.0.1:5000"])
 
 
 def test_a_store_that_was_moved_with_its_project_is_refused(paths, store, run_id, tmp_path):
@@ -631,4 +624,4 @@ def test_a_store_that_was_moved_with_its_project_is_refused(paths, store, run_id
     shutil.copytree(paths.mlflow, moved.mlflow)
 
     with pytest.raises(TouchlineError, match=re.escape(paths.mlflow.as_uri())):
-        tracking.open_store(moved, EXPERIMENT)
+        runs.open_store(moved, EXPERIMENT)

@@ -15,7 +15,7 @@ from touchline.core.errors import ParamsError, TouchlineError
 if TYPE_CHECKING:
     from touchline.core.params import Params
     from touchline.core.paths import Paths
-    from touchline.tracking import Store
+    from touchline.tracking.client import Store
 
 # Telemetry and TensorFlow's start-up notes are off unless the environment says otherwise.
 _QUIET = {
@@ -253,19 +253,23 @@ def drift(
 @app.command()
 def promote(version: Annotated[int, typer.Argument(help="version of the registered model", min=1)]) -> None:
     """Make a version champion by hand."""
+    from touchline.tracking import registry
+
     store, name = _store()
-    if version not in (known := [found.number for found in store.versions(name)]):
+    if version not in (known := [found.number for found in registry.versions(store, name)]):
         existing = ", ".join(map(str, known)) or "none"
         raise TouchlineError(f"{name} has no version {version} (existing: {existing}): see `touchline registry list`")
-    store.promote(name, version)
+    registry.promote(store, name, version)
     print(f"version {version} of {name} is champion")
 
 
 @app.command()
 def rollback() -> None:
     """Make the previous champion champion again. `register` will not undo this; `promote` can."""
+    from touchline.tracking import registry
+
     store, name = _store()
-    print(f"version {store.rollback(name)} of {name} is champion again")
+    print(f"version {registry.rollback(store, name)} of {name} is champion again")
 
 
 @registry.command("list")
@@ -274,9 +278,11 @@ def list_versions() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from touchline.tracking import registry
+
     store, name = _store()
     table = Table("version", "model", "validation", "test", "aliases", "why", title=name, title_justify="left")
-    for found in store.versions(name):
+    for found in registry.versions(store, name):
         tags = found.tags
         accuracies = (
             f"{float(tags[key]):.3f}" if key in tags else "" for key in ("validation/accuracy", "test/accuracy")
@@ -291,13 +297,10 @@ def list_versions() -> None:
 @registry.command("sync")
 def sync() -> None:
     """Restore missing runs, versions and the champion in the store from the project's files."""
-    from touchline import tracking
+    from touchline.tracking import sync
 
     paths, params = _project()
-    name = params.register_.name
-    if tracking.in_sync(paths, name):
-        return
-    for line in tracking.sync(paths, name):
+    for line in sync.sync(paths, params.register_.name):
         print(line)
 
 
@@ -307,13 +310,13 @@ def mlflow(
     port: _Port = 5000,
 ) -> None:
     """Open the MLflow UI on the project's store, until Ctrl-C."""
-    from touchline import tracking
     from touchline.core import ports
+    from touchline.tracking import client
 
     ports.bound(host, port).close()
     paths, params = _project()
-    settings = tracking.server_settings(paths, ports.trusted_hosts(host, port))
-    page = tracking.page(paths, params.register_.name)
+    settings = client.server_settings(paths, ports.trusted_hosts(host, port))
+    page = client.runs_page(paths, params.register_.name)
     print(f"MLflow UI: http://{host}:{port}{page} (Ctrl-C ends it)", flush=True)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port),
@@ -423,7 +426,7 @@ def _plan() -> None:
 
 
 def _store() -> "tuple[Store, str]":
-    from touchline.tracking import open_store
+    from touchline.tracking.runs import open_store
 
     paths, params = _project()
     return open_store(paths, params.register_.name), params.register_.name

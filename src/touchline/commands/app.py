@@ -132,7 +132,8 @@ class Models:
         Raises:
             TouchlineError: no model was named, and there is no champion.
         """
-        from touchline.tracking import CHALLENGER, CHAMPION, registered
+        from touchline.tracking import registered
+        from touchline.tracking.registry import CHALLENGER, CHAMPION
 
         name = self._params.register_.name
         versions = {str(found.number): found for found in registered.versions(self._paths, name)}
@@ -237,22 +238,18 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
         ended = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: ended.set())
-        try:
-            built.launch(
-                server_name=f"[{host}]" if ":" in host else host, server_port=port, share=False,
-                prevent_thread_lock=True, quiet=True,
-                max_file_size=f"{_MAX_MEGABYTES}mb", footer_links=[], run_history=False, ssr_mode=False,
-                enable_monitoring=False, mcp_server=False, pwa=False, inbrowser=False, num_workers=0,
-                state_session_capacity=_SESSIONS, app_kwargs={"lifespan": guarded}, css=_STYLE,
-                theme=gradio.themes.Default(
-                    primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
-                    font_mono=["ui-monospace", "monospace"],
-                ),
-            )  # fmt: skip
-        except OSError as error:
-            if "empty port" not in str(error):
-                raise
-            raise TouchlineError(f"{host}:{port} is not free: choose another --port") from None
+        ports.bound(host, port).close()  # another program may have taken it meanwhile
+        built.launch(
+            server_name=f"[{host}]" if ":" in host else host, server_port=port, share=False,
+            prevent_thread_lock=True, quiet=True,
+            max_file_size=f"{_MAX_MEGABYTES}mb", footer_links=[], run_history=False, ssr_mode=False,
+            enable_monitoring=False, mcp_server=False, pwa=False, inbrowser=False, num_workers=0,
+            state_session_capacity=_SESSIONS, app_kwargs={"lifespan": guarded}, css=_STYLE,
+            theme=gradio.themes.Default(
+                primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
+                font_mono=["ui-monospace", "monospace"],
+            ),
+        )  # fmt: skip
         print(f"Try the models: {ports.url(host, port)}/ (Ctrl-C ends it)", flush=True)
         try:
             while not ended.wait(_SWEEP):
@@ -432,7 +429,7 @@ def _temporary_folder() -> Iterator[Path]:
 
 def _standing(aliases: Sequence[str]) -> str:
     """The alias that says most; the champion was a challenger before."""
-    from touchline.tracking import CHAMPION
+    from touchline.tracking.registry import CHAMPION
 
     return "".join(f", {each}" for each in sorted(aliases, key=lambda each: each != CHAMPION)[:1])
 

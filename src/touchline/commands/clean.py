@@ -16,7 +16,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-from touchline import tracking
 from touchline.commands.export_formats import FORMATS, RECORD
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import abandoned
@@ -24,6 +23,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.data import feature_store
+from touchline.tracking import sync
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ def run(paths: Paths, params: Params, days: int, *, dry_run: bool, yes: bool) ->
     with nullcontext() if dry_run else _alone(paths):
         found = [*_ours(paths, params, before, days), *_cache(paths.project), *_runs(paths, params, before, days)]
         rows = [row for row in found if row.count]
+        if not rows:
+            say("nothing to delete")
+            return
         _show(rows, "would go" if dry_run else "goes")
         going = [(row, row.remove) for row in rows if row.remove]
         if dry_run or not going or not (yes or typer.confirm("Delete this for good?")):
@@ -123,13 +126,13 @@ def _runs(paths: Paths, params: Params, before: datetime, days: int) -> Iterator
     """Runs in MLflow that were deleted, or that ended long ago and nothing needs."""
     experiments = _dvc(paths.project, "exp", "list", "--all-commits", "--name-only") if _in_git(paths.project) else ""
     try:
-        found = tracking.garbage(paths, params.register_.name, before, experiments.split())
+        found = sync.garbage(paths, params.register_.name, before, experiments.split())
     except TouchlineError as error:
         yield Row("runs in MLflow", 1, 0, str(error))
         return
     count = found.deleted + len(found.old)
     why = f"{found.deleted} deleted by you; {len(found.old)} ended more than {days} days ago, and nothing needs them"
-    remove = partial(tracking.collect_garbage, paths, params.register_.name, found)
+    remove = partial(sync.collect_garbage, paths, params.register_.name, found)
     yield Row("runs in MLflow", count, _megabytes(found.folders), why, remove)
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from touchline.tracking import Version
+    from touchline.tracking.registry import Version
 
 # What a comparison comes to, and the exit code of the command line.
 SILENT, DRIFT, TOO_FEW = "silent", "drift", "too few"
@@ -413,7 +413,8 @@ def _check_features(paths: Paths, name: str, features: BackboneFeatures) -> None
 
 
 def _champion(paths: Paths, params: Params) -> _Champion:
-    from touchline.tracking import CHAMPION, registered
+    from touchline.tracking import registered
+    from touchline.tracking.registry import CHAMPION
 
     name = params.register_.name
     version = next((each for each in registered.versions(paths, name) if CHAMPION in each.aliases), None)

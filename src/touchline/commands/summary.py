@@ -32,7 +32,7 @@ def show(paths: Paths, params: Params) -> None:
     if not console.is_terminal:
         console.width = 160  # a log has no edge to break lines at
     console.print(table)
-    # A model taken out of params.yaml leaves its cost behind.
+    # The cost of a model that was removed from params.yaml is still recorded.
     named = {*params.features, *params.models}
     costs = {name: cost for name, cost in stage.costs(paths).items() if name.partition("@")[2] in {"", *named}}
     total = sum(cost["seconds"] for cost in costs.values())

@@ -30,7 +30,7 @@ from touchline.data.feature_store import Arrays
 from touchline.models.architectures import train as fit
 from touchline.models.training import Labelled
 from touchline.stages.train import facts
-from touchline.tracking import is_alive, open_store, this_process
+from touchline.tracking import runs
 
 if TYPE_CHECKING:
     import optuna
@@ -172,7 +172,7 @@ class _Study:
         if not folder.is_dir():
             raise TouchlineError(f"{folder} is missing: run `dvc repro` to make it")
         self._arrays, self._split = Arrays(folder), split
-        self._store = open_store(paths, params.register_.name)
+        self._store = runs.open_store(paths, params.register_.name)
         paths.locks.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(paths.project / ".dvc/tmp/touchline/tuning.lock")
         with self._lock:
@@ -216,12 +216,12 @@ class _Study:
 
     def _parent_run(self) -> str:
         known = self._study.user_attrs.get("run_id")
-        if known and self._store.resume(known):
+        if known and runs.resume(self._store, known):
             return known
         told = facts(self._paths, self._params, self._name, self._split)
         tags = told["tags"] | self._tags()
-        run_id = self._store.start(f"tune {self._name}", tags, told["params"], told["dataset"])
-        self._store.describe(run_id, f"Hyperparameter search of {self._name}; each trial is nested under it.")
+        run_id = runs.start(self._store, f"tune {self._name}", tags, told["params"], told["dataset"])
+        runs.describe(self._store, run_id, f"Hyperparameter search of {self._name}; each trial is nested under it.")
         self._study.set_user_attr("run_id", run_id)
         return run_id
 
@@ -255,14 +255,14 @@ class _Study:
         except BaseException as error:
             with self._lock:
                 if not self._running():
-                    self._store.fail(self._parent, one_line(error, 1000))
+                    runs.fail(self._store, self._parent, one_line(error, 1000))
             raise
         with self._lock:
             best = self.best()
             if best:
-                self._store.set_tags(self._parent, {"touchline.best_run": best[0].user_attrs["run_id"]})
+                runs.set_tags(self._store, self._parent, {"touchline.best_run": best[0].user_attrs["run_id"]})
             if not self._running():
-                self._store.end(self._parent, {"objective": _loss(best[0])} if best else {})
+                runs.end(self._store, self._parent, {"objective": _loss(best[0])} if best else {})
 
     def ask(self, trials: int) -> "Trial | None":
         """The next trial, with its values; None if as many are finished, or being tried elsewhere, as there shall be.
@@ -282,7 +282,7 @@ class _Study:
             # A seed a trial: a generator begun anew would try the first trials' values again in each process.
             self._study.sampler = TPESampler(seed=self._seed + begun)
             trial = self._study.ask()
-            trial.set_user_attr("process", this_process())
+            trial.set_user_attr("process", runs.this_process())
             values = trial.user_attrs.get("values")
             for key in self._space if values is None else self._suggestions(values):
                 self._suggest(trial, key)
@@ -305,7 +305,7 @@ class _Study:
         return [
             trial
             for trial in self._trials()
-            if trial.state == TrialState.RUNNING and is_alive(trial.user_attrs.get("process", {}))
+            if trial.state == TrialState.RUNNING and runs.is_alive(trial.user_attrs.get("process", {}))
         ]
 
     def _done(self) -> int:
@@ -337,13 +337,13 @@ class _Study:
         told = facts(self._paths, changed, self._name, self._split)
         tags = told["tags"] | self._tags() | {"touchline.trial": trial.number}
         run_name = f"{told['run_name']} trial {trial.number}"
-        run_id = self._store.start(run_name, tags, told["params"], told["dataset"], parent=self._parent)
-        self._store.describe(run_id, told["description"])
+        run_id = runs.start(self._store, run_name, tags, told["params"], told["dataset"], parent=self._parent)
+        runs.describe(self._store, run_id, told["description"])
         model = changed.models[self._name]
 
         def report(row: dict[str, float]) -> None:
             epoch, loss = int(row["epoch"]), row["validation/loss"]
-            self._store.log_row(run_id, row)
+            runs.log_row(self._store, run_id, row)
             if isinstance(model, HeadParams):
                 return
             with self._lock:
@@ -362,7 +362,8 @@ class _Study:
                 trial.set_user_attr("accuracy", kept["validation/accuracy"])
                 self._study.tell(trial, kept["validation/loss"])
             reached = {metric: value for metric, value in kept.items() if metric != "epoch"}
-            self._store.end(
+            runs.end(
+                self._store,
                 run_id,
                 {**reached, "objective": kept["validation/loss"]},
                 {"touchline.trial_state": "complete"},
@@ -373,17 +374,17 @@ class _Study:
             with self._lock:
                 self._study.tell(trial, state=TrialState.PRUNED)
             # It ended as it should: KILLED stays the word for a process that is gone.
-            self._store.end(run_id, {}, {"touchline.trial_state": "pruned"})
+            runs.end(self._store, run_id, {}, {"touchline.trial_state": "pruned"})
             said = str(pruned)
         except Diverged as error:
             with self._lock:
                 self._study.tell(trial, state=TrialState.FAIL)
-            self._store.fail(run_id, str(error))
+            runs.fail(self._store, run_id, str(error))
             said = f"failed: {error}"
         except BaseException as error:
             with self._lock:
                 self._lose(trial)
-            self._store.fail(run_id, one_line(error, 1000))
+            runs.fail(self._store, run_id, one_line(error, 1000))
             raise
         best = self.best()
         so_far = f"; best so far {best[0].value:.4f} (trial {best[0].number})" if best else ""

@@ -7,8 +7,11 @@ from ipaddress import ip_address
 from touchline.core.errors import TouchlineError
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int, option: str = "--port") -> socket.socket:
     """A socket that reserves an address without listening; closing it frees the address.
+
+    Args:
+        option: of the command line, which chooses the port.
 
     Raises:
         TouchlineError: another program has it.
@@ -19,7 +22,7 @@ def bound(host: str, port: int) -> socket.socket:
         holding.bind((host, port))
     except OSError as error:
         holding.close()
-        raise TouchlineError(f"{host}:{port} is not free ({error.strerror}): choose another --port") from None
+        raise TouchlineError(f"{host}:{port} is not free ({error.strerror}): choose another {option}") from None
     return holding
 
 

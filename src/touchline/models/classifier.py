@@ -25,7 +25,7 @@ from touchline.models.inference import ModelFiles
 if TYPE_CHECKING:
     import keras
 
-    from touchline.tracking import StoredModel
+    from touchline.tracking.runs import StoredModel
 
 UNSURE = "unsure"
 
@@ -138,11 +138,12 @@ def _from_file(path: Path, paths: Paths, engine: str) -> Classifier:
 
 
 def _from_store(paths: Paths, params: Params, wanted: str) -> Classifier:
-    from touchline.tracking import CHAMPION, open_store, registered
+    from touchline.tracking import registered, runs
+    from touchline.tracking.registry import CHAMPION
 
     name = params.register_.name
     if re.fullmatch(r"[0-9a-f]{32}", wanted):
-        return from_stored(open_store(paths, name).model(wanted), f"run {wanted}", params.compute.engine)
+        return from_stored(runs.model(runs.open_store(paths, name), wanted), f"run {wanted}", params.compute.engine)
     known = registered.versions(paths, name)
     if wanted.isdecimal():
         version = next((each for each in known if each.number == int(wanted)), None)

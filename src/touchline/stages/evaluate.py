@@ -296,11 +296,11 @@ def _forget_removed(paths: Paths, params: Params) -> None:
 def _log(
     paths: Paths, params: Params, metrics: dict[str, Any], facts: dict[str, Any], figures: dict[str, Path]
 ) -> None:
-    from touchline.tracking import open_store
+    from touchline.tracking import runs
 
-    store = open_store(paths, params.register_.name)
+    store = runs.open_store(paths, params.register_.name)
     for name in params.models:
         record = read_json(paths.models / f"{name}.json")
-        run_id = store.ensure(record, paths.models / f"{name}.keras")
+        run_id = runs.ensure(store, record, paths.models / f"{name}.keras")
         speed = {"milliseconds_a_photo": facts[name]["milliseconds_a_photo"]}
-        store.log_evaluation(run_id, metrics["models"][name] | speed, figures)
+        runs.log_evaluation(store, run_id, metrics["models"][name] | speed, figures)

@@ -16,7 +16,9 @@ from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.models import classifier, inference, scores
 from touchline.report import page
-from touchline.tracking import CHALLENGER, CHAMPION, Store, Version, open_store
+from touchline.tracking import registry, runs
+from touchline.tracking.client import Store
+from touchline.tracking.registry import CHALLENGER, CHAMPION, Version
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Duel:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the challenger becomes champion, and the one sentence that says why."""
+    """Whether the challenger becomes champion, and one sentence with the reason."""
 
     promote: bool
     reason: str
@@ -46,12 +48,12 @@ def run(paths: Paths, params: Params) -> None:
     records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
     speeds = read_json(paths.reports / "evaluation.json")
     better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
-    store = open_store(paths, params.register_.name)
-    run_ids = {name: store.ensure(record, paths.models / f"{name}.keras") for name, record in records.items()}
+    store = runs.open_store(paths, params.register_.name)
+    run_ids = {name: runs.ensure(store, record, paths.models / f"{name}.keras") for name, record in records.items()}
 
     while True:
-        champion = store.alias(params.register_.name, CHAMPION)
-        rolled_back = store.rolled_back(params.register_.name, records[better]["model_sha256"])
+        champion = registry.alias(store, params.register_.name, CHAMPION)
+        rolled_back = registry.rolled_back(store, params.register_.name, records[better]["model_sha256"])
         duel = None
         if champion and champion.model_sha256 != records[better]["model_sha256"] and not rolled_back:
             duel = _duel(paths, params, store, champion, records[better])
@@ -76,20 +78,20 @@ def run(paths: Paths, params: Params) -> None:
             store, params, records, better, run_ids[better], metrics, why_better, decision
         )
         version = outcome["registered"]["version"]
-        if not decision.promote or store.replace(params.register_.name, champion, version):
+        if not decision.promote or registry.replace(store, params.register_.name, champion, version):
             break
-        say("another machine has made a champion meanwhile: that one is to be compared with")
-    store.conclude(run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
+        say("another machine made a champion meanwhile: comparing with that one")
+    runs.conclude(store, run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
     written = page.write(paths, params, metrics, speeds, records, outcome)
-    store.log_report(run_ids[better], written)
-    # Last: what this file says has been done.
+    runs.log_report(store, run_ids[better], written)
+    # Last: this file records what was done.
     write_json(paths.reports / "registration.json", outcome)
     say(f"better model: {better} ({why_better})")
     say(f"champion: {outcome['reason']}")
 
 
 def choose(validation: Mapping[str, Mapping[str, float]], speeds: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-    """The model that is better on validation; of equals the faster one.
+    """The model that is better on validation; the faster one of two equals.
 
     Args:
         validation: by model, `validation/accuracy`.
@@ -127,7 +129,7 @@ def decide(
         champion: the version that holds the alias, if any.
         duel: champion against it; None if there is no champion, it is the champion, or its classes are others.
         record: `models/<name>.json` of the better model.
-        rolled_back: the version that has this very model, where a person rolled it back.
+        rolled_back: the version with this very model, if a person rolled it back.
     """
     accuracy = metrics["models"][model]["accuracy"]
     if champion and champion.model_sha256 == record["model_sha256"]:
@@ -158,7 +160,7 @@ def decide(
         return Decision(True, f"{model} is the first champion: test accuracy {accuracy:.3f} beats every baseline")
     if duel is None:
         return Decision(
-            False, f"the champion, version {champion.number}, knows other classes: compare them by hand, then promote"
+            False, f"the champion, version {champion.number}, has other classes: compare them by hand, then promote"
         )
     if duel.photos < params.min_shared_photos:
         return Decision(
@@ -188,14 +190,14 @@ def _duel(paths: Paths, params: Params, store: Store, champion: Version, record:
     if json.loads(champion.tags.get("touchline.classes", "null")) != list(params.classes):
         return None
     split = read_table(paths.split_table)
-    seen = store.training_photos(name, champion.number) | set(record["training_photos"])
+    seen = registry.training_photos(store, name, champion.number) | set(record["training_photos"])
     shared = split[(split["subset"] == "test") & ~split["sha256"].isin(seen)]
     if len(shared) < params.register_.min_shared_photos:
         return Duel(len(shared), 0.0, 0.0)
     files = [paths.workspace / path for path in shared["path"]]
     truth = [params.classes.index(label) for label in shared["class"]]
     contestants = {
-        "champion": classifier.from_stored(store.model(champion), "the champion", params.compute.engine),
+        "champion": classifier.from_stored(registry.model(store, champion), "the champion", params.compute.engine),
         "challenger": classifier.resolve(paths, params, record["model"]),
     }
     accuracies = {
@@ -225,19 +227,19 @@ def _register(
         "touchline.reason": decision.reason,
         "touchline.classes": json.dumps(record["classes"]),
     }
-    # The list of versions shows the beginning, as plain text.
+    # MLflow's list of versions shows the beginning, as plain text.
     verdict = "Became champion" if decision.promote else "Did not become champion"
     description = (
         f"{verdict} when it was registered: {decision.reason}.\n\n{record['description']}\n\n"
         f"**Data**: split `{record['dataset']['digest']}`; classes, in order: {', '.join(record['classes'])}.\n\n"
         f"**Chosen** for its {why_better}.\n\n{_side_by_side(records, metrics)}"
     )
-    same = [known for known in store.versions(name) if known.model_sha256 == record["model_sha256"]]
-    version = same[-1].number if same else store.register(name, run_id, tags, description)
-    # Why a champion became one is worth more than that it still is.
+    same = [known for known in registry.versions(store, name) if known.model_sha256 == record["model_sha256"]]
+    version = same[-1].number if same else registry.register(store, name, run_id, tags, description)
+    # A champion keeps the reason why it became one.
     if same and CHAMPION not in same[-1].aliases:
-        store.describe_version(name, version, tags, description)
-    store.set_alias(name, CHALLENGER, version)
+        registry.describe_version(store, name, version, tags, description)
+    registry.set_alias(store, name, CHALLENGER, version)
     return {
         "model": record["model"],
         "model_sha256": record["model_sha256"],

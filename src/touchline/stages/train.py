@@ -34,7 +34,7 @@ from touchline.models.training import Labelled, Trained
 if TYPE_CHECKING:
     import pandas as pd
 
-    from touchline.tracking import Store
+    from touchline.tracking.client import Store
 
 _DVC_EXPERIMENT, _PREFECT_FLOW_RUN = "touchline.dvc_experiment", "touchline.prefect_flow_run"
 # Training photos on which OpenVINO is held against Keras.
@@ -45,7 +45,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
     """Write `models/<name>.keras`, `.openvino` and `.json` and `reports/history/<name>.csv`, and log the run."""
     import pandas as pd
 
-    from touchline.tracking import open_store
+    from touchline.tracking import runs
 
     _refuse_more_machines()
     import_tensorflow()
@@ -58,13 +58,13 @@ def run(paths: Paths, params: Params, name: str) -> None:
         Labelled.of(split, subset, params.classes, paths.workspace) for subset in ("train", "validation")
     )
     record = facts(paths, params, name, split) | {"started": started}
-    store = open_store(paths, params.register_.name)
+    store = runs.open_store(paths, params.register_.name)
     # Who searches for an experiment or a flow run wants the runs of its models alone.
     shared = {key: tag for key, tag in record["tags"].items() if key not in {_DVC_EXPERIMENT, _PREFECT_FLOW_RUN}}
-    parent = store.execution(shared)
-    run_id = store.start(record["run_name"], record["tags"], record["params"], record["dataset"], parent=parent)
+    parent = runs.execution(store, shared)
+    run_id = runs.start(store, record["run_name"], record["tags"], record["params"], record["dataset"], parent=parent)
     logged = _Logged(store, run_id, name)
-    logged.log(store.describe, record["description"])
+    logged.log(runs.describe, record["description"])
     try:
         stored, devices = Arrays(paths.features / chosen.input), params.compute.devices
         on_epoch = partial(_report, logged)
@@ -73,12 +73,12 @@ def run(paths: Paths, params: Params, name: str) -> None:
         record |= _write(trained, path)
         record |= _results(trained, time.monotonic() - began)
         record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
-        logged.log(store.describe, record["description"])
+        logged.log(runs.describe, record["description"])
         record["ended"] = _now()
         results = {key: record[key] for key in ("image_size", "classes", "training_photos", "metrics", "history")}
-        logged.log(store.finish, model_path=path, **results)
+        logged.log(runs.finish, model_path=path, **results)
     except BaseException as error:
-        logged.log(store.fail, one_line(error, 1000))
+        logged.log(runs.fail, one_line(error, 1000))
         raise
     history = pd.DataFrame(trained.history)
     history["kept"] = (history["epoch"] == trained.kept).astype(int)
@@ -103,22 +103,25 @@ class _Logged:
     answers: bool = True
 
     def log(self, ask: Callable[..., None], *arguments: Any, **options: Any) -> None:
-        from touchline.tracking import StoreError
+        from touchline.tracking import runs
+        from touchline.tracking.client import StoreError
 
         if not self.answers:
             return
         try:
-            ask(self.run_id, *arguments, **options)
+            ask(self.store, self.run_id, *arguments, **options)
         except StoreError as error:
             self.answers = False
             say(f"{self.name}: {error}; the training goes on, and `evaluate` will log it from models/{self.name}.json")
             with suppress(StoreError):
-                self.store.fail(self.run_id, str(error))
+                runs.fail(self.store, self.run_id, str(error))
 
 
 def _report(logged: _Logged, row: dict[str, float]) -> None:
     """Log a row of the history, and print it."""
-    logged.log(logged.store.log_row, row)
+    from touchline.tracking import runs
+
+    logged.log(runs.log_row, row)
     shown = ", ".join(f"{metric} {value:.3f}" for metric, value in row.items() if metric != "epoch")
     say(f"{logged.name}: {shown}" if "strength" in row else f"{logged.name}: epoch {row['epoch']:.0f}, {shown}")
 

@@ -1,9 +1,8 @@
-"""Versions of the registered model, found without MLflow's import, which takes seconds.
+"""Versions of the registered model, read without importing MLflow, which takes seconds.
 
-The project's own SQLite store is read by its tables (`mlflow/store/model_registry/dbmodels/models.py`), and a server is
-asked over its REST API. Both are the store itself and no copy of it, so a promotion made in MLflow's page counts at
-once. MLflow is asked where this module cannot tell: another kind of store, a store that needs mending, files that lie
-elsewhere than on this disk or with the server.
+The tables of the project's own SQLite store are read (`mlflow/store/model_registry/dbmodels/models.py`), or a server is
+asked over its REST API. Both are the store itself, so a promotion made in MLflow's UI counts at once. Everything else
+is left to MLflow: other kinds of store, a store that needs repair, files neither on this disk nor with the server.
 """
 
 import json
@@ -21,20 +20,13 @@ from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import url2pathname
 
 from touchline.core.paths import Paths
-from touchline.tracking import (
-    _OPENVINO_SHA256,
-    StoredModel,
-    Version,
-    _artifacts_uri,
-    _database,
-    _own_uri,
-    _registry_uri,
-    _tracking_uri,
-    open_store,
-)
+from touchline.tracking import registry
+from touchline.tracking.client import artifacts_uri, database, is_own, own_uri, read_only, registry_uri, tracking_uri
+from touchline.tracking.registry import Version
+from touchline.tracking.runs import OPENVINO_SHA256, StoredModel, open_store
 
 _SECONDS = 30
-# What a client of MLflow's own would heed, and this one does not.
+# Settings that MLflow's own client follows and this one does not.
 _OTHER_WAYS = (
     "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH", "MLFLOW_TRACKING_SERVER_CERT_PATH",
     "MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_TRACKING_AUTH", "MLFLOW_WORKSPACE",
@@ -42,7 +34,7 @@ _OTHER_WAYS = (
 
 
 class _AskMlflow(Exception):
-    """Only MLflow can tell."""
+    """MLflow has to be imported for this."""
 
 
 def versions(paths: Paths, name: str) -> list[Version]:
@@ -52,9 +44,9 @@ def versions(paths: Paths, name: str) -> list[Version]:
         TouchlineError: as `open_store`.
     """
     try:
-        return _from_tables(paths, name) if _is_own(paths) else _from_server(_server(paths), name)
+        return _from_tables(paths, name) if is_own(paths) else _from_server(_server(paths), name)
     except _AskMlflow:
-        return open_store(paths, name).versions(name)
+        return registry.versions(open_store(paths, name), name)
 
 
 def model(paths: Paths, version: Version) -> StoredModel:
@@ -64,30 +56,24 @@ def model(paths: Paths, version: Version) -> StoredModel:
         TouchlineError: the store has no such model, or another tool logged it, without its classes.
     """
     try:
-        if not version.model_sha256:  # of a version that another tool registered, its run has the digest
+        if not version.model_sha256:  # another tool registered it: the digest is a tag of its run
             raise _AskMlflow
-        folder = _local(version.source) if _is_own(paths) else _fetched(_server(paths), version)
-        return StoredModel.of(folder, version.model_sha256, version.tags)
+        folder = _local(version.source) if is_own(paths) else _fetched(_server(paths), version)
+        return StoredModel.of(folder, version.tags)
     except _AskMlflow:
-        return open_store(paths, version.name).model(version)
-
-
-def _is_own(paths: Paths) -> bool:
-    return {_tracking_uri(paths), _registry_uri(paths)} == {_own_uri(paths)}
+        return registry.model(open_store(paths, version.name), version)
 
 
 def _from_tables(paths: Paths, name: str) -> list[Version]:
-    database = _database(paths)
-    if not database.is_file():
+    if not database(paths).is_file():
         return []
     try:
-        # Not `immutable`: a transaction that is being written must be waited for.
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
+        with closing(read_only(paths)) as store:
             place = store.execute(
                 "SELECT artifact_location FROM experiments WHERE name = ? AND lifecycle_stage = 'active'", (name,)
             ).fetchone()
-            if place != (_artifacts_uri(paths, _own_uri(paths)),):
-                raise _AskMlflow  # the project was moved, or its experiment deleted: its errors are MLflow's to tell
+            if place != (artifacts_uri(paths, own_uri(paths)),):
+                raise _AskMlflow  # the project was moved, or its experiment deleted: MLflow explains
             rows = store.execute(
                 "SELECT version, COALESCE(run_id, ''), COALESCE(storage_location, source), COALESCE(description, '') "
                 "FROM model_versions WHERE name = ? AND current_stage IS NOT 'Deleted_Internal' ORDER BY version",
@@ -120,8 +106,8 @@ def _local(uri: str) -> Path:
 
 
 def _server(paths: Paths) -> str:
-    uri = _tracking_uri(paths)
-    if urlsplit(uri).scheme not in {"http", "https"} or _registry_uri(paths) != uri:
+    uri = tracking_uri(paths)
+    if urlsplit(uri).scheme not in {"http", "https"} or registry_uri(paths) != uri:
         raise _AskMlflow
     if any(os.environ.get(name) for name in _OTHER_WAYS):
         raise _AskMlflow
@@ -129,13 +115,10 @@ def _server(paths: Paths) -> str:
 
 
 def _get(server: str, path: str, **query: str) -> bytes:
-    """What a server answers; `_AskMlflow` where it refuses or cannot be reached, for MLflow's client to explain."""
+    """A server's answer; `_AskMlflow` where it refuses or cannot be reached, for MLflow's client to explain."""
     parts = urlsplit(server)
-    user, password = parts.username, parts.password
-    user, password = (
-        user or os.environ.get("MLFLOW_TRACKING_USERNAME"),
-        password or os.environ.get("MLFLOW_TRACKING_PASSWORD"),
-    )
+    user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")
+    password = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD")
     address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     request = urllib.request.Request(f"{address}{path}?{urlencode(query)}")  # noqa: S310 - http and https alone
     if user or password:
@@ -186,7 +169,7 @@ def _version(each: Mapping[str, Any], holders: Mapping[str, int]) -> Version:
 
 
 def _fetched(server: str, version: Version) -> Path:
-    """The files of a version, out of the server's own artifacts; they go when the process ends."""
+    """The files of a version, from the server's own artifacts; they are deleted when the process ends."""
     try:
         uri = _json(
             server, "/api/2.0/mlflow/model-versions/get-download-uri", name=version.name, version=str(version.number)
@@ -201,7 +184,7 @@ def _fetched(server: str, version: Version) -> Path:
     _kept.append(folder)
     try:
         for name in StoredModel.NAMES:
-            if name == StoredModel.OPENVINO and not version.tags.get(_OPENVINO_SHA256):
+            if name == StoredModel.OPENVINO and not version.tags.get(OPENVINO_SHA256):
                 continue
             target = Path(folder.name, name)
             target.parent.mkdir(parents=True, exist_ok=True)

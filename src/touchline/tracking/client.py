@@ -1,0 +1,322 @@
+"""The connection to MLflow: which store the project uses, and failures as one-line errors.
+
+The store is a SQLite file in the project unless MLFLOW_TRACKING_URI names another. DVC does not track it, so it may be
+deleted, or not know the models that DVC brought: `sync` puts back what is missing, from the project's files.
+"""
+
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from touchline.core.errors import TouchlineError
+from touchline.core.paths import Paths
+
+_EXPERIMENT_NOTE = """\
+Photo classifiers. A row "pipeline" is one run of the pipeline: its decision, and the metrics of the model it chose.
+
+- **Its models** stand under it: press the plus.
+- **Compare**: tick the runs of models, press Compare; params, metrics, figures and tags stand side by side.
+- **train/\\***, **validation/\\***: one step an epoch; the last point is that of the weights that were kept.
+- **tried/\\***: of a model that has no epochs, one step a strength that was tried.
+- **test/\\***: by `evaluate`, on photos that no model learned from, and that chose none.
+- **Dataset**: the split, by digest. Runs with one digest learned from the same photos.
+- A run tagged `touchline.restored` was logged from the project's files, not while it trained.
+"""
+# Metrics that the run of a whole pipeline gets from the model it chose.
+CONCLUDED = ("test/accuracy", "test/log_loss", "validation/accuracy")
+# What the page of runs opens with: MLflow's own "Share view", under a key that is always the same.
+_VIEW = "touchline"
+_COLUMNS = ["attributes.`Description`", *(f"metrics.`{key}`" for key in CONCLUDED)]
+_VIEW_TAG, _VIEW_STATE = f"mlflow.sharedViewState.{_VIEW}", json.dumps({"selectedColumns": _COLUMNS})
+
+# What to do where the store fails, by SQLite's and the system's own words.
+_REMEDY = "check that MLFLOW_TRACKING_URI names a store that works"
+_REMEDIES = {
+    "locked": "another program is writing to it: wait until it has ended, or end it, then run again",
+    "is full|No space left|disk I/O error": "make room on the disk, then run again",
+    "readonly|Read-only|Permission denied|unable to open": "give this user the right to write there, then run again",
+}
+_TRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # Its failures reach us as exceptions; its log would add a traceback to our one line.
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # With MLflow's own figures a server that is down costs four minutes.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    _TRIES: "2",
+}
+
+
+class StoreError(TouchlineError):
+    """The store does not answer, refuses, or fails."""
+
+
+class MissingError(StoreError):
+    """The store has no such thing."""
+
+
+class ExistsError(StoreError):
+    """The store has a thing of that name already."""
+
+
+class Client:
+    """An MlflowClient whose failures are TouchlineErrors."""
+
+    def __init__(self, client: Any, place: str) -> None:
+        self._client = client
+        self._place = place
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        if not callable(method):
+            return method
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            from mlflow.exceptions import MlflowException
+
+            is_create = name.startswith("create_")
+            # A lost answer may follow a success; asked again, a server would create a second one.
+            with one_line_errors(self._place), _asked_once() if is_create else nullcontext():
+                try:
+                    return method(*arguments, **options)
+                except MlflowException as error:
+                    # MLflow looks whether it has a row (a dataset, an alias), then inserts it. If two processes do so
+                    # at the same moment, even on two machines, one fails; asked again, it finds the other's row.
+                    if is_create or not re.search("unique|duplicate", str(error), re.IGNORECASE):
+                        raise
+                    return method(*arguments, **options)
+
+        return call
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store and one experiment in it. Made by `runs.open_store`.
+
+    MLflow's global state (active run, tracking URI) stays untouched: two stores may be open at once.
+
+    Attributes:
+        place: what errors call the store; without its password.
+    """
+
+    client: Client
+    experiment_id: str
+    place: str
+    lock: FileLock
+
+
+def connect(paths: Paths, experiment: str) -> Store:
+    """The tracking store, made when missing, with `experiment` in it.
+
+    Raises:
+        TouchlineError: the store does not answer, is damaged, or belongs to a project elsewhere.
+    """
+    uri = tracking_uri(paths)
+    place = place_of(uri)
+    # MLflow reads these when it is imported.
+    for key, value in _SETTINGS.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    lock = FileLock(paths.project / ".dvc/tmp/touchline/store.lock", timeout=120)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    # Two trainings that start on a fresh machine would both create the tables and the experiment.
+    with held(lock):
+        _check_database(paths, uri)
+        with one_line_errors(place):
+            client = Client(MlflowClient(uri, registry_uri(paths)), place)
+        experiment_id = _experiment(client, experiment, artifacts_uri(paths, uri), place)
+    return Store(client, experiment_id, place, lock)
+
+
+@contextmanager
+def held(lock: FileLock) -> Iterator[None]:
+    """Run the block under the store's lock. Raises StoreError where another process keeps it for too long."""
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreError(f"{lock.lock_file} is held by another process: end it, or wait, and run again") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def one_line_errors(place: str) -> Iterator[None]:
+    """A failure of MLflow, its database or the system in the block becomes a StoreError that names `place`."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
+        message = without_password(lines[0] if lines else type(error).__name__)[:500]
+        code = getattr(error, "error_code", "")
+        if code == "RESOURCE_DOES_NOT_EXIST":
+            raise MissingError(f"{place}: {message}: check the name, or run `make run` to log it again") from None
+        kind = ExistsError if code == "RESOURCE_ALREADY_EXISTS" else StoreError
+        raise kind(f"{place}: {message}: {_remedy(message, _REMEDY)}") from None
+
+
+def pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """Everything that a search of MLflow finds, page by page."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token, **options)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def texts(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in tags.items()}
+
+
+def database(paths: Paths) -> Path:
+    """The project's own store."""
+    return paths.mlflow / "mlflow.db"
+
+
+def own_uri(paths: Paths) -> str:
+    return f"sqlite:///{database(paths).as_posix()}"
+
+
+def tracking_uri(paths: Paths) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_uri(paths)
+
+
+def registry_uri(paths: Paths) -> str:
+    return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri(paths)
+
+
+def is_own(paths: Paths) -> bool:
+    """Whether runs and registry are both in the project's own store."""
+    return {tracking_uri(paths), registry_uri(paths)} == {own_uri(paths)}
+
+
+def artifacts_uri(paths: Paths, store_uri: str) -> str | None:
+    """Where runs keep their files; None where a server decides. A bare database would take the current folder."""
+    if store_uri.startswith(("sqlite", "postgresql", "mysql", "mssql")):
+        return (paths.mlflow / "artifacts").as_uri()
+    return None
+
+
+def server_settings(paths: Paths, hosts: Collection[str]) -> dict[str, str]:
+    """Variables that make `mlflow server` show this project's store. As options, all users could read a password in it.
+
+    Args:
+        hosts: Host headers that it answers to, unless the user's own variable names some; MLflow's list where empty.
+
+    Raises:
+        TouchlineError: the store is a server already, or the database cannot be used.
+    """
+    uri = tracking_uri(paths)
+    if uri.startswith("http"):
+        raise TouchlineError(f"the store is a server, {place_of(uri)}: open that address, or unset MLFLOW_TRACKING_URI")
+    _check_database(paths, uri)
+    settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_REGISTRY_STORE_URI": registry_uri(paths)}
+    # MLflow's own list takes 10.evil.example for a private address.
+    if hosts and "MLFLOW_SERVER_ALLOWED_HOSTS" not in os.environ:
+        settings["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(hosts)
+    artifacts = artifacts_uri(paths, uri)
+    return settings | ({"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts} if artifacts else {})
+
+
+def runs_page(paths: Paths, experiment: str) -> str:
+    """Path of the UI's page of runs: those of `experiment`, where the project's own store has it."""
+    # Without this the UI opens on its pages for language models, which show no runs.
+    machine_learning = "workflowType=machine_learning"
+    if tracking_uri(paths) == own_uri(paths):
+        query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
+        with suppress(sqlite3.Error), closing(read_only(paths)) as store:
+            if found := store.execute(query, (experiment,)).fetchone():
+                return f"/#/experiments/{found[0]}/runs?{machine_learning}&viewStateShareKey={_VIEW}"
+    return f"/#/experiments?{machine_learning}"
+
+
+def read_only(paths: Paths) -> sqlite3.Connection:
+    """The project's own database; one that is missing is not made."""
+    # Not `immutable`: a transaction that is being written must be waited for.
+    return sqlite3.connect(f"{database(paths).as_uri()}?mode=ro", uri=True)
+
+
+def without_password(text: str) -> str:
+    # To the last @: a password may hold one, and a slash.
+    return re.sub(r"//\S*@", "//***@", text)
+
+
+def place_of(uri: str) -> str:
+    return f"the MLflow store {without_password(uri)}"
+
+
+def _remedy(message: str, otherwise: str) -> str:
+    return next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, message)), otherwise)
+
+
+@contextmanager
+def _asked_once() -> Iterator[None]:
+    """MLflow, which reads the variable at each request, asks its server once and not again."""
+    before = os.environ[_TRIES]
+    os.environ[_TRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ[_TRIES] = before
+
+
+def _experiment(client: Client, name: str, artifacts: str | None, place: str) -> str:
+    """Id of the experiment, made when missing."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(
+                name, artifacts, {"mlflow.note.content": _EXPERIMENT_NOTE, _VIEW_TAG: _VIEW_STATE}
+            )
+        except ExistsError:  # another machine made it meanwhile
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage != "active":
+        raise TouchlineError(
+            f"experiment {name} in {place} was deleted: restore it with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or change register.name"
+        )
+    if artifacts and experiment.artifact_location != artifacts:
+        raise TouchlineError(
+            f"{place} keeps the artifacts of {name} in {experiment.artifact_location}, not in {artifacts}: "
+            "move the project back, or move the store away and run `make run` to log everything again"
+        )
+    if experiment.tags.get(_VIEW_TAG) != _VIEW_STATE:
+        client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, _VIEW_STATE)
+    return experiment.experiment_id
+
+
+def _check_database(paths: Paths, uri: str) -> None:
+    """Refuse a damaged file, which MLflow would try for minutes; keep a good one from other users of this machine."""
+    if uri != own_uri(paths):
+        return
+    file = database(paths)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.touch(0o600)
+        # Another person's file is theirs to guard.
+        with suppress(PermissionError):
+            file.chmod(0o600)
+        # Not read-only: what a killed writer left in the journal has to be undone first.
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except (OSError, sqlite3.Error) as error:
+        otherwise = "close what uses it, or move it away and run `make run` to log everything again"
+        raise TouchlineError(f"{file} is not usable ({error}): {_remedy(str(error), otherwise)}") from None

@@ -1,0 +1,572 @@
+"""Runs in the store: started, logged, ended, and found again; and the models that they logged."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from ruamel.yaml import YAML
+
+from touchline.core.errors import TouchlineError
+from touchline.core.files import read_json, sha256
+from touchline.core.paths import Paths
+from touchline.core.stage import SHELLS
+from touchline.core.tensorflow import import_tensorflow
+from touchline.tracking.client import CONCLUDED, MissingError, Store, connect, held, one_line_errors, pages, texts
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+MODEL_SHA256, OPENVINO_SHA256 = "touchline.model_sha256", "touchline.openvino_sha256"
+PARENT = "mlflow.parentRunId"
+_HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
+_EXECUTION = "touchline.execution"
+_NOTE = "mlflow.note.content"
+_ON_TEST = "\n\n**On the test photos**: "
+_LONGEST_DIGEST = 36  # characters of a dataset digest that MLflow takes
+_REQUIREMENTS = ("tensorflow", "keras", "numpy")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in the store. Its files are not read here: the code that loads them checks their digests.
+
+    Attributes:
+        folder: where MLflow keeps it.
+        classes: their names, in order.
+        model_sha256: SHA-256 of the .keras file.
+        openvino_sha256: SHA-256 of the network file for OpenVINO; empty for a model that has none.
+    """
+
+    folder: Path
+    classes: list[str]
+    model_sha256: str
+    openvino_sha256: str
+
+    KERAS, OPENVINO, ABOUT, PHOTOS = "data/model.keras", "model.openvino", "MLmodel", "training_photos.json"
+    NAMES = (ABOUT, KERAS, OPENVINO, PHOTOS)
+
+    @classmethod
+    def of(cls, folder: Path, tags: Mapping[str, str]) -> "StoredModel":
+        """The model in a folder of MLflow's.
+
+        Args:
+            tags: of its version or its run; they hold its digests.
+
+        Raises:
+            TouchlineError: the folder has no such model, or it does not name its classes.
+        """
+        model_sha256 = tags.get(MODEL_SHA256, "")
+        if not (folder / cls.KERAS).is_file() or not model_sha256:
+            raise TouchlineError(
+                f"{folder / cls.KERAS} is missing, or Touchline did not log it: `make run` logs a model again"
+            )
+        classes = (YAML(typ="safe").load(folder / cls.ABOUT).get("metadata") or {}).get("classes")
+        if not classes:
+            raise TouchlineError(f"the model in {folder} does not name its classes: Touchline did not log it")
+        return cls(folder, list(classes), model_sha256, tags.get(OPENVINO_SHA256, ""))
+
+    @property
+    def file(self) -> Path:
+        return self.folder / self.KERAS
+
+    @property
+    def openvino(self) -> Path | None:
+        return self.folder / self.OPENVINO if self.openvino_sha256 else None
+
+    @property
+    def training_photos(self) -> set[str]:
+        """SHA-256 of each photo that the model learned from."""
+        return set(read_json(self.folder / self.PHOTOS))
+
+
+def open_store(paths: Paths, experiment: str) -> Store:
+    """The tracking store, made when missing, with `experiment` in it; runs whose process died are closed as KILLED.
+
+    Raises:
+        TouchlineError: the store does not answer, is damaged, or belongs to a project elsewhere.
+    """
+    store = connect(paths, experiment)
+    close_killed(store)
+    return store
+
+
+def start(
+    store: Store,
+    name: str,
+    tags: Mapping[str, Any],
+    params: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    started: datetime | None = None,
+    parent: str | None = None,
+) -> str:
+    """Open a run (RUNNING) and return its id.
+
+    Args:
+        name: shown in the list of runs.
+        params: flat; values are logged as text.
+        dataset: `name`, `digest` (cut to 36 characters), `source` (a path or URI) and `counts` (JSON).
+        started: now when not given.
+        parent: id of the run that this one is shown under.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_USER
+
+    own = {MLFLOW_USER: psutil.Process().username(), **({PARENT: parent} if parent else {}), **this_process()}
+    # A run that ends meanwhile would end the parent of both.
+    with held(store.lock):
+        run = store.client.create_run(
+            store.experiment_id, _milliseconds(started or datetime.now(UTC)), {**texts(tags), **own}, name
+        )
+        if parent:
+            store.client.update_run(parent, "RUNNING")
+    run_id = run.info.run_id
+    store.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+    split = Dataset(
+        name=dataset["name"],
+        digest=dataset["digest"][:_LONGEST_DIGEST],
+        source_type="local",
+        source=json.dumps({"uri": str(dataset["source"])}),
+        profile=json.dumps(dataset["counts"]),
+    )
+    store.client.log_inputs(run_id, [DatasetInput(split, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
+    return run_id
+
+
+def execution(store: Store, tags: Mapping[str, Any]) -> str | None:
+    """Id of the run that stands for this execution of the pipeline, made with `tags` when there is none.
+
+    What one Prefect flow run, or one process of DVC (`dvc repro`, an experiment), trains is shown under it. It is
+    RUNNING while one of those runs is, and has no model.
+
+    Returns:
+        None for a stage that was started by hand: its run stands for itself.
+    """
+    from mlflow.utils.mlflow_tags import MLFLOW_USER
+
+    key, since = _execution()
+    if not key:
+        return None
+    with held(store.lock):
+        known = search(store, f"tags.`{_EXECUTION}` = '{key}' AND attributes.start_time >= {since}")
+        if known:
+            return known[0].info.run_id
+        experiment = os.environ.get("DVC_EXP_NAME")
+        # The list of runs has room for some twenty letters.
+        named = f"exp {experiment}" if experiment else f"pipeline {datetime.now():%m-%d %H:%M}"
+        own = {
+            MLFLOW_USER: psutil.Process().username(),
+            _EXECUTION: key,
+            _NOTE: "No decision yet: `register` has not run since these models were trained.",
+            "mlflow.source.name": "dvc exp run" if experiment else "dvc repro",
+        }
+        run = store.client.create_run(store.experiment_id, None, {**texts(tags), **own}, named)
+        store.client.set_terminated(run.info.run_id, "FINISHED")
+        return run.info.run_id
+
+
+def conclude(store: Store, run_ids: Collection[str], better: str, description: str) -> None:
+    """Write what came of an execution of the pipeline on the run that stands for it (see `execution`).
+
+    The page of runs begins with those alone, in its list and in its charts: they get the better model's metrics.
+
+    Args:
+        run_ids: the runs that were decided among; of several executions the last one's is meant.
+        better: the run of the model that was chosen.
+    """
+    runs = [store.client.get_run(run_id) for run_id in run_ids]
+    last = max(runs, key=lambda run: run.info.start_time)
+    if parent := last.data.tags.get(PARENT):
+        found = logged_metrics(store, better)
+        _log_metrics(store, parent, {key: found[key] for key in CONCLUDED if key in found})
+        describe(store, parent, description)
+
+
+def describe(store: Store, run_id: str, description: str) -> None:
+    """Write a run's description, in Markdown."""
+    set_tags(store, run_id, {_NOTE: description})
+
+
+def log_row(store: Store, run_id: str, row: Mapping[str, float], when: datetime | None = None) -> None:
+    """Log a row of a training's history: at step `epoch` its metrics (`train/loss`, `validation/accuracy`, ...).
+
+    What a head reached with each `strength` is no training curve: it goes under `tried/`.
+    """
+    metrics = {key: value for key, value in row.items() if key != "epoch"}
+    if "strength" in row:
+        metrics = {f"tried/{key.replace('/', '_')}": value for key, value in metrics.items()}
+    _log_metrics(store, run_id, metrics, step=int(row["epoch"]), when=when)
+
+
+def finish(
+    store: Store,
+    run_id: str,
+    *,
+    model_path: Path,
+    image_size: int,
+    classes: Sequence[str],
+    training_photos: Collection[str],
+    metrics: Mapping[str, float],
+    history: Sequence[Mapping[str, float]] = (),
+    ended: datetime | None = None,
+) -> None:
+    """Log the model of a run, then its closing metrics, and end the run (FINISHED).
+
+    Args:
+        model_path: a .keras file, uint8 `(N, image_size, image_size, 3)` in, float32 `(N, len(classes))` out; the
+            network file for OpenVINO beside it, if there is one, goes with it.
+        training_photos: SHA-256 of each photo the model learned from; kept with the model.
+        metrics: `train/*` and `validation/*` are those of the weights that were kept.
+        history: the rows that were logged before (see `log_row`).
+        ended: now when not given.
+    """
+    model_id = _log_model(store, run_id, model_path, image_size, classes, training_photos)
+    _log_closing(store, run_id, metrics, history, model_id)
+    openvino = model_path.with_suffix(".openvino")
+    digests = {OPENVINO_SHA256: sha256(openvino)} if openvino.is_file() else {}
+    # Last, so that a run found by this tag is whole.
+    set_tags(store, run_id, digests | {MODEL_SHA256: sha256(model_path)})
+    _terminate(store, run_id, "FINISHED", ended)
+
+
+def end(
+    store: Store,
+    run_id: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, Any] | None = None,
+    history: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """End a run that has no model (FINISHED), with closing metrics (see `finish`) and tags."""
+    _log_closing(store, run_id, metrics, history)
+    set_tags(store, run_id, tags or {})
+    _terminate(store, run_id, "FINISHED")
+
+
+def resume(store: Store, run_id: str) -> bool:
+    """Make an ended run RUNNING again, as this process's; False if the store does not have it (any more)."""
+    try:
+        run = store.client.get_run(run_id)
+    except MissingError:
+        return False
+    if run.info.lifecycle_stage != "active" or run.info.experiment_id != store.experiment_id:
+        return False
+    set_tags(store, run_id, this_process())
+    store.client.update_run(run_id, "RUNNING")
+    return True
+
+
+def fail(store: Store, run_id: str, reason: str) -> None:
+    """End a run as FAILED; the tag `touchline.reason` says why."""
+    set_tags(store, run_id, {"touchline.reason": reason})
+    _terminate(store, run_id, "FAILED")
+
+
+def close_killed(store: Store) -> list[str]:
+    """End as KILLED the RUNNING runs of this experiment whose process, on this machine, is gone.
+
+    Returns:
+        Their ids.
+    """
+    running = search(store, f"attributes.status = 'RUNNING' AND tags.`{_HOST}` = '{platform.node()}'")
+    killed = [run.info.run_id for run in running if not is_alive(run.data.tags)]
+    for run_id in killed:
+        set_tags(store, run_id, {"touchline.reason": "the process of this run is gone"})
+        _terminate(store, run_id, "KILLED")
+    # A process may have ended between its run's end and that of the parent.
+    for run in search(store, f"attributes.status = 'RUNNING' AND tags.`{_EXECUTION}` LIKE '%'"):
+        _settle(store, run.info.run_id)
+    return killed
+
+
+def _terminate(store: Store, run_id: str, status: str, ended: datetime | None = None) -> None:
+    store.client.set_terminated(run_id, status, _milliseconds(ended or datetime.now(UTC)))
+    # These tags show whether a RUNNING run is alive; on one that has ended they are noise.
+    for key in this_process():
+        with suppress(MissingError):
+            store.client.delete_tag(run_id, key)
+    if parent := store.client.get_run(run_id).data.tags.get(PARENT):
+        _settle(store, parent)
+
+
+def _settle(store: Store, execution: str) -> None:
+    """End the run of an execution of the pipeline, as its runs have ended, unless one of them is RUNNING."""
+    with held(store.lock):
+        if _EXECUTION not in store.client.get_run(execution).data.tags:
+            return  # a search of hyperparameters, which ends its own run
+        ended = {run.info.status for run in search(store, f"tags.`{PARENT}` = '{execution}'")}
+        if "RUNNING" not in ended:
+            status = next((bad for bad in ("KILLED", "FAILED") if bad in ended), "FINISHED")
+            store.client.set_terminated(execution, status)
+
+
+def log_evaluation(store: Store, run_id: str, metrics: Mapping[str, float], figures: Mapping[str, Path]) -> None:
+    """Log `test/<metric>` on a run and its model, add them to its description, and log each figure.
+
+    The figures lie at the root of the run's artifacts, where the page that compares runs finds them.
+    """
+    logged = test_metrics(metrics)
+    known = logged_metrics(store, run_id)
+    # The page of a model has a line for each time a value was logged.
+    news = {key: value for key, value in logged.items() if known.get(key) != value}
+    _log_metrics(store, run_id, news, model_id=logged_model(store, run_id))
+    before = store.client.get_run(run_id).data.tags.get(_NOTE, "").partition(_ON_TEST)[0]
+    describe(store, run_id, before + _ON_TEST + _in_words(logged))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in figures.items():
+            named = Path(folder, name + path.suffix)
+            shutil.copyfile(path, named)
+            store.client.log_artifact(run_id, str(named))
+
+
+def log_report(store: Store, run_id: str, page: Path) -> None:
+    """Log an HTML page as an artifact of a run, which the UI shows as a page."""
+    store.client.log_artifact(run_id, str(page))
+
+
+def logged_metrics(store: Store, run_id: str) -> dict[str, float]:
+    """The last logged value of each metric of a run."""
+    return store.client.get_run(run_id).data.metrics
+
+
+def set_tags(store: Store, run_id: str, tags: Mapping[str, Any]) -> None:
+    from mlflow.entities import RunTag
+
+    store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in texts(tags).items()])
+
+
+def find(store: Store, record: Mapping[str, Any]) -> str | None:
+    """Id of the whole, undeleted run that logged the model of `record` (see `ensure`), or None."""
+    try:
+        run = store.client.get_run(record["run_id"])
+    except MissingError:
+        run = None
+    if run and run.info.lifecycle_stage == "active" and run.data.tags.get(MODEL_SHA256) == record["model_sha256"]:
+        return run.info.run_id
+    alike = search(store, f"tags.`{MODEL_SHA256}` = '{record['model_sha256']}'")
+    return alike[0].info.run_id if alike else None
+
+
+def ensure(store: Store, record: Mapping[str, Any], model_path: Path) -> str:
+    """Id of the run that logged this model; where the store has none, log it whole from the files.
+
+    Args:
+        record: what `models/<name>.json` holds: `run_id`, `run_name`, `description`, `model_sha256`, `image_size`,
+            `classes`, `params`, `tags`, `history` (a dict an epoch), `metrics`, `dataset`, `training_photos`,
+            `started`, `ended` (ISO 8601).
+        model_path: the .keras file it describes.
+
+    Raises:
+        TouchlineError: the file is missing or is not the one the record describes.
+    """
+    return find(store, record) or _restore(store, record, model_path)
+
+
+def _restore(store: Store, record: Mapping[str, Any], model_path: Path) -> str:
+    if not model_path.is_file():
+        raise TouchlineError(f"{model_path} is missing: run `dvc repro` or `dvc pull` to bring it")
+    openvino = model_path.with_suffix(".openvino")
+    for file, key in ((model_path, "model_sha256"), (openvino, "openvino_sha256")):
+        if file.is_file() and sha256(file) != record.get(key):
+            raise TouchlineError(f"{file} is not the file its .json describes: run `dvc repro` to renew both")
+    started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
+    tags = {**record["tags"], "touchline.restored": "true"}
+    parent = _parent(store, record["run_id"])
+    run_id = start(store, record["run_name"], tags, record["params"], record["dataset"], started, parent)
+    describe(store, run_id, record["description"])
+    for row in record["history"]:
+        log_row(store, run_id, row, when=ended)
+    results = {key: record[key] for key in ("image_size", "classes", "training_photos", "metrics", "history")}
+    finish(store, run_id, model_path=model_path, **results, ended=ended)
+    return run_id
+
+
+def _parent(store: Store, run_id: str) -> str | None:
+    """Id of the run that another, broken off or deleted, is shown under; None unless the store has both."""
+    try:
+        parent = store.client.get_run(run_id).data.tags.get(PARENT)
+        found = store.client.get_run(parent).info if parent else None
+    except MissingError:
+        return None
+    there = found and found.lifecycle_stage == "active" and found.experiment_id == store.experiment_id
+    return parent if there else None
+
+
+def model(store: Store, run_id: str) -> StoredModel:
+    """The model of a run.
+
+    Raises:
+        TouchlineError: the run has no model, or another tool logged it, without its classes.
+    """
+    model_id = logged_model(store, run_id)
+    if model_id is None:
+        raise TouchlineError(f"run {run_id} in {store.place} has no model: name another run")
+    folder = fetch(store, store.client.get_logged_model(model_id).artifact_location, f"run {run_id}")
+    return StoredModel.of(folder, store.client.get_run(run_id).data.tags)
+
+
+def fetch(store: Store, uri: str, what: str) -> Path:
+    """Path of a model's files or of one of them, downloaded if they are elsewhere; `what` names it in errors."""
+    with one_line_errors(f"{what} in {store.place}"):
+        import mlflow.artifacts
+        from mlflow.utils.file_utils import get_or_create_tmp_dir
+        from mlflow.utils.uri import is_local_uri
+
+        # What lies on this disk is not copied; what is fetched is deleted when the process ends.
+        target = None if is_local_uri(uri) else tempfile.mkdtemp(dir=get_or_create_tmp_dir())
+        return Path(mlflow.artifacts.download_artifacts(uri, None, None, target, store.client.tracking_uri))
+
+
+def _log_model(
+    store: Store, run_id: str, path: Path, image_size: int, classes: Sequence[str], training_photos: Collection[str]
+) -> str:
+    import_tensorflow()
+    import mlflow.keras
+    import numpy as np
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    run = store.client.get_run(run_id)
+    # MLflow takes no name with one of these.
+    name = re.sub(r"[/:.%\"']", "-", run.info.run_name)
+    logged = store.client.create_logged_model(store.experiment_id, name, run_id, params=run.data.params)
+    try:
+        with tempfile.TemporaryDirectory() as parent, one_line_errors(store.place):
+            folder = Path(parent, "model")
+            mlflow.keras.save_model(
+                # Copied, not loaded and saved: it stays byte for byte the file that DVC tracks.
+                SimpleNamespace(save=partial(shutil.copyfile, path)),
+                str(folder),
+                mlflow_model=Model(logged.artifact_location, run_id, model_id=logged.model_id),
+                # Unnamed: MLflow hands a named tensor over in a dict, which a model of one input refuses.
+                signature=ModelSignature(
+                    Schema([TensorSpec(np.dtype("uint8"), (-1, image_size, image_size, 3))]),
+                    Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))]),
+                ),
+                # Without a list MLflow finds it by loading the model in a new process, which takes 24 s.
+                pip_requirements=[f"{name}=={installed_version(name)}" for name in _REQUIREMENTS],
+                metadata={"classes": list(classes), "image_size": image_size},
+            )
+            if (openvino := path.with_suffix(".openvino")).is_file():
+                shutil.copyfile(openvino, folder / StoredModel.OPENVINO)
+            Path(folder, StoredModel.PHOTOS).write_text(json.dumps(sorted(training_photos)))
+            store.client.log_model_artifacts(logged.model_id, str(folder))
+    except BaseException:
+        store.client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    store.client.finalize_logged_model(logged.model_id, "READY")
+    store.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return logged.model_id
+
+
+def _log_closing(
+    store: Store,
+    run_id: str,
+    metrics: Mapping[str, float],
+    history: Sequence[Mapping[str, float]],
+    model_id: str | None = None,
+) -> None:
+    # MLflow shows the value of the last step: one more point shows those of the weights that were kept.
+    after = len(history) if history and "strength" not in history[-1] else 0
+    curves = {key: value for key, value in metrics.items() if key.startswith(("train/", "validation/"))}
+    _log_metrics(store, run_id, curves, step=after, model_id=model_id)
+    others = {key: value for key, value in metrics.items() if key not in curves}
+    _log_metrics(store, run_id, others, model_id=model_id)
+
+
+def _log_metrics(
+    store: Store,
+    run_id: str,
+    metrics: Mapping[str, float],
+    step: int = 0,
+    when: datetime | None = None,
+    model_id: str | None = None,
+) -> None:
+    from mlflow.entities import Metric
+
+    timestamp = _milliseconds(when or datetime.now(UTC))
+    logged = [Metric(key, float(value), timestamp, step, model_id) for key, value in metrics.items()]
+    store.client.log_batch(run_id, metrics=logged)
+
+
+def logged_model(store: Store, run_id: str) -> str | None:
+    """Id of the model that a run logged last."""
+    outputs = store.client.get_run(run_id).outputs
+    return outputs.model_outputs[-1].model_id if outputs and outputs.model_outputs else None
+
+
+def search(store: Store, filter_string: str) -> "list[Run]":
+    return list(pages(store.client.search_runs, [store.experiment_id], filter_string))
+
+
+def _in_words(logged: Mapping[str, float]) -> str:
+    """`test/*` in a sentence."""
+    accuracy, low, high, loss = (
+        logged.get(f"test/{key}") for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
+    )
+    words = [f"accuracy {accuracy:.3f}"] if accuracy is not None else []
+    words += [f"95 % interval {low:.3f} to {high:.3f}"] if low is not None and high is not None else []
+    words += [f"log loss {loss:.3f}"] if loss is not None else []
+    return ", ".join(words) or "judged"
+
+
+def test_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a model in reports/metrics.json, by the names they are logged under."""
+    return {
+        f"test/{key.removeprefix('test/')}": float(value)
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def this_process() -> dict[str, str]:
+    """Tags by which `is_alive` knows this process."""
+    process = psutil.Process()
+    return {_HOST: platform.node(), _PID: str(process.pid), _PROCESS_STARTED: repr(_since_boot(process))}
+
+
+def _execution() -> tuple[str, int]:
+    """What runs this stage, a flow or DVC, and since when (milliseconds); ("", 0) if a person started it."""
+    if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
+        return f"flow run {flow_run}", 0
+    if not os.environ.get("DVC_STAGE"):
+        return "", 0
+    # DVC starts a stage through a shell. Process ids are reused, so older runs are not its own; the start time of a
+    # process shifts a little when the clock is set.
+    dvc = next(process for process in psutil.Process().parents() if process.name() not in SHELLS)
+    return f"dvc {platform.node()} {dvc.pid}", int((dvc.create_time() - 2) * 1000)
+
+
+def is_alive(tags: Mapping[str, str]) -> bool:
+    """Whether the process that `this_process` described runs; processes on other machines are assumed to."""
+    if _PID not in tags:
+        return False
+    if tags[_HOST] != platform.node():
+        return True
+    try:
+        process = psutil.Process(int(tags[_PID]))
+        same = abs(_since_boot(process) - float(tags[_PROCESS_STARTED])) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _since_boot(process: psutil.Process) -> float:
+    """Seconds from the machine's start to the process's, which setting the clock does not change."""
+    return process.create_time() - psutil.boot_time()
+
+
+def _milliseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)
