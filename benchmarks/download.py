@@ -460,8 +460,10 @@ def filter_from_disk(where: str) -> int:
 
 
 def filter_over_http(where: str) -> int:
-    with http.stream(where, shipped().ingest.download) as file:
-        return filtered(file, where)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels.csv"
+        http.to_file(where, path, shipped().ingest.download)
+        return filter_from_disk(str(path))
 
 
 def filtered(file: Any, where: str) -> int:

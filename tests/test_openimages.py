@@ -2,7 +2,11 @@
 
 import csv
 import io
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,6 @@ from servers import Fault, Host
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import OpenImagesParams
 from touchline.sources import Candidate, openimages
-from touchline.sources.http import WrongContent
 
 PHOTOS = "https://photos.example"
 DOWNLOAD = servers.settings()
@@ -69,7 +72,7 @@ def image(number: int) -> str:
 
 def message_of(params: OpenImagesParams, cache: Path, classes: Sequence[str] = ("rugby", "soccer")) -> str:
     with pytest.raises(TouchlineError) as caught:
-        list(offers(params, cache, classes))
+        list(openimages.candidates(params, servers.settings(tries=1), classes, cache))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -388,9 +391,56 @@ def test_a_label_file_that_is_not_what_its_server_promised_gives_nothing(host: H
     publish(host, test=[Shot(image(1), {RUGBY: "1"})])
     host.put(LABELS["test"], label_file([Shot(image(1), {RUGBY: "1"})]), hash="wrong")
     params = params_for(host, subsets=["test"])
-    with pytest.raises(WrongContent):
-        list(offers(params, tmp_path))
+    assert message_of(params, tmp_path).startswith(host.url + LABELS["test"])
     assert openimages.facts(params, ["rugby", "soccer"], tmp_path) == {}
+
+
+@pytest.mark.parametrize("wrong", [CLASS_LIST, LABELS["test"], INFO["test"], BOXES["test"]])
+def test_one_web_page_in_place_of_a_file_is_tried_again(host: Host, tmp_path: Path, wrong: str) -> None:
+    publish(host, test=[Shot(image(1), {RUGBY: "1"})])
+    host._stored[wrong].faults.append(Fault.html())
+    assert origins(params_for(host, subsets=["test"]), tmp_path) == [f"test/{image(1)}"]
+    assert host.count(wrong) == 2
+
+
+# In a process of its own, which is killed.
+READING = """
+import sys
+from pathlib import Path
+from touchline.core.params import DownloadParams, OpenImagesParams
+from touchline.sources import openimages
+params = OpenImagesParams.model_validate_json(sys.argv[1])
+settings = DownloadParams.model_validate_json(sys.argv[2])
+list(openimages.candidates(params, settings, ["rugby", "soccer"], Path(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("at", [LABELS["test"], INFO["test"]], ids=["labels", "image info"])
+def test_a_run_killed_in_the_middle_of_a_file_goes_on_there(host: Host, tmp_path: Path, at: str) -> None:
+    shots = [replace(shot, labels=shot.labels | {RUGBY: "1"}) for shot in many()]
+    publish(host, test=shots)
+    stored = host._stored[at]
+    stored.faults.append(Fault.stall(after=stored.size * 4 // 5, seconds=300))
+    given = [
+        params_for(host, subsets=["test"]).model_dump_json(),
+        servers.settings(read_timeout=300.0).model_dump_json(),
+    ]
+    process = subprocess.Popen([sys.executable, "-c", READING, *given, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size for path in tmp_path.rglob(Path(at).name + ".part")) < stored.size // 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    before = len(host.requests)
+    assert len(origins(params_for(host, subsets=["test"]), tmp_path)) == len(shots)
+    again = host.requests[before:]
+    assert LABELS["test"] not in {request.path for request in again if not request.range}
+    assert [(request.status, bool(request.range)) for request in again if request.path == at] == [(206, True)]
+    # What was read is not left lying.
+    assert not [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("missing", [CLASS_LIST, LABELS["test"], INFO["test"], BOXES["test"]])
@@ -415,7 +465,7 @@ def test_a_web_page_in_place_of_a_file_is_named(host: Host, tmp_path: Path, wron
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (b"", "is not the table expected"),
+        (b"", "came in its place"),
         (b"ImageID,LabelName\n1,/m/06bqd\n", "is not the table expected"),
         (b"ImageID,Source,LabelName,Confidence\n1,verification\n", "is not the table expected"),
         (b"ImageID,Source,LabelName,Confidence\nabc,verification,/m/06bqd,yes\n", "photo abc has Confidence 'yes'"),
@@ -427,6 +477,9 @@ def test_a_label_file_of_another_kind_is_an_error_of_one_line(
     publish(host, test=[])
     host.put(LABELS["test"], content)
     assert expected in message_of(params_for(host, subsets=["test"]), tmp_path)
+    # It is no beginning for the next run.
+    host.put(LABELS["test"], label_file([Shot(image(1), {RUGBY: "0"})]))
+    assert origins(params_for(host, subsets=["test"]), tmp_path) == []
 
 
 def test_a_bad_row_early_in_a_large_file_ends_the_reading(

@@ -1,8 +1,9 @@
 """Photos of Open Images V7, chosen by labels that people verified.
 
 Three kinds of CSV files are read for each subset: labels (which photo shows what), image info (author, licence,
-rotation) and boxes (which photos are drawings). They are streamed and filtered on the way, so memory does not grow with
-them; what is found is kept in a cache folder, and a run with the same settings asks the network for nothing.
+rotation) and boxes (which photos are drawings). They are downloaded to a cache folder, so that a killed run goes on in
+the middle of one, and filtered a block at a time, so memory does not grow with them. What is found is kept there, the
+files themselves only if so set, and a run with the same settings asks the network for nothing.
 
 Formats and places of the files: https://storage.googleapis.com/openimages/web/download_v7.html
 """
@@ -13,8 +14,7 @@ import hashlib
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -27,7 +27,7 @@ from touchline.core.files import write_json
 from touchline.core.params import DownloadParams, OpenImagesParams
 from touchline.core.progress import say
 from touchline.sources import Candidate, Planned, http
-from touchline.sources.http import HttpError
+from touchline.sources.http import HttpError, WrongContent
 
 LICENCE = "labels CC BY 4.0 (Google LLC); photos listed as CC BY 2.0, each with its author"
 BLOCK = 2**20  # bytes of a CSV file parsed at a time; no row may be longer
@@ -57,6 +57,10 @@ _ROTATIONS = {"90": 90, "180": 180, "270": 270}
 _FORMAT = 1
 
 _Row = tuple[str, ...]
+
+
+class _WrongTable(TouchlineError):
+    """A file that came whole and is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def candidates(
     those of an author beyond `params.max_per_author` a class.
 
     Args:
-        cache: folder for what was found, and for whole files if so set; made if missing.
+        cache: folder for what was found, and for the files it is found in; made if missing.
 
     Raises:
         ParamsError: a class without entries, an entry that is no class of Open Images, or one that stands for two.
@@ -208,7 +212,7 @@ def rows_where(
                 cells = ([cell.decode(errors="replace") for cell in part.to_pylist()] for part in found.columns)
                 yield from zip(*cells, strict=True)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as error:
-        raise TouchlineError(
+        raise _WrongTable(
             f"{where} is not the table expected ({shorten(str(error), 200)}): take it away if it is a copy, "
             "or see `ingest.openimages.url`"
         ) from None
@@ -216,30 +220,49 @@ def rows_where(
 
 def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted, subset: str, cache: Path) -> _Found:
     """Read the files of `subset`, keep what was found, and say how much that is."""
+    kinds = {"labels": _LABELS[subset], "image info": _INFO[subset]}
+    if params.leave_out_drawings:
+        kinds["boxes"] = _BOXES[subset]
+    files = {kind: _local(params, name, cache) for kind, name in kinds.items()}
 
-    def rows(kind: str, name: str, column: str, values: Collection[str], columns: Sequence[str]) -> Iterator[_Row]:
-        what = f"Open Images {subset} {kind}"
-        with _opened(params, settings, name, what, cache) as (file, where):
-            yield from rows_where(file, column, values, columns, where)
+    def rows(kind: str, column: str, values: Collection[str], columns: Sequence[str]) -> Iterator[_Row]:
+        what = f"Open Images {subset}, file {[*kinds].index(kind) + 1} of {len(kinds)} ({kind})"
+        url, local = _url(params, kinds[kind]), files[kind]
+        _download(url, local, settings, _has_header, what)
+        with local.open("rb") as file:
+            yield from rows_where(file, column, values, columns, str(local) if params.keep_label_files else url)
 
+    try:
+        found = _filtered(params, wanted, rows)
+    except _WrongTable:
+        _put_away(params, files.values())  # the next run is to fetch them again
+        raise
+    content = {"photos": [list(astuple(photo)) for photo in found.photos], "counts": found.counts}
+    _keep(_subset_path(params, wanted, subset, cache), content)
+    _put_away(params, files.values())
+    say(f"Open Images {subset}: {_summary(found, wanted)}")
+    return found
+
+
+def _put_away(params: OpenImagesParams, files: Iterable[Path]) -> None:
+    if not params.keep_label_files:
+        for local in files:
+            local.unlink(missing_ok=True)
+
+
+def _filtered(params: OpenImagesParams, wanted: _Wanted, rows: Callable[..., Iterator[_Row]]) -> _Found:
+    """The photos that fit, from the rows of a subset's files; a file that is not needed is not read."""
     mids = [*wanted.labels, *wanted.excluded]
-    positives, excluded = _positives(
-        rows("labels", _LABELS[subset], "LabelName", mids, ("ImageID", "LabelName", "Confidence")), wanted
-    )
+    positives, excluded = _positives(rows("labels", "LabelName", mids, ("ImageID", "LabelName", "Confidence")), wanted)
     label_of, counts = _of_one_class(positives, excluded, wanted)
     info = {}
     if label_of:
-        info = {row[0]: row for row in rows("image info", _INFO[subset], "ImageID", label_of, _INFO_COLUMNS)}
+        info = {row[0]: row for row in rows("image info", "ImageID", label_of, _INFO_COLUMNS)}
     drawings = set()
     if info and params.leave_out_drawings:
-        flags = rows("boxes", _BOXES[subset], "ImageID", info, ("ImageID", "IsDepiction"))
+        flags = rows("boxes", "ImageID", info, ("ImageID", "IsDepiction"))
         drawings = {image for image, flag in flags if flag.removesuffix(".0") == "1"}
-
-    found = _Found(tuple(_fitting(label_of, info, drawings, counts)), dict(counts))
-    content = {"photos": [list(astuple(photo)) for photo in found.photos], "counts": found.counts}
-    _keep(_subset_path(params, wanted, subset, cache), content)
-    say(f"Open Images {subset}: {_summary(found, wanted)}")
-    return found
+    return _Found(tuple(_fitting(label_of, info, drawings, counts)), dict(counts))
 
 
 def _positives(rows: Iterator[_Row], wanted: _Wanted) -> tuple[dict[str, set[str]], set[str]]:
@@ -257,7 +280,7 @@ def _positives(rows: Iterator[_Row], wanted: _Wanted) -> tuple[dict[str, set[str
         try:
             positive = float(confidence) > 0.5
         except ValueError:
-            raise TouchlineError(
+            raise _WrongTable(
                 f"the Open Images label of photo {image} has Confidence {confidence!r}, which is no number: "
                 "see `ingest.openimages.url`"
             ) from None
@@ -377,9 +400,10 @@ def _class_names(params: OpenImagesParams, settings: DownloadParams, cache: Path
     path = _classes_path(params, cache)
     names = _kept(path)
     if names is None:
-        url = _url(params, _CLASSES)
-        with _answers(), http.stream(url, settings) as file:
-            content = file.read()
+        url, local = _url(params, _CLASSES), _local(params, _CLASSES, cache)
+        _download(url, local, settings, lambda start: b"," in start)
+        content = local.read_bytes()
+        local.unlink()
         try:
             rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
             # Older lists have no header.
@@ -392,34 +416,19 @@ def _class_names(params: OpenImagesParams, settings: DownloadParams, cache: Path
     return names
 
 
-@contextmanager
-def _opened(
-    params: OpenImagesParams, settings: DownloadParams, name: str, what: str, cache: Path
-) -> Iterator[tuple[BinaryIO, str]]:
-    """A remote CSV file, or our copy of it, for reading, and where it is."""
-    url, local = _url(params, name), _local(params, name, cache)
-    with _answers():
-        if not params.keep_label_files:
-            with http.stream(url, settings, what=what) as file:
-                yield file, url
-            return
-        if not local.exists():
-            http.to_file(url, local, settings, is_right=_has_header, what=what)
-    with local.open("rb") as file:
-        yield file, str(local)
+def _download(
+    url: str, local: Path, settings: DownloadParams, is_right: Callable[[bytes], bool], what: str = ""
+) -> None:
+    """Download a file unless it is there; a refusal names the key to look at."""
+    if not local.exists():
+        try:
+            http.to_file(url, local, settings, is_right=is_right, what=what)
+        except (HttpError, WrongContent) as error:
+            raise TouchlineError(f"{error}: see `ingest.openimages.url` in params.yaml") from None
 
 
 def _has_header(start: bytes) -> bool:
     return b"ImageID" in start.split(b"\n", 1)[0]
-
-
-@contextmanager
-def _answers() -> Iterator[None]:
-    """Name the key to look at where the server has no such file."""
-    try:
-        yield
-    except HttpError as error:
-        raise TouchlineError(f"{error}: see `ingest.openimages.url` in params.yaml") from None
 
 
 def _url(params: OpenImagesParams, name: str) -> str:
