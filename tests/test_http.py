@@ -5,16 +5,20 @@ import base64
 import errno
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import random
 import re
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -24,6 +28,9 @@ from typing import Any
 
 import pytest
 import servers
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from servers import Fault, Host, Stored
 
 from touchline.core.errors import TouchlineError
@@ -410,9 +417,13 @@ def test_a_range_that_is_not_the_one_asked_for_is_refused(host: Host) -> None:
 def test_the_size_of_a_file_where_the_server_tells(host: Host) -> None:
     host.put("/x", CONTENT)
     assert http.head(f"{host.url}/x", settings()) == len(CONTENT)
-    assert http.head(f"{host.url}/none", settings()) is None
+    host.put("/busy", CONTENT, faults=[Fault.status(503), Fault.status(405)])
+    assert http.head(f"{host.url}/busy", settings()) is http.head(f"{host.url}/busy", settings()) is None
     assert http.head(f"{NOWHERE}/x", settings()) is None
-    assert http.head("http://[", settings()) is None
+    with pytest.raises(HttpError, match="/none"):
+        http.head(f"{host.url}/none", settings())
+    with pytest.raises(TouchlineError, match=r"http://\["):
+        http.head("http://[", settings())
     assert {request.method for request in host.requests} == {"HEAD"}
 
 
@@ -428,7 +439,7 @@ def test_a_final_answer_is_asked_for_once(host: Host, tmp_path: Path, status: in
         with pytest.raises(HttpError) as caught:
             fetch()
         assert (caught.value.status, caught.value.url) == (status, f"{host.url}/x")
-        assert one_line(caught.value) == f"{host.url}/x answers {status}"
+        assert one_line(caught.value).startswith(f"{host.url}/x answers {status} (")
         assert len(host.requests) == before + 1
     assert not (tmp_path / "x").exists()
 
@@ -515,6 +526,109 @@ def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
     with pytest.raises(TouchlineError, match=re.escape(url)) as caught:
         downloaded(url)
     assert one_line(caught.value) and not isinstance(caught.value, Unavailable)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 127.0.0.1, signed by itself, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "of a proxy of our own")])
+    now, address = datetime.now(UTC), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    path = tmp_path_factory.mktemp("certificate") / "server.pem"
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, *form)
+        + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+@contextmanager
+def tls_server(certificate: Path) -> Iterator[tuple[str, list[int]]]:
+    """URL of an https server, and how many bytes were written to each connection whose handshake was made."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    connections: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(len(await reader.readuntil(b"\r\n\r\n")))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nhere")
+        await writer.drain()
+        writer.close()
+
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    start = asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    server = asyncio.run_coroutine_threadsafe(start, loop).result(10)
+    yield f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections
+    loop.call_soon_threadsafe(server.close)
+    loop.call_soon_threadsafe(loop.stop)
+
+
+def test_a_certificate_that_is_not_trusted_is_named_at_once(certificate: Path) -> None:
+    # With seven tries this would take two minutes.
+    with tls_server(certificate) as (url, connections), pytest.raises(TouchlineError) as caught:
+        downloaded(f"{url}/x", tries=7)
+    assert all(
+        word in one_line(caught.value) for word in (url.removeprefix("https://"), "certificate", "SSL_CERT_FILE")
+    )
+    assert connections == []
+
+
+def test_an_authority_named_in_the_environment_is_trusted(certificate: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from touchline.sources import http; from touchline.core.params import DownloadParams\n"
+        "settings = DownloadParams.model_validate_json(sys.argv[3])\n"
+        "http.to_file(sys.argv[1], pathlib.Path(sys.argv[2]), settings)"
+    )
+    with tls_server(certificate) as (url, _):
+        given = [f"{url}/x", str(tmp_path / "x"), settings().model_dump_json()]
+        environment = os.environ | {"SSL_CERT_FILE": str(certificate)}
+        subprocess.run([sys.executable, "-c", code, *given], env=environment, check=True, timeout=60)
+    assert (tmp_path / "x").read_bytes() == b"here"
+
+
+def test_plain_http_at_an_https_address_is_named_at_once(host: Host) -> None:
+    address = host.url.removeprefix("http://")
+    with pytest.raises(TouchlineError) as caught:
+        downloaded(f"https://{address}/x", tries=7)
+    assert all(word in one_line(caught.value) for word in (address, "TLS", "http://"))
+
+
+def test_a_proxy_named_in_the_environment_is_used(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, host.url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    host.put("/x", CONTENT)
+
+    async def ask() -> bytes:
+        async with http.session(1) as client, http.get(client, "http://labels.example/x", settings()) as response:
+            return await response.read()
+
+    assert http.network(ask()) == CONTENT
+    [request] = host.requests
+    assert request.headers["Host"] == "labels.example"
+
+
+@pytest.mark.parametrize("asked_for", [1.6, 3_600])
+def test_a_wait_is_reported_when_it_begins_and_once_for_a_host(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked_for: float
+) -> None:
+    async def at_once(_: float) -> None: ...
+
+    real = asyncio.sleep
+    monkeypatch.setattr(http.asyncio, "sleep", lambda seconds: at_once(seconds) if seconds > 1 else real(seconds))
+    for name in ("x", "y"):
+        host.put(f"/{name}", CONTENT, faults=[Fault.status(503, retry_after=asked_for)] * 2)
+        assert downloaded(f"{host.url}/{name}") == CONTENT
+    [line] = capsys.readouterr().out.splitlines()
+    assert host.url.removeprefix("http://") in line and "503" in line
+    assert ("3,600" in line and " 60 s" in line) == (asked_for > 60)
 
 
 def test_a_redirect_is_followed(host: Host) -> None:

@@ -888,6 +888,9 @@ def test_a_plan_says_what_would_be_fetched_and_fetches_nothing(host: Host, tmp_p
         Planned(f"synset {SOCCER_BALL}", str(kept), size, "there already", imagenet.TERMS),
     ]
     assert [request.method for request in host.requests] == ["HEAD"]
+    del host._stored[f"/{RUGBY_BALL}.tar"]
+    with pytest.raises(TouchlineError, match=f"{RUGBY_BALL}.tar is not there.*ingest.imagenet.url"):
+        imagenet.plan(params, DOWNLOAD, CLASSES, tmp_path)
 
 
 def test_a_plan_of_the_archive_knows_the_sizes_of_the_parts_seen_so_far(host: Host, tmp_path: Path) -> None:

@@ -534,9 +534,18 @@ def test_the_plan_finds_an_entry_that_names_no_class(host: Host, tmp_path: Path)
 
 
 def test_the_plan_gives_no_size_where_the_server_tells_none(host: Host, tmp_path: Path) -> None:
-    publish(host)
+    publish(host, train=[])
+    for files in (LABELS, INFO, BOXES):
+        host._stored[files["train"]].faults.append(Fault.status(503))
     planned = openimages.plan(params_for(host, subsets=["train"]), DOWNLOAD, ["rugby", "soccer"], tmp_path)
     assert [file.megabytes for file in planned] == [None, None, None]
+
+
+def test_the_plan_names_a_file_that_is_not_there(host: Host, tmp_path: Path) -> None:
+    publish(host, test=[])
+    del host._stored[INFO["test"]]
+    with pytest.raises(TouchlineError, match=f"{INFO['test']} answers 404.*ingest.openimages.url"):
+        openimages.plan(params_for(host, subsets=["test"]), DOWNLOAD, ["rugby", "soccer"], tmp_path)
 
 
 keys = ["a", "b", "é", 'a"', "aa\nb", ""]

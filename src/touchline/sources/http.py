@@ -13,6 +13,7 @@ import binascii
 import errno
 import hashlib
 import itertools
+import math
 import os
 import random
 import re
@@ -27,6 +28,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import read_json, write_json
@@ -42,15 +44,27 @@ _LONGEST_PAUSE = 60.0
 # Of a file: each may be gigabytes, and a login page stays one.
 _TRIES_OF_WRONG = 3
 _TRIED_AGAIN = {408, 429, 500, 502, 503, 504}
+_WORDS = {
+    401: "it wants a login",
+    403: "forbidden: a wrong path, or a proxy or firewall on the way",
+    404: "not there",
+    407: "the proxy wants a login: put it into https_proxy",
+    410: "gone",
+}
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_WAITS = 60.0
 _SECONDS_TO_PUT_AWAY = 30.0
+
+
+# When a wait for each host was last reported, by time.monotonic.
+_waits_said: dict[str, float] = {}
 
 
 class HttpError(TouchlineError):
     """A final answer that is no success: 401, 403, 404, 410 and the like."""
 
     def __init__(self, url: str, status: int) -> None:
-        super().__init__(f"{url} answers {status}")
+        super().__init__(f"{url} answers {status} ({_WORDS.get(status, 'refused')})")
         self.url, self.status = url, status
 
 
@@ -88,15 +102,23 @@ class _Wrong(Broken):
 
 
 def head(url: str, settings: DownloadParams) -> int | None:
-    """Size of a remote file in bytes; None where the server does not tell or cannot be reached."""
+    """Size of a remote file in bytes; None where the server does not tell or cannot be reached.
+
+    Raises:
+        HttpError: the file is refused or not there.
+    """
 
     async def ask() -> int | None:
-        async with _shared_session().head(url, timeout=_timeout(settings), allow_redirects=True) as response:
-            return response.content_length if response.status == 200 else None
+        with as_broken():
+            async with _shared_session().head(url, timeout=_timeout(settings), allow_redirects=True) as response:
+                # 405: it answers no HEAD, which says nothing of the file.
+                if response.status in {*_TRIED_AGAIN, 405}:
+                    return None
+                if response.status != 200:
+                    raise HttpError(url, response.status)
+                return response.content_length
 
-    import aiohttp
-
-    with suppress(aiohttp.ClientError, TimeoutError):
+    with suppress(Broken):
         return network(ask())
     return None
 
@@ -377,6 +399,17 @@ def as_broken() -> Iterator[None]:
         raise Broken("timed out") from error
     except aiohttp.InvalidURL as error:
         raise TouchlineError(f"{error} is no URL: see `ingest` in params.yaml") from None
+    except aiohttp.ClientConnectorCertificateError as error:
+        reason = getattr(error.certificate_error, "verify_message", "") or one_line(error.certificate_error)
+        raise TouchlineError(
+            f"the certificate of {error.host}:{error.port} is not trusted ({reason}): where a proxy of your own "
+            "signs it, set SSL_CERT_FILE to a file with its certificate authority"
+        ) from None
+    except aiohttp.ClientSSLError as error:
+        raise TouchlineError(
+            f"{error.host}:{error.port} does not speak TLS ({one_line(error.os_error, 100)}): if it is a plain HTTP "
+            "server or proxy, write http:// in its address"
+        ) from None
     except aiohttp.ClientConnectorError as error:
         number, words = error.os_error.errno, error.os_error.strerror or str(error.os_error)
         # What asyncio writes there is its own and not the system's; a failed look-up of a name has a negative number.
@@ -418,7 +451,15 @@ async def _pause(error: Broken, tries: int, url: str, settings: DownloadParams) 
         raise Unavailable(message, error.kind) from None
     # Jitter, so that many that failed together do not come back together.
     growing = 2.0 ** (tries - 1) * random.uniform(0.75, 1.25)
-    await asyncio.sleep(min(growing if error.pause is None else error.pause + random.uniform(0, 0.1), _LONGEST_PAUSE))
+    asked_for = growing if error.pause is None else error.pause + random.uniform(0, 0.1)
+    pause = min(asked_for, _LONGEST_PAUSE)
+    host, now = urlsplit(url).netloc, time.monotonic()
+    # Not of the first second, which many a photo waits for; and many photos wait for one host.
+    if pause > 1.5 and now - _waits_said.get(host, -math.inf) >= _SECONDS_BETWEEN_WAITS:
+        _waits_said[host] = now
+        less = f", not after the {asked_for:,.0f} s it asks for" if asked_for > pause else ""
+        say(f"{host}: {error}; waiting: try {tries + 1} of {settings.tries} in {pause:.0f} s{less}")
+    await asyncio.sleep(pause)
 
 
 def _retry_after(value: str) -> float | None:

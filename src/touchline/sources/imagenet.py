@@ -294,7 +294,8 @@ def _planned_winter21(params: ImageNetParams, download: DownloadParams, wnid: st
     if path.exists():
         return _there(f"synset {wnid}", path, path.stat().st_size)
     url = f"{params.url.rstrip('/')}/{wnid}.tar"
-    size = head(url, download)
+    with _explained(url, _by_hand([wnid], folder), "ingest.imagenet.url"):
+        size = head(url, download)
     return Planned(f"synset {wnid}", url, None if size is None else size / 1e6, "to fetch", TERMS)
 
 

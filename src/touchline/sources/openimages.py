@@ -15,6 +15,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -177,7 +178,8 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
             if params.keep_label_files and local.exists():
                 files.append(Planned(what, str(local), local.stat().st_size / 1e6, "there already", LICENCE))
             else:
-                size = http.head(url, settings)
+                with _explained():
+                    size = http.head(url, settings)
                 files.append(Planned(what, url, None if size is None else size / 1e6, "to fetch", LICENCE))
     return files
 
@@ -421,10 +423,17 @@ def _download(
 ) -> None:
     """Download a file unless it is there; a refusal names the key to look at."""
     if not local.exists():
-        try:
+        with _explained():
             http.to_file(url, local, settings, is_right=is_right, what=what)
-        except (HttpError, WrongContent) as error:
-            raise TouchlineError(f"{error}: see `ingest.openimages.url` in params.yaml") from None
+
+
+@contextmanager
+def _explained(param: str = "url") -> Iterator[None]:
+    """A refusal, or something else in place of the file, with the key to look at."""
+    try:
+        yield
+    except (HttpError, WrongContent) as error:
+        raise TouchlineError(f"{error}: see `ingest.openimages.{param}` in params.yaml") from None
 
 
 def _has_header(start: bytes) -> bool:
