@@ -55,7 +55,7 @@ board: setup  ## the Prefect UI with its schedules and worker, the MLflow UI and
 	@python -m flows.board $(BOARD)
 
 refresh: setup  ## look for new photos where DVC cannot see them, then bring all up to date
-	@dvc --wait-for-lock repro --force --single-item ingest
+	@TOUCHLINE_REFRESH=1 dvc --wait-for-lock repro --force --single-item ingest
 	@dvc --wait-for-lock repro
 	@touchline summary
 

@@ -16,12 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -118,7 +119,7 @@ def test_a_photo_is_kept_by_its_content_and_noted_in_the_journal(host: Host, tmp
 
 @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    missing=st.sets(st.integers(0, 59), max_size=30),
+    missing=st.sets(st.integers(0, 59), max_size=7),  # more might be a wrong address
     slow=st.dictionaries(st.integers(0, 59), st.sampled_from([0.01, 0.03, 0.08]), max_size=20),
     broken=st.sets(st.integers(0, 59), max_size=5),
     room=st.tuples(st.integers(0, 25), st.integers(0, 25)),
@@ -144,9 +145,10 @@ def test_a_class_gets_the_first_photos_there_are_whatever_the_order_of_the_answe
             late = [Fault.stall(after=10, seconds=slow[number])] if number in slow else []
             put(host, candidate, faults=again + late)
     rooms = dict(zip(("rugby", "soccer"), room, strict=True))
+    there = [candidate for number, candidate in enumerate(offers) if number not in missing]
+    assume(not missing or any(rooms[candidate.label] for candidate in there))
     outcome = filled(tmp_path_factory.mktemp("filled"), offers, rooms, connections=connections)
 
-    there = [candidate for number, candidate in enumerate(offers) if number not in missing]
     expected = {label: [c.origin for c in there if c.label == label][:count] for label, count in rooms.items()}
     for label in rooms:
         assert [kept.candidate.origin for kept in outcome.kept if kept.candidate.label == label] == expected[label]
@@ -516,11 +518,44 @@ def test_a_host_that_is_away_for_a_moment_costs_only_time(host: Host, tmp_path: 
     assert not outcome.left_out and outcome.tried_again["no connection"] > 0
 
 
-def test_photos_that_are_not_there_are_no_sign_of_a_dead_host(host: Host, tmp_path: Path) -> None:
+def test_some_photos_that_are_not_there_are_no_sign_of_a_wrong_address(host: Host, tmp_path: Path) -> None:
     offers = [offer(host, "rugby", number) for number in range(100)]
-    put(host, offers[-1])
-    outcome = filled(tmp_path, offers, {"rugby": 1}, connections=8)
-    assert origins(outcome) == [offers[-1].origin] and outcome.left_out == {"not there (404)": 99}
+    for candidate in offers[::3]:
+        put(host, candidate)
+    for candidate in offers[1::3]:
+        put(host, candidate)
+    outcome = filled(tmp_path, offers, {"rugby": 100})
+    assert len(outcome.kept) == 67 and outcome.left_out == {"not there (404)": 33}
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_photos_that_all_are_not_there_stop_the_run_and_are_not_remembered(
+    host: Host, tmp_path: Path, count: int
+) -> None:
+    offers = [offer(host, "rugby", number) for number in range(count)]
+    with pytest.raises(Unavailable) as caught:
+        filled(tmp_path, offers, {"rugby": count})
+    assert f"{host.url}/rugby" in one_line(caught.value) and "404" in str(caught.value)
+    assert len(host.requests) <= 24
+    for candidate in offers:
+        put(host, candidate)
+    assert len(filled(tmp_path, offers, {"rugby": count}).kept) == count
+
+
+def test_a_photo_that_was_not_there_is_asked_for_again_after_some_days(host: Host, tmp_path: Path) -> None:
+    offers = stocked(host, {"rugby": 3})
+    host._stored.pop(path_of(offers[0]))
+    filled(tmp_path, offers, {"rugby": 3})
+    put(host, offers[0])
+    path = tmp_path / "fetched.jsonl"
+    with Journal(path, absent_days=1) as journal:
+        assert journal.get(offers[0].url).absent == 404
+    with Journal(path, absent_days=0) as journal:
+        assert journal.get(offers[0].url) is None and journal.get(offers[1].url)
+    before = (datetime.now(UTC) - timedelta(days=2)).isoformat()
+    path.write_text(re.sub(r'("retrieved": )"[^"]*"(, "absent")', rf'\1"{before}"\2', path.read_text()))
+    with Journal(path, absent_days=1) as journal:
+        assert journal.get(offers[0].url) is None
 
 
 def test_an_address_that_is_none_stops_the_run_in_one_line(host: Host, tmp_path: Path) -> None:

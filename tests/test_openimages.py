@@ -40,14 +40,13 @@ from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import OpenImagesParams
 from touchline.sources import Candidate, openimages
 
-PHOTOS = "https://photos.example"
 DOWNLOAD = servers.settings()
 
 
 def params_for(host: Host, **changes: Any) -> OpenImagesParams:
     values = {
         "url": host.url,
-        "photos_url": PHOTOS,
+        "photos_url": f"{host.url}/photos",
         "subsets": ["validation", "test", "train"],
         "classes": {"rugby": [RUGBY, RUGBY_UNION], "soccer": [SOCCER, SOCCER_PLAYER]},
         "exclude": [AMERICAN],
@@ -92,7 +91,7 @@ def test_a_photo_comes_with_its_address_licence_and_author(host: Host, tmp_path:
             label="rugby",
             source="openimages",
             origin="validation/4fa8054781a4c382",
-            url=f"{PHOTOS}/validation/4fa8054781a4c382.jpg",
+            url=f"{host.url}/photos/validation/4fa8054781a4c382.jpg",
             licence=CC_BY,
             author='Zoë, of the "Lions"',
             author_page="https://www.flickr.com/people/zoe/",
@@ -232,6 +231,22 @@ def test_the_files_of_train_are_not_touched_before_validation_and_test_are_used_
     assert not any("train" in request.path for request in host.requests)
     assert next(walk).origin == f"train/{image(2)}"
     assert host.served(LABELS["train"]) == 1
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_photos_that_are_refused_are_named_before_the_labels_of_train_are_read(
+    host: Host, tmp_path: Path, status: int
+) -> None:
+    publish(host, train=[Shot(image(number), {RUGBY: "1"}) for number in range(5)])
+    params = params_for(host, subsets=["train"])
+    for number in range(5):
+        host.put(f"/photos/train/{image(number)}.jpg", b"", faults=[Fault.status(status).always()])
+    message = message_of(params, tmp_path)
+    assert f"{host.url}/photos/train/" in message and "ingest.openimages.photos_url" in message
+    assert not host.count(LABELS["train"])
+    # One that is there is enough, and a server without ranges is not asked.
+    host.put(f"/photos/train/{image(0)}.jpg", b"a photo", faults=[Fault.no_ranges().always()])
+    assert len(origins(params, tmp_path)) == 5
 
 
 def test_a_second_run_with_the_same_settings_asks_the_network_nothing(host: Host, tmp_path: Path) -> None:

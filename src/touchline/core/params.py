@@ -113,6 +113,7 @@ class DownloadParams(_Section):
     read_timeout: Positive
     total_timeout: Positive
     max_megabytes: Positive
+    absent_days: NotNegative = 7.0
 
 
 class OpenImagesParams(_Section):

@@ -1,13 +1,14 @@
 """Photos from the network into `data/photos`: many at once, each class filled in the order its source offers.
 
-What was fetched, and what is not there at all, is kept in a journal, so a run that was killed goes on where it was and
-the next one asks the network only for what is new.
+What was fetched, and for some days what was not there, is kept in a journal, so a run that was killed goes on where it
+was and the next one asks the network only for what is new.
 """
 
 import asyncio
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
     from touchline.core.progress import Filling
 
-# Not there, and not coming back.
 _ABSENT = {404, 410}
+# Sources offer what their lists say exists: if so many, and most of those asked for, do not, the address is wrong.
+_ABSENT_AT_LEAST, _ABSENT_SHARE = 8, 0.5
 # Photos written and not yet safe on disk, each with an open file.
 _UNSAFE_AT_MOST = 64
 # A photo's file; the journal is a file like any other, and must not name one elsewhere.
@@ -67,9 +69,13 @@ class Entry:
 
 
 class Journal:
-    """A file of JSON lines, only ever added to: one `Entry` a line, the last of a URL counts."""
+    """A file of JSON lines, only ever added to: one `Entry` a line, the last of a URL counts.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        absent_days: how long a photo that was not there is remembered as such.
+    """
+
+    def __init__(self, path: Path, absent_days: float = math.inf) -> None:
         self._entries: dict[str, Entry] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
@@ -77,7 +83,9 @@ class Journal:
             # A line that a killed process did not finish is no entry; what it was about is fetched again.
             with suppress(ValueError, TypeError, RecursionError):
                 entry = Entry(**json.loads(line))
-                if entry.absent or NAME.fullmatch(entry.name):
+                if entry.absent and _days_since(entry.retrieved) >= absent_days:
+                    self._entries.pop(entry.url, None)
+                elif entry.absent or NAME.fullmatch(entry.name):
                     self._entries[entry.url] = entry
         self._file = path.open("ab")
         if content and not content.endswith(b"\n"):
@@ -151,7 +159,7 @@ def fill(
         whole: files that are there and hold what their names say.
 
     Raises:
-        Unavailable: one request after another failed; what was fetched is kept.
+        Unavailable: one request after another failed, or most photos are not there; what was fetched is kept.
         OSError: a photo cannot be written.
     """
     work = _Filling(offers, room, folder_of, whole, journal, settings)
@@ -188,6 +196,9 @@ class _Filling:
         self._written: list[_Written] = []
         self._settling: asyncio.Task[None] | None = None
         self._failed_in_a_row = 0
+        self._asked = 0
+        # Noted in the journal at the end, unless they turn out to be a wrong address.
+        self._absent: list[Entry] = []
         self.kept: list[tuple[int, Kept]] = []
         self.outcome = Outcome()
 
@@ -200,6 +211,8 @@ class _Filling:
             ]
             try:
                 await asyncio.gather(*fetchers)
+                if not self.kept and not self.outcome.fetched:
+                    self._check_absences(1)
             finally:
                 for fetcher in fetchers:
                     fetcher.cancel()
@@ -215,6 +228,7 @@ class _Filling:
                 finally:
                     for written in self._written:
                         written.file.give_up()
+                    self._journal.add(*self._absent)
 
     async def _offers_in_turn(
         self, drawer: ThreadPoolExecutor, client: "aiohttp.ClientSession", shown: "Filling"
@@ -275,11 +289,23 @@ class _Filling:
         self.outcome.left_out[reason] += 1
         shown.left_out(reason)
         absent = isinstance(error, HttpError) and error.status in _ABSENT
+        self._check_absences(_ABSENT_AT_LEAST)
         self._failed_in_a_row = 0 if absent else self._failed_in_a_row + 1
         # Photos fail one by one; if all do, it is the network or the address.
         if self._failed_in_a_row >= max(8, self._settings.connections):
             raise Unavailable(
                 f"{self._failed_in_a_row} photos in a row failed, the last one: {error}; what was fetched is kept"
+            ) from None
+
+    def _check_absences(self, at_least: int) -> None:
+        """Raise Unavailable where what was asked for in this run is, for the most part, not there."""
+        absent = self._absent
+        # Those on the way count as there: the answer that something is not comes before a photo does.
+        if len(absent) >= at_least and len(absent) > _ABSENT_SHARE * self._asked:
+            self._absent = []
+            raise Unavailable(
+                f"{len(absent)} of {self._asked} photos asked for are not there, though their source lists them; the "
+                f"first: {absent[0].url} answers {absent[0].absent}: see `photos_url` in params.yaml"
             ) from None
 
     async def _keep(self, number: int, candidate: Candidate, client: "aiohttp.ClientSession", shown: "Filling") -> None:
@@ -289,11 +315,12 @@ class _Filling:
         if known and (path := self._folder_of(candidate) / known.name) in self._whole:
             self._done(number, Kept(candidate, path, known), shown)
             return
+        self._asked += 1
         try:
             content = await self._fetch(candidate, client)
         except HttpError as error:
             if error.status in _ABSENT:
-                self._journal.add(Entry(candidate.url, _now(), absent=error.status))
+                self._absent.append(Entry(candidate.url, _now(), absent=error.status))
             raise
         content = photos.turned(content, candidate.rotation)
         entry = described(candidate, content)
@@ -385,6 +412,10 @@ async def _body(response: "aiohttp.ClientResponse", limit: int) -> bytes:
         if len(content) > limit:
             raise WrongContent(str(response.url), "too large")
     return bytes(content)
+
+
+def _days_since(moment: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)) / timedelta(days=1)
 
 
 def _now() -> str:

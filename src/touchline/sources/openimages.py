@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,7 +120,7 @@ def candidates(
                 label=photo.label,
                 source="openimages",
                 origin=f"{subset}/{photo.image}",
-                url=f"{params.photos_url.rstrip('/')}/{subset}/{photo.image}.jpg",
+                url=_photo_url(params, subset, photo.image),
                 licence=photo.licence,
                 author=photo.author,
                 author_page=photo.author_page,
@@ -234,6 +235,8 @@ def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted
         with local.open("rb") as file:
             yield from rows_where(file, column, values, columns, str(local) if params.keep_label_files else url)
 
+    if subset == "train" and not files["labels"].exists():
+        _try_photos(params, settings, subset)
     try:
         found = _filtered(params, wanted, rows)
     except _WrongTable:
@@ -244,6 +247,28 @@ def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted
     _put_away(params, files.values())
     say(f"Open Images {subset}: {_summary(found, wanted)}")
     return found
+
+
+def _try_photos(params: OpenImagesParams, settings: DownloadParams, subset: str) -> None:
+    """Raise TouchlineError where the first photos listed are refused, before gigabytes are read for nothing."""
+    with _explained():
+        try:
+            start, _ = http.read_range(_url(params, _INFO[subset]), 0, 4096, settings)
+        except WrongContent:  # no ranges here: it will show when photos are fetched
+            return
+    refusal = None
+    for image in re.findall(r"^([0-9a-f]{16}),", start.decode(errors="replace"), re.MULTILINE)[:3]:
+        try:
+            http.read_range(_photo_url(params, subset, image), 0, 1, settings)
+        except WrongContent:
+            return
+        except HttpError as error:
+            refusal = error
+        else:
+            return
+    if refusal:
+        with _explained("photos_url"):
+            raise refusal
 
 
 def _put_away(params: OpenImagesParams, files: Iterable[Path]) -> None:
@@ -442,6 +467,10 @@ def _has_header(start: bytes) -> bool:
 
 def _url(params: OpenImagesParams, name: str) -> str:
     return f"{params.url.rstrip('/')}/{name}"
+
+
+def _photo_url(params: OpenImagesParams, subset: str, image: str) -> str:
+    return f"{params.photos_url.rstrip('/')}/{subset}/{image}.jpg"
 
 
 def _local(params: OpenImagesParams, name: str, cache: Path) -> Path:

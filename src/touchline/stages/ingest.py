@@ -5,6 +5,7 @@ run resumes, and nothing can be overwritten by something else.
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
@@ -197,7 +198,9 @@ def _from_network(
     """The same for a source whose photos are fetched by URL."""
     limit = params.ingest.per_class
     room = {label: inf if limit is None else limit - taken[label, ""] for label in params.classes}
-    with fetch.Journal(paths.journal) as journal:
+    # `make refresh` asks for what was not there too.
+    absent_days = 0.0 if os.environ.get("TOUCHLINE_REFRESH") else params.ingest.download.absent_days
+    with fetch.Journal(paths.journal, absent_days) as journal:
         outcome = fetch.fill(
             (candidate for candidate in _offers(paths, params, name) if _identity(candidate) not in rejected),
             room,
