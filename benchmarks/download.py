@@ -75,7 +75,8 @@ def ours(urls: Sequence[str], folder: Path, connections: int) -> int:
     settings = shipped().ingest.download.model_copy(update={"connections": connections})
     candidates = (Candidate(label="photo", source="openimages", origin=url.rsplit("/")[-1], url=url) for url in urls)
     with fetch.Journal(folder / "fetched.jsonl") as journal:
-        outcome = fetch.fill(candidates, {"photo": len(urls)}, lambda _: folder, set(), journal, settings)
+        room, spare = {"photo": len(urls)}, folder / "spare"
+        outcome = fetch.fill(candidates, room, lambda _: folder, set(), spare, journal, settings)
     return outcome.fetched
 
 

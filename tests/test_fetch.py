@@ -81,7 +81,13 @@ def filled(
     whole = {path for path in photos.glob("*/*") if path.stem == hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
     with Journal(folder / "fetched.jsonl") as journal:
         return fetch.fill(
-            iter(offers), room, lambda candidate: photos / candidate.label, whole, journal, settings(**changes)
+            iter(offers),
+            room,
+            lambda candidate: photos / candidate.label,
+            whole,
+            folder / "spare",
+            journal,
+            settings(**changes),
         )
 
 
@@ -253,6 +259,21 @@ def test_more_room_asks_only_for_what_is_new(host: Host, tmp_path: Path) -> None
     filled(tmp_path, offers, {"rugby": 5})
     outcome = filled(tmp_path, offers, {"rugby": 12})
     assert len(outcome.kept) == 12 and outcome.fetched == 7 and len(host.requests) == 12
+
+
+@pytest.mark.parametrize("where", ["spare", "photos/soccer"])
+def test_a_photo_that_was_taken_out_or_is_another_class_now_is_put_back(host: Host, tmp_path: Path, where: str) -> None:
+    offers = stocked(host, {"rugby": 5})
+    kept = filled(tmp_path, offers, {"rugby": 5}).kept
+    (tmp_path / where).mkdir()
+    for one in kept[:2]:
+        one.path.rename(tmp_path / where / one.path.name)
+    (tmp_path / where / kept[0].path.name).write_bytes(b"damaged since")
+    again = filled(tmp_path, offers, {"rugby": 5})
+    assert again.fetched == 1 and [one.path for one in again.kept] == [one.path for one in kept]
+    assert all(hashlib.sha256(one.path.read_bytes()).hexdigest() == one.entry.sha256 for one in again.kept)
+    # It is not there twice for good.
+    assert not (tmp_path / "spare" / kept[1].path.name).exists()
 
 
 @pytest.mark.parametrize("damage", ["torn", "other bytes", "deleted"])
@@ -630,7 +651,7 @@ def offers():
     http.to_file(f"{url}/labels.csv", folder / "labels.csv", settings)
 
 with fetch.Journal(folder / "fetched.jsonl") as journal:
-    fetch.fill(offers(), {"rugby": 5}, lambda _: folder, set(), journal, settings)
+    fetch.fill(offers(), {"rugby": 5}, lambda _: folder, set(), folder / "spare", journal, settings)
 """
 
 

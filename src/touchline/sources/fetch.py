@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from touchline.core.files import Unsafe
+from touchline.core.files import Unsafe, write_bytes
 from touchline.core.params import DownloadParams
 from touchline.core.progress import filling
 from touchline.data import photos
@@ -103,6 +103,10 @@ class Journal:
     def get(self, url: str) -> Entry | None:
         return self._entries.get(url)
 
+    def names(self) -> set[str]:
+        """Of the files of all photos fetched."""
+        return {entry.name for entry in self._entries.values() if not entry.absent}
+
     def add(self, *entries: Entry) -> None:
         lines = [json.dumps({key: value for key, value in asdict(entry).items() if value}) + "\n" for entry in entries]
         self._file.write("".join(lines).encode())
@@ -144,6 +148,7 @@ def fill(
     room: Mapping[str, float],
     folder_of: Callable[[Candidate], Path],
     whole: Set[Path],
+    spare: Path,
     journal: Journal,
     settings: DownloadParams,
 ) -> Outcome:
@@ -157,12 +162,13 @@ def fill(
         room: photos wanted, by class; infinite where all that there are.
         folder_of: where a candidate's file goes.
         whole: files that are there and hold what their names say.
+        spare: folder of photos that were fetched and taken out of the set; one that is offered again is put back.
 
     Raises:
         Unavailable: one request after another failed, or most photos are not there; what was fetched is kept.
         OSError: a photo cannot be written.
     """
-    work = _Filling(offers, room, folder_of, whole, journal, settings)
+    work = _Filling(offers, room, folder_of, whole, spare, journal, settings)
     began = time.monotonic()
     with filling(room, "fetching photos") as shown:
         network(work.run(shown))
@@ -180,11 +186,14 @@ class _Filling:
         room: Mapping[str, float],
         folder_of: Callable[[Candidate], Path],
         whole: Set[Path],
+        spare: Path,
         journal: Journal,
         settings: DownloadParams,
     ) -> None:
         self._offers, self._room, self._folder_of = enumerate(offers), room, folder_of
-        self._whole, self._journal, self._settings = whole, journal, settings
+        self._whole, self._spare, self._journal, self._settings = whole, spare, journal, settings
+        # A photo may be offered under another class than before.
+        self._place_of = {path.name: path for path in whole}
         self._waiting: dict[str, deque[tuple[int, Candidate]]] = defaultdict(deque)
         # Photos that are there, and offers of which nobody knows yet: they fill the room together.
         self._taken: Counter[str] = Counter()
@@ -312,7 +321,7 @@ class _Filling:
         known = self._journal.get(candidate.url)
         if known and known.absent:
             raise HttpError(candidate.url, known.absent)
-        if known and (path := self._folder_of(candidate) / known.name) in self._whole:
+        if known and self._put_back(path := self._folder_of(candidate) / known.name):
             self._done(number, Kept(candidate, path, known), shown)
             return
         self._asked += 1
@@ -337,6 +346,19 @@ class _Filling:
             self._settling = asyncio.create_task(self._settle(shown))
         if len(self._written) >= _UNSAFE_AT_MOST:
             await asyncio.shield(self._settling)
+
+    def _put_back(self, path: Path) -> bool:
+        """Whether a photo is in its place, or could be put there from where else it is."""
+        if path in self._whole:
+            return True
+        spare = self._spare / path.name
+        with suppress(FileNotFoundError):
+            content = (self._place_of.get(path.name) or spare).read_bytes()
+            if hashlib.sha256(content).hexdigest()[:16] == path.stem:
+                write_bytes(path, content)
+                spare.unlink(missing_ok=True)
+                return True
+        return False
 
     async def _settle(self, shown: "Filling") -> None:
         while self._written:
