@@ -51,7 +51,7 @@ def params_for(host: Host, **changes: Any) -> OpenImagesParams:
         "classes": {"rugby": [RUGBY, RUGBY_UNION], "soccer": [SOCCER, SOCCER_PLAYER]},
         "exclude": [AMERICAN],
         "max_per_author": 10,
-        "leave_out_drawings": True,
+        "leave_out_drawings": ["validation", "test", "train"],
         "keep_label_files": False,
     }
     return OpenImagesParams(**(values | changes))
@@ -177,12 +177,12 @@ def test_photos_of_two_classes_of_excluded_ones_of_no_licence_and_drawings_are_l
     assert (
         "Open Images train: rugby 2 of 4, soccer 0 of 4 photos fit; left out: a drawing 1," in capsys.readouterr().out
     )
-    assert f"train/{image(6)}" in origins(params_for(host, subsets=["train"], leave_out_drawings=False), tmp_path)
+    assert f"train/{image(6)}" in origins(params_for(host, subsets=["train"], leave_out_drawings=[]), tmp_path)
 
 
 def test_the_files_of_boxes_are_not_read_where_drawings_are_welcome(host: Host, tmp_path: Path) -> None:
     publish(host, test=[Shot(image(1), {RUGBY: "1"})])
-    assert origins(params_for(host, subsets=["test"], leave_out_drawings=False), tmp_path) == [f"test/{image(1)}"]
+    assert origins(params_for(host, subsets=["test"], leave_out_drawings=[]), tmp_path) == [f"test/{image(1)}"]
     assert host.count(BOXES["test"]) == 0 < host.count(INFO["test"])
 
 
@@ -268,7 +268,7 @@ def test_other_classes_exclusions_or_drawings_are_read_anew(host: Host, tmp_path
     publish(host, test=[Shot(image(1), {RUGBY_UNION: "1", AMERICAN: "1"}, depictions=[1])])
     assert origins(params_for(host, subsets=["test"]), tmp_path) == []
     assert origins(params_for(host, subsets=["test"], exclude=[]), tmp_path) == []
-    lenient = params_for(host, subsets=["test"], exclude=[], leave_out_drawings=False)
+    lenient = params_for(host, subsets=["test"], exclude=[], leave_out_drawings=[])
     assert origins(lenient, tmp_path) == [f"test/{image(1)}"]
     narrow = lenient.model_copy(update={"classes": {"rugby": [RUGBY], "soccer": [SOCCER]}})
     assert origins(narrow, tmp_path) == []

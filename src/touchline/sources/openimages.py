@@ -172,7 +172,7 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
             files.append(Planned(what, str(path), path.stat().st_size / 1e6, "there already", LICENCE))
             continue
         for kind, names in (("labels", _LABELS), ("image info", _INFO), ("boxes", _BOXES)):
-            if kind == "boxes" and not params.leave_out_drawings:
+            if kind == "boxes" and subset not in params.leave_out_drawings:
                 continue
             url, local = _url(params, names[subset]), _local(params, names[subset], cache)
             what = f"Open Images {subset}: {kind}"
@@ -224,7 +224,7 @@ def rows_where(
 def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted, subset: str, cache: Path) -> _Found:
     """Read the files of `subset`, keep what was found, and say how much that is."""
     kinds = {"labels": _LABELS[subset], "image info": _INFO[subset]}
-    if params.leave_out_drawings:
+    if subset in params.leave_out_drawings:
         kinds["boxes"] = _BOXES[subset]
     files = {kind: _local(params, name, cache) for kind, name in kinds.items()}
 
@@ -238,7 +238,7 @@ def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted
     if subset == "train" and not files["labels"].exists():
         _try_photos(params, settings, subset)
     try:
-        found = _filtered(params, wanted, rows)
+        found = _filtered(wanted, rows, drawings="boxes" in kinds)
     except _WrongTable:
         _put_away(params, files.values())  # the next run is to fetch them again
         raise
@@ -277,7 +277,7 @@ def _put_away(params: OpenImagesParams, files: Iterable[Path]) -> None:
             local.unlink(missing_ok=True)
 
 
-def _filtered(params: OpenImagesParams, wanted: _Wanted, rows: Callable[..., Iterator[_Row]]) -> _Found:
+def _filtered(wanted: _Wanted, rows: Callable[..., Iterator[_Row]], *, drawings: bool) -> _Found:
     """The photos that fit, from the rows of a subset's files; a file that is not needed is not read."""
     mids = [*wanted.labels, *wanted.excluded]
     positives, excluded = _positives(rows("labels", "LabelName", mids, ("ImageID", "LabelName", "Confidence")), wanted)
@@ -285,11 +285,11 @@ def _filtered(params: OpenImagesParams, wanted: _Wanted, rows: Callable[..., Ite
     info = {}
     if label_of:
         info = {row[0]: row for row in rows("image info", "ImageID", label_of, _INFO_COLUMNS)}
-    drawings = set()
-    if info and params.leave_out_drawings:
+    drawn = set()
+    if info and drawings:
         flags = rows("boxes", "ImageID", info, ("ImageID", "IsDepiction"))
-        drawings = {image for image, flag in flags if flag.removesuffix(".0") == "1"}
-    return _Found(tuple(_fitting(label_of, info, drawings, counts)), dict(counts))
+        drawn = {image for image, flag in flags if flag.removesuffix(".0") == "1"}
+    return _Found(tuple(_fitting(label_of, info, drawn, counts)), dict(counts))
 
 
 def _positives(rows: Iterator[_Row], wanted: _Wanted) -> tuple[dict[str, set[str]], set[str]]:
@@ -397,20 +397,23 @@ def _resolved(params: OpenImagesParams, classes: Sequence[str], names: Mapping[s
         if label not in params.classes:
             raise ParamsError(f"{where} is missing: list the Open Images classes that show '{label}'")
         for entry in params.classes[label]:
-            mid = _mid(entry, names, where)
+            mid = _mid(entry, names, where, params)
             if labels.setdefault(mid, label) != label:
                 raise ParamsError(f"{where}: '{entry}' also stands for '{labels[mid]}': keep it for one of them")
-    excluded = frozenset(_mid(entry, names, "ingest.openimages.exclude") for entry in params.exclude)
+    excluded = frozenset(_mid(entry, names, "ingest.openimages.exclude", params) for entry in params.exclude)
     for mid in sorted(excluded & labels.keys()):
         raise ParamsError(f"ingest.openimages.exclude: {mid} ({names[mid]}) is also listed for '{labels[mid]}'")
     return _Wanted(labels, excluded)
 
 
-def _mid(entry: str, names: Mapping[str, str], where: str) -> str:
+def _mid(entry: str, names: Mapping[str, str], where: str, params: OpenImagesParams) -> str:
     if entry in names:
         return entry
     if entry.startswith(("/m/", "/g/")):
-        raise ParamsError(f"{where}: {entry} is no class of Open Images: see {_CLASSES} there")
+        raise ParamsError(
+            f"{where}: {entry} is no class of Open Images: write the name of one, such as Rugby, or an id of the list "
+            f"{_url(params, _CLASSES)}"
+        )
     mids = [mid for mid, name in names.items() if name == entry]
     if len(mids) == 1:
         return mids[0]
@@ -418,7 +421,11 @@ def _mid(entry: str, names: Mapping[str, str], where: str) -> str:
         raise ParamsError(f"{where}: '{entry}' is the name of {' and '.join(mids)}: write one of these")
     folded = {name.casefold(): (name, mid) for mid, name in names.items()}
     near = [folded[text] for text in difflib.get_close_matches(entry.casefold(), folded, n=4)]
-    hint = "near it: " + ", ".join(f"{name} ({mid})" for name, mid in near) if near else f"see {_CLASSES} there"
+    hint = (
+        "near it: " + ", ".join(f"{name} ({mid})" for name, mid in near)
+        if near
+        else f"see the list {_url(params, _CLASSES)}"
+    )
     raise ParamsError(f"{where}: '{entry}' is no class of Open Images; {hint}")
 
 
@@ -485,7 +492,7 @@ def _classes_path(params: OpenImagesParams, cache: Path) -> Path:
 
 def _subset_path(params: OpenImagesParams, wanted: _Wanted, subset: str, cache: Path) -> Path:
     """Named by all that the content depends on, which leaves out the limit of an author and the order of classes."""
-    chosen = [sorted(wanted.labels.items()), sorted(wanted.excluded), params.leave_out_drawings]
+    chosen = [sorted(wanted.labels.items()), sorted(wanted.excluded), subset in params.leave_out_drawings]
     return cache / f"{subset}-{_digest([_FORMAT, _url(params, _LABELS[subset]), chosen])[:16]}.json"
 
 
