@@ -301,6 +301,8 @@ def test_a_photo_damaged_since_is_fetched_again_and_no_other(tmp_path: Path, und
     copied.ingest()
     assert_same_as(undisturbed, copied)
     again = {request.path for request in undisturbed.host.requests[asked:]} - undisturbed.published.huge
+    # Nor would it be: a dry run counts what is there.
+    assert "to fetch: 0 MB" in copied.ingest("--dry-run")[0]
     assert again == {f"/photos/{row['origin']}.jpg"}
 
 
@@ -533,3 +535,5 @@ def test_a_dry_run_says_what_would_be_fetched_and_fetches_no_photo(host: Host, t
     assert sizes == {files[subset] for files in (LABELS, INFO, BOXES) for subset in ("validation", "test")}
     assert not (dry.root / "data/photos").exists() and not (dry.root / "data/photos.csv").exists()
     assert f"to fetch: {0.3 * 2 * PER_CLASS:.0f} MB at most" in output
+    # Each address is whole on a line of its own.
+    assert {host.url + path for path in sizes} <= set(output.split())

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
+from glob import escape
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,17 +116,29 @@ def plan(paths: Paths, params: Params) -> list[Planned]:
             case "openimages":
                 settings = params.ingest.openimages
                 planned += openimages.plan(settings, params.ingest.download, params.classes, paths.openimages)
-                planned.append(
-                    Planned(f"photos, {each}, about 0.3 MB each", settings.photos_url, _expected(params), "to fetch",
-                            "of each photo, CC BY 2.0 as a rule; in data/ATTRIBUTION.csv")
-                )  # fmt: skip
+                planned += _planned_photos(paths, params, each)
             case _:
                 planned += imagenet.plan(params.ingest.imagenet, params.ingest.download, params.classes, paths.project)
     return planned
 
 
-def _expected(params: Params) -> float | None:
-    return None if params.ingest.per_class is None else 0.3 * params.ingest.per_class * len(params.classes)
+def _planned_photos(paths: Paths, params: Params, each: str) -> Iterator[Planned]:
+    """The photos of Open Images that are there, and those to fetch for as many as are wished for."""
+    licence = "of each photo, CC BY 2.0 as a rule; in data/ATTRIBUTION.csv"
+    names: Set[str] = set()
+    if paths.journal.exists():
+        with fetch.Journal(paths.journal) as journal:
+            names = journal.names()
+    found = {label: [p for p in paths.photos.glob(f"{escape(label)}/*") if p.name in names] for label in params.classes}
+    if there := [path for of_class in found.values() for path in of_class]:
+        megabytes = sum(path.stat().st_size for path in there) / 1e6
+        yield Planned(f"{len(there):,} photos fetched before", str(paths.photos), megabytes, "there already", licence)
+    limit = params.ingest.per_class
+    lacking = None if limit is None else sum(max(0, limit - len(of_class)) for of_class in found.values())
+    if lacking != 0:
+        what = f"photos, {each}, about 0.3 MB each"
+        where = params.ingest.openimages.photos_url
+        yield Planned(what, where, None if lacking is None else 0.3 * lacking, "to fetch", licence)
 
 
 def _offers(paths: Paths, params: Params, name: str) -> Iterator[Candidate]:
