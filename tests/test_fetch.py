@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from servers import Fault, Host, settings
 
+from touchline.core import progress
 from touchline.core.errors import TouchlineError
 from touchline.sources import Candidate, fetch, http
 from touchline.sources.fetch import Entry, Journal, Outcome
@@ -221,6 +222,29 @@ def test_one_class_may_be_at_the_far_end_of_the_offers(host: Host, tmp_path: Pat
     outcome = filled(tmp_path, offers, {"rugby": 3, "soccer": 5})
     assert Counter(kept.candidate.label for kept in outcome.kept) == {"rugby": 3, "soccer": 5}
     assert len(host.requests) == 8
+
+
+def test_no_time_is_foretold_while_a_source_reads_files_of_its_own(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fetch, "_SECONDS_TO_OFFER", 0.05)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    offers = stocked(host, {"rugby": 4})
+    lines: list[str] = []
+
+    def is_said() -> bool:
+        lines.extend(capsys.readouterr().out.splitlines())
+        return any("waiting for" in line for line in lines)
+
+    def reading() -> Iterator[Candidate]:
+        yield from offers[:2]
+        wait_until(is_said, "the line")
+        yield from offers[2:]
+
+    filled(tmp_path, reading(), {"rugby": 4}, connections=2)
+    is_said()
+    assert not any("waiting for" in line and "s left" in line for line in lines)
+    assert "waiting for" not in lines[-1]
 
 
 def test_fewer_offers_than_room_are_all_taken(host: Host, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _ABSENT = {404, 410}
 # Sources offer what their lists say exists: if so many, and most of those asked for, do not, the address is wrong.
 _ABSENT_AT_LEAST, _ABSENT_SHARE = 8, 0.5
+# A source that takes longer to offer more is reading files of its own.
+_SECONDS_TO_OFFER = 2.0
 # Photos written and not yet safe on disk, each with an open file.
 _UNSAFE_AT_MOST = 64
 # A photo's file; the journal is a file like any other, and must not name one elsewhere.
@@ -243,7 +245,7 @@ class _Filling:
         self, drawer: ThreadPoolExecutor, client: "aiohttp.ClientSession", shown: "Filling"
     ) -> None:
         """Take offer after offer until there is no more room, or nothing more to fill it with."""
-        while offer := await self._next(drawer):
+        while offer := await self._next(drawer, shown):
             number, candidate = offer
             try:
                 await self._keep(number, candidate, client, shown)
@@ -254,7 +256,7 @@ class _Filling:
                 self._undecided -= 1
                 self._changed.set()
 
-    async def _next(self, drawer: ThreadPoolExecutor) -> tuple[int, Candidate] | None:
+    async def _next(self, drawer: ThreadPoolExecutor, shown: "Filling") -> tuple[int, Candidate] | None:
         while True:
             if self._failure:
                 raise self._failure
@@ -266,7 +268,7 @@ class _Filling:
             lacking = max((self._lacks(label) for label in self._room), default=0)
             if lacking and not self._exhausted:
                 if self._drawing is None:
-                    self._draw(drawer, int(min(lacking, self._settings.connections)))
+                    self._draw(drawer, int(min(lacking, self._settings.connections)), shown)
             elif not self._undecided:
                 return None
             self._changed.clear()
@@ -275,11 +277,13 @@ class _Filling:
     def _lacks(self, label: str) -> float:
         return self._room[label] - self._taken[label]
 
-    def _draw(self, drawer: ThreadPoolExecutor, count: int) -> None:
+    def _draw(self, drawer: ThreadPoolExecutor, count: int, shown: "Filling") -> None:
         """Draw offers, never more than the class that lacks most needs at least."""
 
         def drawn(drawing: asyncio.Future[list[tuple[int, Candidate]]]) -> None:
             self._drawing = None
+            late.cancel()
+            shown.reading(False)
             self._changed.set()
             if drawing.cancelled():
                 return
@@ -290,6 +294,7 @@ class _Filling:
                     self._waiting[candidate.label].append((number, candidate))
 
         loop = asyncio.get_running_loop()
+        late = loop.call_later(_SECONDS_TO_OFFER, shown.reading, True)
         self._drawing = loop.run_in_executor(drawer, list, itertools.islice(self._offers, count))
         self._drawing.add_done_callback(drawn)
 
