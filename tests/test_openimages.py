@@ -264,14 +264,35 @@ def test_a_second_run_with_the_same_settings_asks_the_network_nothing(host: Host
     assert {candidate.label for candidate in offers(by_mid, tmp_path, ["soccer", "rugby"])} == {"rugby", "soccer"}
 
 
-def test_other_classes_exclusions_or_drawings_are_read_anew(host: Host, tmp_path: Path) -> None:
-    publish(host, test=[Shot(image(1), {RUGBY_UNION: "1", AMERICAN: "1"}, depictions=[1])])
-    assert origins(params_for(host, subsets=["test"]), tmp_path) == []
-    assert origins(params_for(host, subsets=["test"], exclude=[]), tmp_path) == []
-    lenient = params_for(host, subsets=["test"], exclude=[], leave_out_drawings=[])
-    assert origins(lenient, tmp_path) == [f"test/{image(1)}"]
-    narrow = lenient.model_copy(update={"classes": {"rugby": [RUGBY], "soccer": [SOCCER]}})
-    assert origins(narrow, tmp_path) == []
+def test_another_wish_reads_only_files_that_it_needs(host: Host, tmp_path: Path) -> None:
+    shots = [
+        Shot(image(1), {RUGBY_UNION: "1", AMERICAN: "1"}, depictions=[1]),
+        Shot(image(2), {RUGBY: "1", SOCCER: "1"}),
+        Shot(image(3), {SOCCER: "1", "/m/0c4936": "1"}),
+        Shot(image(4), {"/g/11b5v1_": "1"}),
+    ]
+    publish(host, test=shots)
+
+    def found(**changes: Any) -> list[int]:
+        wish = params_for(host, subsets=["test"], **changes)
+        return [int(origin.rsplit("/")[-1], 16) for origin in origins(wish, tmp_path, [*wish.classes])]
+
+    assert found(leave_out_drawings=[]) == [3]
+    assert {request.path for request in host.requests} == {CLASS_LIST, LABELS["test"], INFO["test"]}
+    host.down()
+    # More excluded, less excluded, fewer classes and classes cut otherwise.
+    assert found(leave_out_drawings=[], exclude=["/m/0c4936"]) == [1]
+    assert found(leave_out_drawings=[], exclude=[]) == [1, 3]
+    assert found(leave_out_drawings=[], exclude=[], classes={"rugby": [RUGBY], "other": [RUGBY_UNION]}) == [2, 1]
+    host.up()
+    asked = len(host.requests)
+    assert found(exclude=[]) == [3]
+    assert [request.path for request in host.requests[asked:]] == [BOXES["test"]]
+    # A class that was never read for needs the files again, and what is known then is enough for both.
+    cafe = {"soccer": [SOCCER], "café": ["/g/11b5v1_"]}
+    assert found(exclude=[], classes=cafe) == [2, 4, 3]
+    asked = len(host.requests)
+    assert found(exclude=[]) == [3] and len(host.requests) == asked
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "other"])
@@ -296,14 +317,15 @@ def test_a_damaged_cache_is_said_and_read_anew(
 
 
 def test_whole_files_are_kept_and_read_again_where_that_is_set(host: Host, tmp_path: Path) -> None:
-    publish(host, test=[Shot(image(1), {RUGBY: "1", AMERICAN: "1"}), Shot(image(2), {RUGBY: "1"})])
+    publish(host, test=[Shot(image(1), {"/m/0c4936": "1"}), Shot(image(2), {RUGBY: "1"})])
     params = params_for(host, subsets=["test"], keep_label_files=True)
     assert origins(params, tmp_path) == [f"test/{image(2)}"]
     assert {path.name for path in (tmp_path / "files").rglob("*.csv")} == {
         Path(files["test"]).name for files in (LABELS, INFO, BOXES)
     }
     asked = len(host.requests)
-    assert origins(params.model_copy(update={"exclude": []}), tmp_path) == [f"test/{image(1)}", f"test/{image(2)}"]
+    another = params.model_copy(update={"classes": {"rugby": [RUGBY], "soccer": ["/m/0c4936"]}})
+    assert origins(another, tmp_path) == [f"test/{image(2)}", f"test/{image(1)}"]
     assert len(host.requests) == asked
 
 
@@ -313,7 +335,8 @@ def test_a_kept_file_that_is_damaged_is_named(host: Host, tmp_path: Path) -> Non
     assert origins(params, tmp_path)
     (kept,) = tmp_path.rglob(Path(LABELS["test"]).name)
     kept.write_text("ImageID,Source\n1,2\n")
-    message = message_of(params.model_copy(update={"exclude": []}), tmp_path)
+    another = {"rugby": [RUGBY], "soccer": ["/m/0c4936"]}
+    message = message_of(params.model_copy(update={"classes": another}), tmp_path)
     assert message.startswith(str(kept))
 
 

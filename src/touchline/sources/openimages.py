@@ -17,7 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
@@ -56,7 +56,7 @@ _INFO_COLUMNS = ("ImageID", "License", "Author", "AuthorProfileURL", "Title", "O
 # Empty and `nan` stand for "not known", which is as good as upright for all but a few.
 _ROTATIONS = {"90": 90, "180": 180, "270": 270}
 # Part of what a cached subset depends on: to be raised where the meaning of what is kept changes.
-_FORMAT = 1
+_FORMAT = 2
 
 _Row = tuple[str, ...]
 
@@ -75,6 +75,22 @@ class _Photo:
     title: str
     landing_page: str
     rotation: int
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the files of one subset say of all photos positive for one of `mids`: enough for other wishes too.
+
+    Attributes:
+        labels: all that a photo is positive for, by its id.
+        info: its `_INFO_COLUMNS`; a photo without them is not on the server.
+        drawn: photos with a box marked as a drawing; None where the boxes were not read.
+    """
+
+    mids: list[str]
+    labels: dict[str, list[str]]
+    info: dict[str, list[str]]
+    drawn: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ def candidates(
     wanted = _resolved(params, classes, _class_names(params, settings, cache))
     taken: Counter[tuple[str, str]] = Counter()
     for subset in params.subsets:
-        found = _kept_subset(_subset_path(params, wanted, subset, cache))
+        found = _found(params, wanted, subset, cache)
         if found is None:
             found = _fetched(params, settings, wanted, subset, cache)
         for photo in _in_turn(_within_limit(found.photos, params.max_per_author, taken), classes):
@@ -144,7 +160,7 @@ def facts(params: OpenImagesParams, classes: Sequence[str], cache: Path) -> dict
     taken: Counter[tuple[str, str]] = Counter()
     known: dict[str, dict[str, int]] = {}
     for subset in params.subsets:
-        found = _kept_subset(_subset_path(params, wanted, subset, cache))
+        found = _found(params, wanted, subset, cache)
         if found is not None:
             offered = _within_limit(found.photos, params.max_per_author, taken)
             by_class = Counter(photo.label for photo in offered)
@@ -166,8 +182,8 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
     wanted = _resolved(params, classes, _class_names(params, settings, cache))
     files = []
     for subset in params.subsets:
-        path = _subset_path(params, wanted, subset, cache)
-        if _kept_subset(path) is not None:
+        path = _subset_path(params, subset, cache)
+        if _found(params, wanted, subset, cache) is not None:
             what = f"Open Images {subset}: photos found before"
             files.append(Planned(what, str(path), path.stat().st_size / 1e6, "there already", LICENCE))
             continue
@@ -176,7 +192,7 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
                 continue
             url, local = _url(params, names[subset]), _local(params, names[subset], cache)
             what = f"Open Images {subset}: {kind}"
-            if params.keep_label_files and local.exists():
+            if local.exists():
                 files.append(Planned(what, str(local), local.stat().st_size / 1e6, "there already", LICENCE))
             else:
                 with _explained():
@@ -223,7 +239,13 @@ def rows_where(
 
 def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted, subset: str, cache: Path) -> _Found:
     """Read the files of `subset`, keep what was found, and say how much that is."""
-    kinds = {"labels": _LABELS[subset], "image info": _INFO[subset]}
+    known = _kept_facts(_subset_path(params, subset, cache))
+    if known and not wanted.labels.keys() <= {*known.mids}:
+        # What earlier wishes needed is read again with it, or each change of mind would read all files.
+        wanted_mids, known = {*wanted.labels, *known.mids}, None
+    else:
+        wanted_mids = {*wanted.labels}
+    kinds = {} if known else {"labels": _LABELS[subset], "image info": _INFO[subset]}
     if subset in params.leave_out_drawings:
         kinds["boxes"] = _BOXES[subset]
     files = {kind: _local(params, name, cache) for kind, name in kinds.items()}
@@ -235,16 +257,18 @@ def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted
         with local.open("rb") as file:
             yield from rows_where(file, column, values, columns, str(local) if params.keep_label_files else url)
 
-    if subset == "train" and not files["labels"].exists():
+    if subset == "train" and "labels" in files and not files["labels"].exists():
         _try_photos(params, settings, subset)
     try:
-        found = _filtered(wanted, rows, drawings="boxes" in kinds)
+        facts = known or _read(sorted(wanted_mids), rows)
+        if "boxes" in kinds:
+            facts = replace(facts, drawn=_drawn(facts, rows))
     except _WrongTable:
         _put_away(params, files.values())  # the next run is to fetch them again
         raise
-    content = {"photos": [list(astuple(photo)) for photo in found.photos], "counts": found.counts}
-    _keep(_subset_path(params, wanted, subset, cache), content)
+    _keep(_subset_path(params, subset, cache), asdict(facts))
     _put_away(params, files.values())
+    found = _fitting_of(facts, wanted, drawings="boxes" in kinds)
     say(f"Open Images {subset}: {_summary(found, wanted)}")
     return found
 
@@ -277,32 +301,34 @@ def _put_away(params: OpenImagesParams, files: Iterable[Path]) -> None:
             local.unlink(missing_ok=True)
 
 
-def _filtered(wanted: _Wanted, rows: Callable[..., Iterator[_Row]], *, drawings: bool) -> _Found:
-    """The photos that fit, from the rows of a subset's files; a file that is not needed is not read."""
-    mids = [*wanted.labels, *wanted.excluded]
-    positives, excluded = _positives(rows("labels", "LabelName", mids, ("ImageID", "LabelName", "Confidence")), wanted)
-    label_of, counts = _of_one_class(positives, excluded, wanted)
-    info = {}
-    if label_of:
-        info = {row[0]: row for row in rows("image info", "ImageID", label_of, _INFO_COLUMNS)}
-    drawn = set()
-    if info and drawings:
-        flags = rows("boxes", "ImageID", info, ("ImageID", "IsDepiction"))
-        drawn = {image for image, flag in flags if flag.removesuffix(".0") == "1"}
-    return _Found(tuple(_fitting(label_of, info, drawn, counts)), dict(counts))
+def _read(mids: list[str], rows: Callable[..., Iterator[_Row]]) -> _Facts:
+    """The facts of a subset, without its drawings, from the rows of its files; a file not needed is not read."""
+    columns = ("ImageID", "LabelName", "Confidence")
+    images = {image for image, _ in _positive(rows("labels", "LabelName", mids, columns))}
+    if not images:
+        return _Facts(mids, {}, {}, None)
+    # What else they show: so that another `exclude` needs no file.
+    labels: defaultdict[str, set[str]] = defaultdict(set)
+    for image, mid in _positive(rows("labels", "ImageID", images, columns)):
+        labels[image].add(mid)
+    info = {row[0]: list(row) for row in rows("image info", "ImageID", images, _INFO_COLUMNS)}
+    return _Facts(mids, {image: sorted(found) for image, found in labels.items()}, info, None)
 
 
-def _positives(rows: Iterator[_Row], wanted: _Wanted) -> tuple[dict[str, set[str]], set[str]]:
-    """Our classes of each image positive for one of them, and the images positive for an excluded class.
+def _drawn(facts: _Facts, rows: Callable[..., Iterator[_Row]]) -> list[str]:
+    flags = rows("boxes", "ImageID", facts.info, ("ImageID", "IsDepiction")) if facts.info else iter(())
+    return sorted({image for image, flag in flags if flag.removesuffix(".0") == "1"})
+
+
+def _positive(rows: Iterator[_Row]) -> Iterator[tuple[str, str]]:
+    """Image and MID of the rows that say a class is there.
 
     Args:
         rows: ImageID, LabelName and Confidence.
 
     Raises:
-        TouchlineError: a confidence is no number.
+        _WrongTable: a confidence is no number.
     """
-    positives: defaultdict[str, set[str]] = defaultdict(set)
-    excluded = set()
     for image, mid, confidence in rows:
         try:
             positive = float(confidence) > 0.5
@@ -311,11 +337,21 @@ def _positives(rows: Iterator[_Row], wanted: _Wanted) -> tuple[dict[str, set[str
                 f"the Open Images label of photo {image} has Confidence {confidence!r}, which is no number: "
                 "see `ingest.openimages.url`"
             ) from None
-        if positive and mid in wanted.labels:
-            positives[image].add(wanted.labels[mid])
-        elif positive:
-            excluded.add(image)
-    return positives, excluded
+        if positive:
+            yield image, mid
+
+
+def _fitting_of(facts: _Facts, wanted: _Wanted, *, drawings: bool) -> _Found:
+    """The photos that fit what is wanted; with `drawings`, drawings do not."""
+    positives = {
+        image: labels
+        for image, mids in facts.labels.items()
+        if (labels := {wanted.labels[mid] for mid in mids if mid in wanted.labels})
+    }
+    excluded = {image for image in positives if not wanted.excluded.isdisjoint(facts.labels[image])}
+    label_of, counts = _of_one_class(positives, excluded, wanted)
+    drawn = set(facts.drawn or ()) if drawings else set()
+    return _Found(tuple(_fitting(label_of, facts.info, drawn, counts)), dict(counts))
 
 
 def _of_one_class(
@@ -336,7 +372,7 @@ def _of_one_class(
 
 
 def _fitting(
-    label_of: Mapping[str, str], info: Mapping[str, _Row], drawings: Collection[str], counts: Counter[str]
+    label_of: Mapping[str, str], info: Mapping[str, Sequence[str]], drawings: Collection[str], counts: Counter[str]
 ) -> Iterator[_Photo]:
     """The images that are on the server, under a licence and no drawings; the others are added to `counts`."""
     for image, label in sorted(label_of.items()):
@@ -490,15 +526,21 @@ def _classes_path(params: OpenImagesParams, cache: Path) -> Path:
     return cache / f"classes-{_digest([_FORMAT, _url(params, _CLASSES)])[:16]}.json"
 
 
-def _subset_path(params: OpenImagesParams, wanted: _Wanted, subset: str, cache: Path) -> Path:
-    """Named by all that the content depends on, which leaves out the limit of an author and the order of classes."""
-    chosen = [sorted(wanted.labels.items()), sorted(wanted.excluded), subset in params.leave_out_drawings]
-    return cache / f"{subset}-{_digest([_FORMAT, _url(params, _LABELS[subset]), chosen])[:16]}.json"
+def _subset_path(params: OpenImagesParams, subset: str, cache: Path) -> Path:
+    return cache / f"{subset}-{_digest([_FORMAT, _url(params, _LABELS[subset])])[:16]}.json"
 
 
-def _kept_subset(path: Path) -> _Found | None:
+def _found(params: OpenImagesParams, wanted: _Wanted, subset: str, cache: Path) -> _Found | None:
+    """What is wanted of a subset, from what is kept of it; None where files must be read for it."""
+    facts, drawings = _kept_facts(_subset_path(params, subset, cache)), subset in params.leave_out_drawings
+    if facts is None or not wanted.labels.keys() <= {*facts.mids} or (drawings and facts.drawn is None):
+        return None
+    return _fitting_of(facts, wanted, drawings=drawings)
+
+
+def _kept_facts(path: Path) -> _Facts | None:
     kept = _kept(path)
-    return kept and _Found(tuple(_Photo(*photo) for photo in kept["photos"]), kept["counts"])
+    return kept and _Facts(**kept)
 
 
 def _keep(path: Path, value: Any) -> None:
@@ -516,6 +558,7 @@ def _kept(path: Path) -> Any:
     except (ValueError, KeyError, TypeError):
         pass
     say(f"{path} is damaged: it will be fetched again")
+    path.unlink()
     return None
 
 
