@@ -364,7 +364,7 @@ def test_a_server_without_ranges_that_breaks_each_time_is_given_up(host: Host, t
         CONTENT, stored.size, stored.md5, False, stored.content_type, deque([Fault.no_ranges().always()])
     )
     with pytest.raises(Unavailable):
-        http.to_file(f"{host.url}/x", tmp_path / "x", settings(tries=2))
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings(tries=2, read_timeout=0.2))
 
 
 def test_a_server_without_ranges_cannot_send_a_piece(host: Host, tmp_path: Path) -> None:

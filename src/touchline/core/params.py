@@ -178,8 +178,8 @@ class IngestParams(_Section):
         if held and self.per_class and self.per_class < self.min_per_class:
             raise PydanticCustomError(
                 "options",
-                f"no `per_class` ({self.per_class}) below `min_per_class` ({self.min_per_class}), for the photos "
-                "could never be enough: raise the one or lower the other",
+                f"no `per_class` ({self.per_class}) below `min_per_class` ({self.min_per_class}), which could "
+                "never be reached: raise the one or lower the other",
             )
         return self
 

@@ -316,8 +316,8 @@ class _Remote:
             if self.offset or self.size is not None:
                 raise WrongContent(self.url, "the server answers a range of bytes with the whole file")
             if self.position:
-                why = "the file has changed" if etag and etag != self.etag else "the server does not go on from a place"
-                say(f"{self.what or self.url}: starts over after {self.position / 1e6:,.0f} MB, for {why}")
+                why = "the file has changed" if etag and etag != self.etag else "the server cannot resume"
+                say(f"{self.what or self.url}: starts over after {self.position / 1e6:,.0f} MB, because {why}")
                 self._forget()
             self.total = response.content_length
         elif asked_for is not None:
