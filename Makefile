@@ -32,17 +32,16 @@ test: setup  ## every feature once for real, about 13 minutes on two cores: befo
 test-all: setup  ## the slow tests too, about half an hour: before a release
 	@python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-
 test-portable: setup  ## the tests as on one core of a processor without wide vectors; TESTS="tests/test_train.py" for some
 	@python tests/plain_processor.py --timeout=1800 $(TESTS)
 
-faults: setup  ## kill every stage at random moments, tear files, fill disks, lock stores, hand over hostile bytes; a table ends it
-	@echo "killing, tearing and overloading for an hour and more on two cores; a table says what came of it"
+faults: setup  ## kill every stage at random moments, damage files, fill disks, lock stores, feed hostile bytes; ends with a table
+	@echo "this takes over an hour on two cores; a table at the end shows the results"
 	@TOUCHLINE_FAULTS=1 TOUCHLINE_KILLS=$(KILLS) TOUCHLINE_FUZZ_CASES=2000 python -m pytest -q -n 2 --dist loadgroup --timeout=1800 \
 		--no-loadscope-reorder tests/test_pipeline_killed.py tests/test_flows_killed.py tests/test_fuzz.py tests/test_faults.py \
 		tests/test_ingest_faults.py tests/test_team.py tests/test_load.py tests/test_security.py
 
-app: setup  ## a page to try the model on photos and to say where it is wrong, until Ctrl-C
+app: setup  ## a page to try the models on photos and correct their answers, until Ctrl-C
 	@touchline registry sync
 	@touchline app $(APP)
 
@@ -50,26 +49,26 @@ mlflow: setup  ## the MLflow UI on the project's store
 	@touchline registry sync
 	@touchline mlflow --port $(PORT)
 
-board: setup  ## the Prefect UI with its schedules and worker, the MLflow UI and the reports, until Ctrl-C
+board: setup  ## the Prefect UI, a worker for the schedules, the MLflow UI and the reports, until Ctrl-C
 	@touchline registry sync
 	@python -m flows.board $(BOARD)
 
-refresh: setup  ## look for new photos where DVC cannot see them, then bring all up to date
+refresh: setup  ## look for new photos where DVC cannot see them, then update everything
 	@TOUCHLINE_REFRESH=1 dvc --wait-for-lock repro --force --single-item ingest
 	@dvc --wait-for-lock repro
 	@touchline summary
 
-lint: setup  ## check style, types and security; nothing is rewritten
+lint: setup  ## check style, types and security; changes nothing
 	@ruff check .
 	@ruff format --check .
 	@bandit --quiet --configfile pyproject.toml --recursive src flows
 	@mypy
 
-format: setup  ## mend and format what ruff can
+format: setup  ## fix and format what ruff can
 	@ruff check --fix . && ruff format .
 
 # No index address goes into the lock; --universal makes it one for every Python and system.
-lock: setup  ## write requirements.lock anew from pyproject.toml
+lock: setup  ## rewrite requirements.lock from pyproject.toml
 	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group dev \
 		--extra app --extra onnx --extra dask --extra team --python-version 3.11 pyproject.toml --output-file requirements.lock
 
@@ -88,5 +87,5 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-clean:  ## begin anew: delete models, reports, data/photos, data/features and tables of data/, whole; DVC's cache, the store, your decisions stay (`touchline clean`: what nothing needs)
+clean:  ## start over: delete models, reports, data/photos, data/features and data/*.csv; DVC's cache, the MLflow store and your decisions stay
 	@rm -rf data/photos data/features $(filter-out data/decisions.csv,$(wildcard data/*.csv)) models reports

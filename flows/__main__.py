@@ -1,4 +1,4 @@
-"""`python -m flows ...` is Prefect's own command, `prefect ...`, on the board of this project where one runs."""
+"""`python -m flows ...` runs `prefect ...` against this project's board if one is running."""
 
 import runpy
 

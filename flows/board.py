@@ -1,4 +1,4 @@
-"""A board to run and watch the flows on: Prefect's server and a worker, MLflow's UI, the reports. It ends as a whole.
+"""Run Prefect's server and a worker, MLflow's UI and the reports; all of them end together.
 
 `make board` runs it. Everything listens on one address of this machine and keeps its state in the project's .prefect.
 """

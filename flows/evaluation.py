@@ -12,6 +12,7 @@ from flows import project
 from flows.project import escaped, mlflow_link, report_link
 from touchline.core import params
 from touchline.core.files import read_json
+from touchline.models import scores
 from touchline.report import page
 
 
@@ -47,21 +48,15 @@ def show_decision(workspace: Path, _: str) -> None:
         "",
         "# The models side by side",
         "",
-        "| model | test accuracy | 95 % interval | balanced | log loss | MLflow |",
-        "|---|---|---|---|---|---|",
+        f"| model | {' | '.join(scores.titles())} | MLflow |",
+        "|---" * (len(scores.METRICS) + 2) + "|",
     ]
     for name, found in metrics["models"].items():
         record = records[name]
-        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
         run = mlflow_link(f"experiments/{record['experiment_id']}/runs/{record['run_id']}", record["run_id"][:8])
-        lines.append(
-            f"| {escaped(record['run_name'])} | {found['accuracy']:.3f} | {interval} | "
-            f"{found['balanced_accuracy']:.3f} | {found['log_loss']:.3f} | {run} |"
-        )
+        lines.append(f"| {' | '.join([escaped(record['run_name']), *scores.cells(found), run])} |")
     for name, found in metrics["baselines"].items():
-        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
-        label = name.replace("_", " ")
-        lines.append(f"| {label} | {found['accuracy']:.3f} | {interval} | {found['balanced_accuracy']:.3f} | | |")
+        lines.append(f"| {' | '.join([name.replace('_', ' '), *scores.cells(found)])} | |")
     lines += ["", *(_mcnemar(pair) for pair in metrics["mcnemar"])]
     if registered := decision["registered"]:
         number = registered["version"]

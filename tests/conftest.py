@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -43,7 +44,19 @@ os.environ |= {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# Groups of tests that take long, in the order in which they begin; the three after the board need no shared project.
+FIRST = (
+    "board", "test_train", "test_tune", "test_backbones", "test_readme", "test_export", "test_serve", "test_app",
+    "test_faults", "test_security", "test_parallel", "test_tracking", "test_flows_alone", "test_pipeline",
+    "test_pipeline_elsewhere", "test_team", "test_report", "test_audit", "test_load", "test_mlflow_page", "test_clean",
+)  # fmt: skip
+
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
+
+
+def names(message: str, *things: str) -> bool:
+    """Whether a message holds each of these keys, files, numbers and the like, as whole words; its wording is free."""
+    return all(re.search(rf"(?<![\w.]){re.escape(thing)}(?!\w|\.\d)", message) for thing in things)
 
 
 def shipped_values() -> dict[str, Any]:
@@ -105,12 +118,22 @@ def host() -> Iterator[Host]:
         yield host
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): known without pytest-xdist too (`-p no:xdist`)")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, the tests of a file go to one, for its fixtures, unless a mark puts them with others."""
+    """With several workers, the tests of a file go to one, for its fixtures, unless a mark puts them with others.
+
+    Groups are handed out in this order: one worker builds the shared project for the board's tests while another one
+    does without it; then comes what is long, and what is short evens out the end.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    ranks = {group: rank for rank, group in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.get_closest_marker("xdist_group").args[0], len(FIRST)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -169,7 +169,7 @@ class Page:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     root = tmp_path_factory.mktemp("page") / "the project"
-    project = projects.copy(projects.built(tmp_path_factory).untouched, root)
+    project = projects.copy(projects.built(tmp_path_factory).project, root)
     scratch = tmp_path_factory.mktemp("scratch")
     for owner in (ENDED, os.getpid()):
         (scratch / f"touchline-app-{owner}-left" / "0123").mkdir(parents=True)
@@ -327,7 +327,7 @@ def test_a_correction_is_kept_when_the_button_is_pressed_and_ingest_takes_it(
 
     assert "data/feedback" in page.project.dvc("status", "ingest")
     page.project.change({"ingest.sources": ["sample", "feedback"]})
-    page.project.touchline("ingest")
+    page.project.call("ingest")
     table = files.read_table(page.project.root / "data/photos.csv").set_index("sha256")
     row = table.loc[digest]
     assert (row["class"], row["source"]) == ("soccer", "feedback")

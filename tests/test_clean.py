@@ -204,7 +204,7 @@ class Littered:
 @pytest.fixture(scope="module")
 def littered_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Littered, Path]:
     folder = tmp_path_factory.mktemp("littered; $(id)")
-    littered = Littered(copy(built(tmp_path_factory).untouched, folder / "the project"))
+    littered = Littered(copy(built(tmp_path_factory).project, folder / "the project"))
     littered.cached_before = cached(littered.project)
     littered.names_before = run_names(littered.project)
     littered.data_before = tree(littered.project.root / "data")
@@ -367,7 +367,7 @@ def test_a_commit_that_dvc_cannot_read_holds_the_cache_back(littered: Littered) 
 
 @pytest.mark.slow
 def test_an_archive_without_git_is_cleaned_too(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    project = copy(built(tmp_path_factory).untouched, tmp_path / "an archive")
+    project = copy(built(tmp_path_factory).project, tmp_path / "an archive")
     shutil.rmtree(project.root / ".git")
     project.dvc("config", "--local", "core.no_scm", "true")
     stray = project.root / ".dvc/cache/files/md5/aa/bbccddeeff00112233445566778899"

@@ -17,6 +17,7 @@ import pytest
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import Params, check
 from touchline.core.paths import Paths
+from touchline.models import training as fitting
 from touchline.stages import train
 
 # Trains on one device, on both, and in another precision; in a process of its own, since
@@ -31,7 +32,7 @@ sys.path.insert(0, sys.argv[1])
 half = tf.config.LogicalDeviceConfiguration()
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [half, half])
 
-import test_training as given
+import test_train as given
 from touchline.stages import train as training
 from touchline.core.errors import TouchlineError
 
@@ -141,7 +142,7 @@ def test_the_precision_of_other_models_stays_as_it_was(ran: Ran) -> None:
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])
 @pytest.mark.parametrize("photos", [19, 64, 73, 97, 200])
 def test_no_replica_is_left_without_a_photo(photos: int, replicas: int) -> None:
-    edges = [0, *train._cuts(photos, 24, replicas), photos]
+    edges = [0, *fitting._cuts(photos, 24, replicas), photos]
     sizes = np.diff(edges)
     assert sizes.sum() == photos and (sizes[:-1] % replicas == 0).all() and sizes[:-2].max(initial=24) == 24
     # As TensorFlow shares a batch: the same number for each, rounded up, while there are any.
@@ -152,7 +153,7 @@ def test_no_replica_is_left_without_a_photo(photos: int, replicas: int) -> None:
 
 def test_too_few_photos_for_so_many_devices_are_one_line() -> None:
     with pytest.raises(TouchlineError, match=r"\b5\b.*\b4\b"):
-        train._cuts(5, 24, 4)
+        fitting._cuts(5, 24, 4)
 
 
 @pytest.mark.parametrize("tasks", [{"worker": ["a:1", "b:1"]}, {"chief": ["a:1"], "worker": ["b:1"]}])

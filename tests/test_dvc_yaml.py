@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 import typer
 from dvc.dependency import ParamsDependency
@@ -112,6 +113,25 @@ def test_a_stage_depends_on_the_code_that_makes_its_result_and_on_no_other(stage
         differences += [f"{name}: missing {path}" for path in sorted(needed - named)]
         differences += [f"{name}: too many {path}" for path in sorted(named - needed)]
     assert not differences, "deps in dvc.yaml differ from the imports:\n  " + "\n  ".join(differences)
+
+
+def test_train_reads_the_photos_that_the_split_names_by_digest(stages: dict[str, PipelineStage]) -> None:
+    ingest, train = ({out.def_path for out in stages["ingest"].outs}, stages["train@cnn"])
+    named = {dep.def_path for dep in train.deps}
+    assert "data/photos" in ingest and "data/photos" not in named and "data/split.csv" in named
+    graph = train.repo.index.graph
+    assert {"ingest", "validate", "split"} <= {each.addressing for each in nx.descendants(graph, train)}
+
+
+def test_a_change_to_what_may_be_shown_draws_the_figures_anew(stages: dict[str, PipelineStage]) -> None:
+    shipped = YAML(typ="safe").load((ROOT / "params.yaml").read_text())["ingest"]
+    share = {
+        f"ingest.{name}.share" for name, section in shipped.items() if isinstance(section, dict) and "share" in section
+    }
+    for name in ("evaluate", "register"):
+        assert share <= {key for dep in stages[name].deps if isinstance(dep, ParamsDependency) for key in dep.params}, (
+            f"params of {name} in dvc.yaml"
+        )
 
 
 def test_every_stage_says_what_it_does(stages: dict[str, PipelineStage]) -> None:

@@ -36,7 +36,7 @@ def edited(file: Path, text: str, changes: dict[str, Any]) -> str:
         ("models.cnn.filters", [8, 16], "    filters: [8, 16]  # blocks of"),
         ("models.cnn.augmentation.zoom", 0.00001, "rotation: 30, zoom: 0.00001, shift: 0.1"),
         ("drift.train", True, "  train: true                  # true:"),
-        ("drift.folder", "photos #2: new", '  folder: "photos #2: new"                    # what'),
+        ("drift.folder", "photos #2: new", '  folder: "photos #2: new"                    # '),
     ],
 )
 def test_a_value_changes_and_nothing_else(file: Path, key: str, value: object, line: str) -> None:

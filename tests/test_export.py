@@ -31,6 +31,7 @@ from touchline.models import architectures, backbones
 from touchline.models.heads import Head
 from touchline.sources.sample import encode
 
+EXPORT = "touchline export --format tflite"  # as docs/serving.md has it
 SIDE, CLASSES, CHANNELS = 32, ["rugby", "Fußball", "<b>"], 6
 KINDS = ["cnn", "one view", "two views", "two backbones"]
 
@@ -268,7 +269,7 @@ def test_an_unknown_format_is_an_error_of_use() -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory):
     project = copy(built(tmp_path_factory).project, tmp_path_factory.mktemp("exporting") / "the project")
-    said = project.call("export", "--format", "tflite").out
+    said = project.call(*EXPORT.split()[1:]).out
     return SimpleNamespace(project=project, output=project.root / "exports/rugby-soccer-version-1.tflite", said=said)
 
 

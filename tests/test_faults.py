@@ -58,12 +58,12 @@ OWN = {"ingest": "params.yaml", "validate": "data/decisions.csv"}
 
 @pytest.fixture
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return built(tmp_path_factory).untouched
+    return built(tmp_path_factory).project
 
 
 @pytest.fixture(scope="module")
 def torn(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return copy(built(tmp_path_factory).untouched, tmp_path_factory.mktemp("torn") / "the project")
+    return copy(built(tmp_path_factory).project, tmp_path_factory.mktemp("torn") / "the project")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import names
 from test_ingest import ingested, offer, photo
 
 from touchline.core.errors import TouchlineError
@@ -142,12 +143,12 @@ def lead_elsewhere(record: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (lead_elsewhere, []),
-        (spoil_class, ["'cricket'", "rugby, soccer"]),
-        (lambda record: record.with_suffix(".jpg").unlink(), []),
-        (lambda record: record.write_text("[]"), []),
-        (lambda record: record.write_text('{"photo": "../params.yaml", "label": "rugby"}'), []),
-        (lambda record: record.write_text("{"), []),
+        (lead_elsewhere, ["photo"]),
+        (spoil_class, ["'cricket'", "rugby", "soccer"]),
+        (lambda record: record.with_suffix(".jpg").unlink(), ["photo"]),
+        (lambda record: record.write_text("[]"), ["photo"]),
+        (lambda record: record.write_text('{"photo": "../params.yaml", "label": "rugby"}'), ["photo"]),
+        (lambda record: record.write_text("{"), ["JSON"]),
     ],
 )
 def test_an_entry_that_was_spoilt_by_hand_is_one_line_that_names_it(
@@ -155,10 +156,15 @@ def test_an_entry_that_was_spoilt_by_hand_is_one_line_that_names_it(
 ) -> None:
     offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
     say(paths, 1, "rugby")
-    spoil(paths.feedback / f"{digest(1)}.json")
-    with pytest.raises(TouchlineError, match=rf"{digest(1)}\.json") as caught:
+    record = paths.feedback / f"{digest(1)}.json"
+    spoil(record)
+    with pytest.raises(TouchlineError) as caught:
         ingested(paths, both)
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in named)
+    assert names(str(caught.value), f"feedback/{record.name}", *named) and "\n" not in str(caught.value)
+    # Nothing of it was taken, and without it all is well.
+    assert not paths.photos_table.exists()
+    record.unlink()
+    assert rows(ingested(paths, both), 1) == [("folder", "rugby")]
 
 
 def test_the_plan_says_how_many_there_are(paths: Paths, both: Params) -> None:

@@ -32,7 +32,7 @@ def project(tmp_path):
 @pytest.fixture
 def built_copy(tmp_path_factory, tmp_path):
     """A project of one's own that has run once, with an empty MLflow store."""
-    return projects.copy(projects.built(tmp_path_factory).untouched, tmp_path / "a project; $(id)")
+    return projects.copy(projects.built(tmp_path_factory).project, tmp_path / "a project; $(id)")
 
 
 @pytest.fixture

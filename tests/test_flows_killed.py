@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes: `make faults` 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return built(tmp_path_factory).untouched
+    return built(tmp_path_factory).project
 
 
 @pytest.fixture(scope="module")

@@ -48,11 +48,11 @@ from touchline.models import classifier, torch_weights
 from touchline.models.classifier import Classifier
 from touchline.models.engines import Network
 from touchline.models.inference import ModelFiles
+from touchline.models.training import Labelled
 from touchline.sources import feedback, folder, imagenet, openimages
 from touchline.sources.fetch import Journal
 from touchline.sources.received import Received
 from touchline.stages import split
-from touchline.stages.train import Labelled
 from touchline.stages.validate import _read_photos
 
 CASES = int(os.environ.get("TOUCHLINE_FUZZ_CASES", "100"))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -285,8 +286,8 @@ def test_no_offer_is_drawn_once_there_is_no_room_for_it(
             yield Candidate(label, "sample", f"{label}/{number}", lambda number=number: photo(number))
         pytest.fail("was asked for more than there is room for")
 
-    monkeypatch.setattr(sample, "candidates", offers)
-    table = ingested(paths, params_with(ingest={"sources": ["sample"], "per_class": 2}))
+    monkeypatch.setattr(sample, "SOURCE", replace(sample.SOURCE, offers=offers, network=True))
+    table = ingested(paths, params_with(ingest={"sources": ["sample"], "per_class": 2, "min_per_class": 2}))
     assert list(table["origin"]) == ["rugby/0", "rugby/1", "soccer/3", "soccer/4"]
 
 

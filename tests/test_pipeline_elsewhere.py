@@ -81,7 +81,7 @@ def test_an_experiment_in_a_copy_takes_photos_from_a_folder_outside_the_project(
 def test_a_fresh_clone_pulls_everything_and_restores_the_registry(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    pushed = copy(built(tmp_path_factory).untouched, tmp_path / "pushed from")
+    pushed = copy(built(tmp_path_factory).project, tmp_path / "pushed from")
     pushed.dvc("remote", "add", "--default", "storage", str(tmp_path / "the remote"))
     pushed.commit("a remote")
     pushed.dvc("push")

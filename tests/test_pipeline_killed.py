@@ -31,12 +31,12 @@ SECONDS_OF_DVC = 3.0  # between a stage's beginning or end and DVC's own
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return copy(built(tmp_path_factory).untouched, tmp_path_factory.mktemp("attacked") / "the project")
+    return copy(built(tmp_path_factory).project, tmp_path_factory.mktemp("attacked") / "the project")
 
 
 @pytest.fixture
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return built(tmp_path_factory).untouched
+    return built(tmp_path_factory).project
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -117,7 +117,7 @@ def test_the_run_of_a_killed_training_is_closed_by_the_next_process_that_opens_t
 @pytest.fixture(scope="module")
 def besieged(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a store of its own, for kills at random moments."""
-    return copy(built(tmp_path_factory).untouched, tmp_path_factory.mktemp("besieged") / "the project")
+    return copy(built(tmp_path_factory).project, tmp_path_factory.mktemp("besieged") / "the project")
 
 
 def kill_at_random(project: Project, stage: str, number: signal.Signals, chance: random.Random) -> bool:

@@ -17,10 +17,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import boards
 import projects
 import pytest
-from boards import free_ports
+from boards import Board, free_ports
 from ruamel.yaml import YAML
+from test_export import EXPORT
 from test_serve import ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_ASK, MLFLOW_JSON, MLFLOW_SERVE, SERVE
 
 from touchline.core.params import check
@@ -36,6 +38,7 @@ NOT_HERE = {
         (SERVE, ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_SERVE, MLFLOW_JSON, MLFLOW_ASK),
         "test_serve.py, which compares the answers",
     ),
+    EXPORT: "test_export.py, which asks the exported model",
 }
 # What runs until Ctrl-C: how to give it other ports than the printed ones, and where it then answers.
 SERVERS = {
@@ -73,16 +76,18 @@ def blocks_to_run() -> Iterator[tuple[Path, list[str]]]:
             shown.update(new)
 
 
-# Commands that train, and a second board: test_pipeline.py, test_tune.py and the README's own lines do the same once.
-SLOW = ("experiments.md", "schedules.md")
+# Commands that train (test_pipeline.py and test_tune.py do), and boards (see the test of `make board`).
+SLOW = ("dvc exp run", "touchline tune", "make board")
 COMMANDS = [
     pytest.param(
-        commands, id=f"{document.name}: {commands[0]}", marks=pytest.mark.slow if document.name in SLOW else ()
+        commands,
+        id=f"{document.name}: {commands[0]}",
+        marks=pytest.mark.slow if commands[0].startswith(SLOW) else (),
     )
     for document, commands in blocks_to_run()
 ]
 # One command and no more of a shell, that would start TensorFlow or MLflow: this process has them.
-HERE = re.compile(r"touchline (?:predict|drift|export|audit|promote|rollback|registry)\b[^|&;<>$]*")
+HERE = re.compile(r"touchline (?:predict|drift|export|audit|clean|promote|rollback|registry)\b[^|&;<>$]*")
 SETTINGS = [
     pytest.param(block, id=f"{document.name} {number}")
     for document in DOCUMENTS
@@ -119,7 +124,7 @@ def as_cloned(project: projects.Project) -> projects.Project:
 def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     """A project that has run, with two versions in its store, and an album beside its photos."""
     root = tmp_path_factory.mktemp("readme") / "the project"
-    made = as_cloned(projects.copy(projects.built(tmp_path_factory).untouched, root))
+    made = as_cloned(projects.copy(projects.built(tmp_path_factory).project, root))
     store = open_store(Paths(root, root), projects.REGISTERED)
     first = store.alias(projects.REGISTERED, CHAMPION)
     store.promote(projects.REGISTERED, store.register(projects.REGISTERED, first.run_id, first.tags, "the same again"))
@@ -180,6 +185,15 @@ def test_the_commands_work_as_printed(commands, project):
                 project.call(*shlex.split(line)[1:])
             else:
                 project.run("bash", "-ec", line)
+
+
+def test_make_board_is_what_the_tests_of_the_board_start(project):
+    board = Board(project)
+    options = shlex.join(boards.options(board.ports))
+    *_, sync, command = project.run("make", "--dry-run", "board", f"BOARD={options}").splitlines()
+    assert shlex.split(command) == ["python", *board.command()[1:]]
+    # Which `make mlflow` runs here for real.
+    assert sync in project.run("make", "--dry-run", "mlflow").splitlines()
 
 
 def test_what_is_run_elsewhere_is_printed_there():

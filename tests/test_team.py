@@ -39,7 +39,7 @@ def team() -> Iterator[Team]:
 @pytest.fixture
 def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose pipeline has run, on a store that was its own; a team's knows nothing of it."""
-    return copy(built(tmp_path_factory).untouched, tmp_path / "a project")
+    return copy(built(tmp_path_factory).project, tmp_path / "a project")
 
 
 class Seen:

@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,10 +24,11 @@ from touchline.core.paths import Paths
 from touchline.data import feature_store
 from touchline.data.feature_store import Arrays
 from touchline.models import architectures, engines
+from touchline.models import training as fitting
 from touchline.models.heads import Head, log_loss
+from touchline.models.training import Labelled, Trained
 from touchline.stages import features
 from touchline.stages import train as training
-from touchline.stages.train import Labelled, Trained
 
 SIDE = 32
 CHANNELS = 256  # of the backbone that the heads here stand on
@@ -164,7 +167,7 @@ def test_the_simple_network_learns_red_from_blue(planted: Planted, trained_cnn: 
     fresh = np.arange(40) % 2
     assert accuracy(trained_cnn.model, coloured(fresh, 9), fresh) > 0.95
     assert [row["epoch"] for row in trained_cnn.history] == list(range(len(trained_cnn.history)))
-    assert set(trained_cnn.history[0]) == {"epoch", *training.METRICS.values()}
+    assert set(trained_cnn.history[0]) == {"epoch", *fitting.METRICS.values()}
 
 
 def test_the_simple_network_halves_the_side_for_each_width_and_ends_in_a_mean() -> None:
@@ -202,7 +205,7 @@ def test_the_rate_falls_to_nothing_over_the_epochs_and_weight_decay_is_no_part_o
     optimizer = trained_cnn.model.optimizer
     assert len(trained_cnn.history) == CNN.epochs and int(optimizer.iterations) == CNN.epochs * 6
     assert float(optimizer.learning_rate) == pytest.approx(0, abs=1e-8)
-    assert float(training._optimizer(CNN, 96).learning_rate) == pytest.approx(CNN.learning_rate)
+    assert float(fitting.adam_w(CNN, 96).learning_rate) == pytest.approx(CNN.learning_rate)
     assert isinstance(optimizer, keras.optimizers.AdamW) and optimizer.weight_decay == CNN.weight_decay
     assert not trained_cnn.model.losses
 
@@ -286,7 +289,7 @@ def test_every_training_photo_is_augmented_each_epoch_and_no_validation_photo_ev
         seen.append(numbers[photo.tobytes()])
         return photo
 
-    monkeypatch.setattr(training, "augment", recording)
+    monkeypatch.setattr(fitting, "augment", recording)
     planted.fit(CNN.model_copy(update={"epochs": 3}))
     # One photo is asked for once more, to learn the shape of a row.
     assert sorted(seen) == sorted([0, *list(range(96)) * 3])
@@ -295,7 +298,7 @@ def test_every_training_photo_is_augmented_each_epoch_and_no_validation_photo_ev
 def test_what_augmentation_makes_is_what_is_learned(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     # The article made an augmentation generator and gave `fit` the photos as they were. Here red and blue change
     # places in training photos alone, so a model that learned from these gets every validation photo wrong.
-    monkeypatch.setattr(training, "augment", lambda photo, params, random: photo[..., ::-1])
+    monkeypatch.setattr(fitting, "augment", lambda photo, params, random: photo[..., ::-1])
     trained = planted.fit(CNN.model_copy(update={"epochs": 3}))
     assert trained.history[-1]["train/accuracy"] > 0.95
     assert trained.history[-1]["validation/accuracy"] < 0.05
@@ -312,7 +315,7 @@ def test_training_rows_are_shuffled_and_changed_anew_each_epoch_by_the_seed_alon
         return chosen[:, None] + random.random((len(chosen), 1))
 
     def two_epochs(seed: int) -> list[np.ndarray]:
-        dataset = training._dataset(jittered, labels, 4, seed)
+        dataset = fitting.dataset(jittered, labels, 4, seed)
         assert int(dataset.cardinality()) == 3
         epochs = []
         for _ in range(2):
@@ -331,7 +334,7 @@ def test_training_rows_are_shuffled_and_changed_anew_each_epoch_by_the_seed_alon
 
 def test_validation_rows_are_the_same_each_epoch_in_their_order(planted: Planted) -> None:
     rows = planted.photos[96:]
-    dataset = training._dataset(lambda chosen, _: rows[chosen], planted.validation.labels, 12)
+    dataset = fitting.dataset(lambda chosen, _: rows[chosen], planted.validation.labels, 12)
     for _ in range(2):
         parts = batches(dataset)
         np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), rows)
@@ -401,7 +404,7 @@ def test_with_two_views_a_row_is_the_mean_and_a_mirror_image_is_judged_as_its_ph
 
 
 def test_each_strength_is_a_row_of_the_history(trained_head: Trained) -> None:
-    names = {"epoch", "strength", "cross_validation/loss", *training.METRICS.values()}
+    names = {"epoch", "strength", "cross_validation/loss", *fitting.METRICS.values()}
     assert [set(row) for row in trained_head.history] == [names] * 3
     assert [(row["epoch"], row["strength"]) for row in trained_head.history] == [(0, 0.01), (1, 0.1), (2, 1.0)]
     losses = [row["train/loss"] for row in trained_head.history]
@@ -509,7 +512,7 @@ def test_fine_tuning_that_helps_is_kept_with_its_best_epoch(tunable: Tunable, tu
     assert [row["epoch"] for row in tuned.history] == [0, 1, 2]
     frozen, *epochs = tuned.history
     assert frozen == tunable.frozen.history[0] and "strength" in frozen
-    assert [set(row) for row in epochs] == [{"epoch", *training.METRICS.values()}] * 2
+    assert [set(row) for row in epochs] == [{"epoch", *fitting.METRICS.values()}] * 2
     least = min(row["validation/loss"] for row in tuned.history)
     assert tuned.kept > 0 and tuned.history[tuned.kept]["validation/loss"] == least < frozen["validation/loss"]
     # Validation has stopped it, so it is not learned from as well.
@@ -520,32 +523,54 @@ def test_fine_tuning_that_helps_is_kept_with_its_best_epoch(tunable: Tunable, tu
     assert log_loss(validation.labels, tuned.model.predict(photos, verbose=0)) == pytest.approx(least, rel=1e-3)
 
 
-def test_fine_tuning_that_does_not_help_is_undone(tunable: Tunable, capsys: pytest.CaptureFixture[str]) -> None:
-    undone = tunable.fit(blocks=2, learning_rate=50.0)
-    # The head as well is that which is taken where nothing is tuned: fitted to validation photos too.
-    assert tunable.changed_by(undone) == set()
-    assert len(undone.history) > 1 and undone.kept == 0
-    assert undone.learned_from.digests == tunable.frozen.learned_from.digests
-    assert set(tunable.subsets[1].digests) < set(undone.learned_from.digests)
+@dataclass(frozen=True)
+class Undone:
+    """A fine-tuning that did not help.
+
+    Attributes:
+        heads: those that a model was built with, in turn.
+        note: the line about it.
+    """
+
+    trained: Trained
+    heads: list[Head]
+    note: str
 
 
-def test_fine_tuning_starts_from_the_head_that_has_seen_no_validation_photo(
-    tunable: Tunable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Head] = []
+@pytest.fixture(scope="module")
+def undone(tunable: Tunable) -> Undone:
+    heads: list[Head] = []
     build = architectures.transfer
 
     def recording(head: Head, *others: object) -> keras.Model:
-        given.append(head)
+        heads.append(head)
         return build(head, *others)
 
-    monkeypatch.setattr(architectures, "transfer", recording)
-    undone = tunable.fit(blocks=1, learning_rate=50.0)
-    finished = head_of(undone)  # the model is built when it is asked for
-    first, last = given
+    with patch.object(architectures, "transfer", recording), redirect_stdout(StringIO()) as out:
+        trained = tunable.fit(blocks=2, learning_rate=50.0)
+        assert trained.model  # it is built when it is asked for
+    [note] = [line for line in out.getvalue().splitlines() if "fine-tuning" in line]
+    return Undone(trained, heads, note)
+
+
+def test_fine_tuning_that_does_not_help_is_undone(tunable: Tunable, undone: Undone) -> None:
+    trained = undone.trained
+    # The head as well is that which is taken where nothing is tuned: fitted to validation photos too.
+    assert tunable.changed_by(trained) == set()
+    assert len(trained.history) > 1 and trained.kept == 0
+    assert trained.learned_from.digests == tunable.frozen.learned_from.digests
+    assert set(tunable.subsets[1].digests) < set(trained.learned_from.digests)
+    frozen, *epochs = (row["validation/loss"] for row in trained.history)
+    told = sorted(float(number) for number in re.findall(r"\d+\.\d{4}\b", undone.note))
+    assert told == pytest.approx([frozen, min(epochs)], rel=1e-3, abs=1e-3)
+
+
+def test_fine_tuning_starts_from_the_head_that_has_seen_no_validation_photo(tunable: Tunable, undone: Undone) -> None:
+    finished = head_of(undone.trained)
+    first, last = undone.heads
     validation = tunable.subsets[1]
     rows = tunable.arrays[validation.digests]
-    told = undone.history[0]["validation/loss"]
+    told = undone.trained.history[0]["validation/loss"]
     assert log_loss(validation.labels, first.probabilities(rows)) == pytest.approx(told, abs=1e-6)
     assert (first.weights != last.weights).any()
     np.testing.assert_array_equal(last.weights, finished.weights)
@@ -626,15 +651,21 @@ def project(
     return Project(tmp_path_factory.mktemp("a project"), params_with, backbone)
 
 
+@pytest.fixture(scope="module")
+def trainings(project: Project) -> dict[str, tuple[dict, pd.DataFrame]]:
+    """Record and history of each model, trained where there is no test photo."""
+    project.give(["train", "validation"])
+    return {name: project.train(name) for name in ("cnn", "transfer")}
+
+
 @pytest.mark.parametrize("name, learned_from", [("cnn", ["train"]), ("transfer", ["train", "validation"])])
 def test_training_reads_no_test_photo_and_goes_the_same_without_any(
-    project: Project, name: str, learned_from: list[str]
+    project: Project, trainings: dict[str, tuple[dict, pd.DataFrame]], name: str, learned_from: list[str]
 ) -> None:
+    _, without = trainings[name]
     # The article stopped by its test photos.
     project.give(["train", "validation", "test"])
-    _, history = project.train(name)
-    project.give(["train", "validation"])
-    record, without = project.train(name)
+    record, history = project.train(name)
     pd.testing.assert_frame_equal(without, history)
 
     assert record["training_photos"] == sorted(project.split.loc[project.split["subset"].isin(learned_from), "sha256"])
@@ -647,10 +678,9 @@ def test_training_reads_no_test_photo_and_goes_the_same_without_any(
 
 @pytest.mark.parametrize("name, by", [("cnn", "validation/loss"), ("transfer", "cross_validation/loss")])
 def test_one_row_of_the_history_is_marked_as_kept_and_its_metrics_are_the_models(
-    project: Project, name: str, by: str
+    trainings: dict[str, tuple[dict, pd.DataFrame]], name: str, by: str
 ) -> None:
-    project.give(["train", "validation"])
-    record, history = project.train(name)
+    record, history = trainings[name]
     assert sorted(history["kept"]) == [0] * (len(history) - 1) + [1]
     [kept] = history[history["kept"] == 1].to_dict("records")
     assert kept[by] == history[by].min()
@@ -663,7 +693,7 @@ def test_one_row_of_the_history_is_marked_as_kept_and_its_metrics_are_the_models
 def test_a_tuned_models_epochs_are_those_of_the_tuning(
     project: Project, trained_cnn: Trained, planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"epoch": number, **dict.fromkeys(training.METRICS.values(), 0.5)} for number in range(3)]
+    rows = [{"epoch": number, **dict.fromkeys(fitting.METRICS.values(), 0.5)} for number in range(3)]
     project.give(["train", "validation"])
     photos = [project.paths.workspace / name for name in project.split["path"][: len(planted.train.files)]]
     learned_from = replace(planted.train, files=photos)

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import optuna
@@ -31,8 +33,8 @@ from touchline.core.errors import Diverged, ParamsError, TouchlineError
 from touchline.core.paths import Paths
 from touchline.data import feature_store
 from touchline.data.feature_store import Arrays
+from touchline.models.training import Labelled, Trained
 from touchline.stages import train
-from touchline.stages.train import Labelled, Trained
 
 SIDE = 32
 NAMES = [hashlib.sha256(bytes([number])).hexdigest() for number in range(96)]
@@ -46,6 +48,10 @@ SMALL = {
 
 @pytest.fixture
 def project(paths: Paths) -> Paths:
+    return ready(paths)
+
+
+def ready(paths: Paths) -> Paths:
     """A project as it is when `tune` begins: params.yaml, a split and stored pixels."""
     file = paths.workspace / "params.yaml"
     file.write_bytes(SHIPPED.read_bytes())
@@ -93,6 +99,16 @@ def formula(model, features, stored, train, validation, project, on_epoch) -> Tr
 def by_formula(project: Paths, monkeypatch: pytest.MonkeyPatch) -> Paths:
     monkeypatch.setattr(tuning, "fit", formula)
     return project
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
+    """A project that has had a study of twelve trials: more than are drawn at random; and what was printed."""
+    root = tmp_path_factory.mktemp("studied")
+    paths = ready(Paths(root, root))
+    with patch.object(tuning, "fit", formula), redirect_stdout(io.StringIO()) as out:
+        tune(paths, 12)
+    return paths, out.getvalue()
 
 
 def tune(paths: Paths, trials: int, name: str = "cnn", *, apply: bool = False) -> None:
@@ -168,17 +184,12 @@ def test_params_yaml_that_changed_is_tried_too_even_when_there_are_trials_enough
     assert len(study(by_formula).trials) == 3
 
 
-def test_a_study_broken_off_goes_on_and_tries_what_it_would_have(by_formula: Paths, tmp_path: Path) -> None:
-    other = Paths(tmp_path / "other", tmp_path / "other")
-    for name in ("params.yaml", "data/split.csv", "data/features"):
-        source, target = by_formula.workspace / name, other.workspace / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    tune(by_formula, 12)
+def test_a_study_broken_off_goes_on_and_tries_what_it_would_have(by_formula: Paths, studied: tuple[Paths, str]) -> None:
+    other = by_formula
     for trials in (2, 2, 11, 12):
         tune(other, trials)
         assert len(study(other).trials) == trials
-    tried = [[trial.user_attrs["values"] for trial in study(paths).trials] for paths in (by_formula, other)]
+    tried = [[trial.user_attrs["values"] for trial in study(paths).trials] for paths in (studied[0], other)]
     assert tried[0] == tried[1]
     assert len({str(values) for values in tried[0]}) == 12
     # One parent, however often it went on.
@@ -187,12 +198,10 @@ def test_a_study_broken_off_goes_on_and_tries_what_it_would_have(by_formula: Pat
     assert parents[0].data.metrics["objective"] == study(other).best_value
 
 
-def test_every_trial_is_a_run_under_one_parent_and_the_hopeless_are_pruned(
-    by_formula: Paths, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tune(by_formula, 12)
-    parent, *nested = runs(by_formula)
-    trials = study(by_formula).trials
+def test_every_trial_is_a_run_under_one_parent_and_the_hopeless_are_pruned(studied: tuple[Paths, str]) -> None:
+    paths, output = studied
+    parent, *nested = runs(paths)
+    trials = study(paths).trials
     assert {run.data.tags["mlflow.parentRunId"] for run in nested} == {parent.info.run_id}
     assert [run.info.run_id for run in nested] == [trial.user_attrs["run_id"] for trial in trials]
     assert [run.info.run_name for run in nested[:2]] == ["cnn trial 0", "cnn trial 1"]
@@ -202,9 +211,8 @@ def test_every_trial_is_a_run_under_one_parent_and_the_hopeless_are_pruned(
     assert pruned and min(pruned) >= 4
     states = {run.data.tags["touchline.trial"]: run.data.tags["touchline.trial_state"] for run in nested}
     assert {int(number) for number, state in states.items() if state == "pruned"} == set(pruned)
-    output = capsys.readouterr().out
     assert f"trial {pruned[0]}, pruned" in output
-    best = study(by_formula).best_trial
+    best = study(paths).best_trial
     assert parent.data.tags["touchline.best_run"] == best.user_attrs["run_id"]
     assert nested[best.number].data.metrics["objective"] == best.value
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import names
 from PIL import Image
 
 from touchline.core.errors import TouchlineError
@@ -154,7 +155,7 @@ def test_each_fault_is_rejected_with_its_reason(workspace: Workspace, capsys: py
         "accepted": 4,
         "rejected_by_reason": {"filed under several classes": 2, "exact duplicate": 1},
     }
-    assert "7 of 17 photos accepted, 10 rejected" in capsys.readouterr().out
+    assert names(capsys.readouterr().out, "7", "17", "10")
     assert "copy of first" in workspace.page
     assert str(workspace.paths.workspace) not in workspace.page
 
@@ -189,28 +190,26 @@ def test_a_set_that_fails_names_every_failure_after_all_is_written(workspace: Wo
         workspace.run(params(max_rejected_share=0.1))
 
     assert "\n" not in str(failed.value)
-    by_class, ratio, share, licence = str(failed.value).removeprefix("validation failed: ").split("; ")
-    assert "seen soccer 1, allowed 2 or more" in by_class and "validate.min_per_class" in by_class
-    assert "seen 6.00 (rugby 6 over soccer 1), allowed 2 at most" in ratio and "validate.max_class_ratio" in ratio
-    assert "seen 12.5% (1 of 8), allowed 10.0% at most" in share and "validate.max_rejected_share" in share
-    assert "the first is data/photos/soccer/" in licence
+    by_class, ratio, share, licence = str(failed.value).split("; ")
+    assert names(by_class, "soccer 1", "2", "validate.min_per_class")
+    assert names(ratio, "6.00", "rugby 6", "soccer 1", "2", "validate.max_class_ratio")
+    assert names(share, "1", "8", "validate.max_rejected_share") and "12.5%" in share and "10.0%" in share
+    assert "data/photos/soccer/" in licence
 
     assert not workspace.report["success"]
     assert workspace.reasons == {"flat": "one flat colour: contrast under 2"}
-    assert "The set is not fit for training" in workspace.page
+    assert names(workspace.page, "validate.min_per_class", "validate.max_class_ratio", "validate.max_rejected_share")
     assert [row["origin"] for row in workspace.table(workspace.paths.ledger)] == ["flat"]
 
 
 def test_a_class_without_any_photo_fails(workspace: Workspace) -> None:
     workspace.add_good("rugby", "soccer")
-    with pytest.raises(
-        TouchlineError, match=r"each class: seen hockey 0, allowed 2 or more .* seen soccer 3 over hockey 0"
-    ):
+    with pytest.raises(TouchlineError, match=r"\bhockey 0\b.*validate\.min_per_class.*\bsoccer 3\b.*\bhockey 0\b"):
         workspace.run(params(("rugby", "soccer", "hockey")))
 
 
 def test_no_photos_at_all_fails_in_words(workspace: Workspace) -> None:
-    with pytest.raises(TouchlineError, match="seen rugby 0, soccer 0"):
+    with pytest.raises(TouchlineError, match=r"\brugby 0\b.*\bsoccer 0\b"):
         workspace.run(params())
     assert workspace.table(workspace.paths.validated_table) == []
     assert workspace.report["counts"]["photos"] == 0
@@ -219,7 +218,7 @@ def test_no_photos_at_all_fails_in_words(workspace: Workspace) -> None:
 def test_all_photos_rejected_fails_in_words(workspace: Workspace) -> None:
     workspace.add("rugby", flat(), "one")
     workspace.add("soccer", noise(1, 8, 8), "two")
-    with pytest.raises(TouchlineError, match=r"share of rejected photos: seen 100\.0% \(2 of 2\)"):
+    with pytest.raises(TouchlineError, match=r"100\.0%.*\b2\b.*\b2\b.*validate\.max_rejected_share"):
         workspace.run(params())
     assert set(workspace.reasons) == {"one", "two"}
 
@@ -230,7 +229,7 @@ def test_hostile_names_stay_text_on_every_page(workspace: Workspace) -> None:
     workspace.add(strange, flat(), "<script>alert(1)</script>", author="<img src=x>")
     workspace.run(params((strange, "soccer"), min_per_class=3, max_class_ratio=1.0))
     assert workspace.reasons == {"<script>alert(1)</script>": "one flat colour: contrast under 2"}
-    with pytest.raises(TouchlineError, match="or more"):
+    with pytest.raises(TouchlineError, match=r"validate\.min_per_class"):
         workspace.run(params((strange, "soccer"), min_per_class=4))
 
     assert "<script" not in workspace.page and "<img" not in workspace.page
@@ -337,18 +336,18 @@ def test_a_missing_photo_is_one_line(workspace: Workspace) -> None:
     workspace.add_good("rugby", "soccer")
     path = workspace.add("rugby", noise(1))
     (workspace.paths.workspace / path).unlink()
-    with pytest.raises(TouchlineError, match=rf"^{path} of data/photos.csv cannot be read .* ingest`$"):
+    with pytest.raises(TouchlineError, match=rf"{path}\b.*data/photos\.csv\b.*`[^`]*ingest`"):
         workspace.run(params())
 
 
 def test_a_class_that_params_do_not_list_is_one_line(workspace: Workspace) -> None:
     workspace.add_good("rugby", "polo")
-    with pytest.raises(TouchlineError, match=r"has photos of polo, which params\.yaml does not list"):
+    with pytest.raises(TouchlineError, match=r"\bpolo\b.*params\.yaml"):
         workspace.run(params())
 
 
 def test_a_table_without_a_column_is_one_line(workspace: Workspace) -> None:
     workspace.paths.photos_table.parent.mkdir(parents=True)
     workspace.paths.photos_table.write_text("path,class\n")
-    with pytest.raises(TouchlineError, match="lacks the column source, sha256"):
+    with pytest.raises(TouchlineError, match=r"\bsource\b.*\bsha256\b"):
         validate.run(workspace.paths, params())

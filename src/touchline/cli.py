@@ -1,4 +1,4 @@
-"""The `touchline` command: one command a stage, and a few for people. Thin: the work is in the modules."""
+"""Touchline: photos to a registered classifier. One command for each stage, and some for you."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from touchline.core.paths import Paths
     from touchline.tracking import Store
 
-# Nothing calls home, and TensorFlow's start-up notes are no news to anyone; whoever wants either sets it before.
+# Telemetry and TensorFlow's start-up notes are off unless the environment says otherwise.
 _QUIET = {
     "DVC_NO_ANALYTICS": "1",
     "GX_ANALYTICS_ENABLED": "false",
@@ -28,16 +28,20 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+_Model = Annotated[str, typer.Option(help="as for `predict` (default: the champion)")]
+
 # Options of the servers that answer a browser.
+_Host = Annotated[str, typer.Option(help="address to listen on; any but loopback lets other machines in")]
+_Port = Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)]
 _Allowed = Annotated[
     list[str] | None,
     typer.Option(
         "--allowed-host", metavar="NAME", show_default=False,
-        help="a name that clients reach it by, beside localhost and --host; may be given more than once",
+        help="another host name that clients may use, besides localhost and --host; can be repeated",
     ),
 ]  # fmt: skip
 
-# What no code can help: the disk is full, over quota or read-only, or this user may not write there.
+# Errors that only the user can mend: the disk is full, over quota or read-only, or permission is missing.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 # The module that does the work of each stage.
@@ -70,7 +74,7 @@ app.add_typer(registry, name="registry")
 
 
 def main() -> None:
-    """Entry point: a TouchlineError is one line on stderr and its exit code; anything else is a bug and a traceback."""
+    """Entry point: a TouchlineError becomes one line on stderr and its exit code; any other error is a bug."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -79,33 +83,38 @@ def main() -> None:
         print(f"touchline: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # Whoever reads has seen enough (`| head`); at its end Python would try once more to write, and complain.
+        # The reader has closed the pipe (`| head`). Without this, Python would try to write again at exit and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        name = error.filename2 or error.filename  # of two the one that is written to
+        name = error.filename2 or error.filename  # with two, the second is written to
         where = f" ({name})" if name else ""
-        print(f"touchline: {error.strerror}{where}: make room or mend that, then run again; what is done is kept",
-              file=sys.stderr)  # fmt: skip
+        remedy = "make room or allow writing there, then run again; finished work is kept"
+        print(f"touchline: {error.strerror}{where}: {remedy}", file=sys.stderr)
         sys.exit(1)
 
 
-def _run(name: str, *arguments: str) -> None:
-    """Run a stage, under its lock: `run` of the module that does its work."""
+def _run(name: str, entry: str = "", section: str = "") -> None:
+    """Run a stage, under its lock: `run` of the module that does its work.
+
+    Args:
+        entry: what a stage that runs once an entry of a `section` of params.yaml runs for.
+    """
     from importlib import import_module
 
     from touchline.core import stage
 
     paths, params = _project()
+    arguments = [_known(params, entry, section)] if section else []
     with stage.running(paths, "@".join([name, *arguments])):
         import_module(STAGES[name]).run(paths, params, *arguments)
 
 
 @app.command()
 def ingest(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be fetched, and fetch nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be fetched, and fetch nothing")] = False,
 ) -> None:
     """Fetch photos from the sources into data/photos."""
     if dry_run:
@@ -129,31 +138,31 @@ def split() -> None:
 @app.command()
 def features(name: Annotated[str, typer.Argument(help="an entry of `features` in params.yaml")]) -> None:
     """Turn photos into arrays, once."""
-    _run("features", _known(name, "features"))
+    _run("features", name, "features")
 
 
 @app.command()
 def train(name: Annotated[str, typer.Argument(help="an entry of `models` in params.yaml")]) -> None:
     """Train one model."""
-    _run("train", _known(name, "models"))
+    _run("train", name, "models")
 
 
 @app.command()
 def evaluate() -> None:
-    """Judge every model on the test photos, beside baselines."""
+    """Score every model on the test photos, beside baselines."""
     _run("evaluate")
 
 
 @app.command()
 def register() -> None:
-    """Register the better model; make it champion if it has earned it."""
+    """Register the better model; make it champion if it passes the gates."""
     _run("register")
 
 
 @app.command()
 def audit(
     top: Annotated[int, typer.Option(help="how many of each problem the page shows", min=1)] = 24,
-    who: Annotated[str, typer.Option(help="your name, for the page's ready lines of data/decisions.csv")] = "",
+    who: Annotated[str, typer.Option(help="your name, for the lines that the page offers for decisions.csv")] = "",
 ) -> None:
     """Look for likely wrong labels, near-duplicates and outliers among the photos."""
     from touchline.commands import audit
@@ -165,19 +174,20 @@ def audit(
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="an entry of `models` in params.yaml")],
     trials: Annotated[
-        int, typer.Option(help="finished trials that the study shall have; those of earlier runs count", min=1)
+        int, typer.Option(help="how many finished trials the study should have, earlier runs included", min=1)
     ] = 30,
     apply: Annotated[bool, typer.Option("--apply", help="write the best values into params.yaml")] = False,
-    seed: Annotated[int, typer.Option(help="of what is tried", min=0)] = 42,
+    seed: Annotated[int, typer.Option(help="seed of the search", min=0)] = 42,
 ) -> None:
-    """Search a model's hyperparameters by its validation loss; print the `dvc exp run` of the best.
+    """Search for the hyperparameters with the lowest validation loss; print the `dvc exp run` of the best trial.
 
-    The values of params.yaml are tried first. A run that was broken off goes on where it was. For two trials at a time
-    start the command twice: both work on one study.
+    The values in params.yaml are tried first. An interrupted search continues where it stopped. To run two trials at a
+    time, start the command twice: both work on the same study.
     """
     from touchline.commands import tune
 
-    tune.run(*_project(), _known(model, "models"), trials, seed, apply=apply)
+    paths, params = _project()
+    tune.run(paths, params, _known(params, model, "models"), trials, seed, apply=apply)
 
 
 @app.command()
@@ -191,12 +201,13 @@ def predict(
     ] = "",
     form: Annotated[Format, typer.Option("--format", help="json: an object a line")] = Format.table,
     explain: Annotated[
-        bool, typer.Option("--explain", help="draw what the model looked at into <photo>.touchline.jpg")
+        bool, typer.Option("--explain", help="save a heat map of what the model looked at as <photo>.touchline.jpg")
     ] = False,
 ) -> None:
-    """Say what is on photos, with the champion.
+    """Classify photos with the champion.
 
-    In a folder, what is no photo is left out. Exit code 1: some could not be read; they are named, the rest is done.
+    In a folder, files that are not images are skipped. Exit code 1: some photos could not be read; they are named, and
+    the others are classified.
     """
     from touchline.commands import predict
 
@@ -206,16 +217,16 @@ def predict(
 @app.command()
 def export(
     form: Annotated[
-        Target, typer.Option("--format", help="saved_model and openvino are folders; onnx wants the extra `onnx`")
+        Target, typer.Option("--format", help="saved_model and openvino are folders; onnx needs the extra `onnx`")
     ],
-    model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
+    model: _Model = "",
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="must not be there yet (default: exports/<name of the model>)")
+        Path | None, typer.Option(metavar="FILE", help="must not exist yet (default: exports/<name of the model>)")
     ] = None,
 ) -> None:
-    """Write a model for programs without Keras, checked against it on the test photos.
+    """Export a model for programs without Keras, and check that both give the same answers on the test photos.
 
-    Exit code 1: it answered differently; then nothing is written.
+    Exit code 1: the answers differ; nothing is written.
     """
     from touchline.commands import export
 
@@ -226,13 +237,13 @@ def export(
 def drift(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PHOTO|FOLDER|GLOB|-", help="none: the folder of drift.folder in params.yaml"),
+        typer.Argument(metavar="PHOTO|FOLDER|GLOB|-", help="default: drift.folder in params.yaml"),
     ] = None,
 ) -> None:
-    """Say whether photos are still like those the champion learned from; reports/drift.html shows it.
+    """Check whether photos still look like the champion's training photos; write reports/drift.html.
 
-    Exit code 0: no drift; 3: drift; 4: too few photos to tell; 1 and 2: they could not be compared. Photos that cannot
-    be read are named, and the others compared.
+    Exit code 0: no drift; 3: drift; 4: too few photos to tell; 1 and 2: no comparison was possible. Photos that cannot
+    be read are named, and the others are compared.
     """
     from touchline.commands import drift
 
@@ -244,22 +255,22 @@ def promote(version: Annotated[int, typer.Argument(help="version of the register
     """Make a version champion by hand."""
     store, name = _store()
     if version not in (known := [found.number for found in store.versions(name)]):
-        there = ", ".join(map(str, known)) or "none"
-        raise TouchlineError(f"{name} has no version {version} (there: {there}): see `touchline registry list`")
+        existing = ", ".join(map(str, known)) or "none"
+        raise TouchlineError(f"{name} has no version {version} (existing: {existing}): see `touchline registry list`")
     store.promote(name, version)
     print(f"version {version} of {name} is champion")
 
 
 @app.command()
 def rollback() -> None:
-    """Give the champion's place back to the version it replaced; `register` does not undo it, `promote` may."""
+    """Make the previous champion champion again. `register` will not undo this; `promote` can."""
     store, name = _store()
     print(f"version {store.rollback(name)} of {name} is champion again")
 
 
 @registry.command("list")
 def list_versions() -> None:
-    """The registered versions: model, accuracies, aliases, why promoted or not."""
+    """List the registered versions: model, accuracies, aliases, and why each was promoted or not."""
     from rich.console import Console
     from rich.table import Table
 
@@ -279,7 +290,7 @@ def list_versions() -> None:
 
 @registry.command("sync")
 def sync() -> None:
-    """Put runs, version and champion back from the project's files where the store lacks them."""
+    """Restore missing runs, versions and the champion in the store from the project's files."""
     from touchline import tracking
 
     paths, params = _project()
@@ -293,7 +304,7 @@ def sync() -> None:
 @app.command()
 def mlflow(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 5000,
+    port: _Port = 5000,
 ) -> None:
     """Open the MLflow UI on the project's store, until Ctrl-C."""
     from touchline import tracking
@@ -306,28 +317,27 @@ def mlflow(
     print(f"MLflow UI: http://{host}:{port}{page} (Ctrl-C ends it)", flush=True)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port),
-        # One worker answers one person, and four would each take 0.3 GB.
+        # One worker is enough for one person; each takes 0.3 GB.
         "--workers", "1",
-        # Or any client could write files to ./mlartifacts.
+        # Otherwise any client could write files to ./mlartifacts.
         "--no-serve-artifacts",
-        # MLflow's default server, uvicorn, has its AI assistant as well: from any client on this machine, without a
-        # login, that takes the address of a language model and runs the commands which that one answers. gunicorn
-        # serves MLflow without it. Threads, because a browser opens connections and lets them wait; no time limit,
-        # because its start takes longer on a busy machine.
+        # MLflow's default server, uvicorn, includes its AI assistant, which lets any client on this machine, without a
+        # login, name a language model whose answers it runs as commands. gunicorn serves MLflow without it. Threads,
+        # because browsers keep idle connections open; no time limit, because starting takes longer on a busy machine.
         "--gunicorn-opts", "--threads 8 --timeout 0 --no-control-socket",
     ]  # fmt: skip
-    # In place of this process, so that ending it ends the server. MLflow warns of every use of gunicorn.
+    # Replaces this process, so that ending it ends the server. MLflow warns about every use of gunicorn.
     os.execve(command[0], command, os.environ | settings | {"PYTHONWARNINGS": "ignore::FutureWarning"})
 
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="as for `predict` (default: the champion)")] = "",
-    host: Annotated[str, typer.Option(help="address to listen on; another than loopback lets others in")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+    model: _Model = "",
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
     allowed_host: _Allowed = None,
 ) -> None:
-    """Answer over HTTP what is on a photo, until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
+    """Classify photos over HTTP until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
     from touchline.commands import serve
 
     serve.run(*_project(), model, host, port, allowed_host or ())
@@ -335,12 +345,12 @@ def serve(
 
 @app.command("app")
 def try_models(
-    host: Annotated[str, typer.Option(help="address to listen on; another than loopback lets others in")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 7860,
-    model: Annotated[str, typer.Option(help="the first to ask, as for `predict` (default: the champion)")] = "",
+    host: _Host = "127.0.0.1",
+    port: _Port = 7860,
+    model: Annotated[str, typer.Option(help="model shown first, as for `predict` (default: the champion)")] = "",
     allowed_host: _Allowed = None,
 ) -> None:
-    """Open a page to try the models on photos and to say where they are wrong, until Ctrl-C."""
+    """Serve a page to try the models on photos and correct their answers, until Ctrl-C."""
     from touchline.commands import app
     from touchline.core import ports
 
@@ -350,18 +360,18 @@ def try_models(
 
 @app.command()
 def clean(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go, and change nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be deleted, and delete nothing")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
     days: Annotated[
         int,
-        typer.Option("--older-than", metavar="DAYS", help="what counts as old among runs and exported models", min=1),
+        typer.Option("--older-than", metavar="DAYS", help="age at which runs and exported models count as old", min=1),
     ] = 90,
 ) -> None:
-    """Delete what the project needs no more, after showing it and asking.
+    """Delete what the project no longer needs, after showing it and asking.
 
-    That is half-written files, features that params.yaml no longer names, old exported models, copies that killed
-    experiments left, unused objects in DVC's cache (`dvc gc`), and runs in MLflow (`mlflow gc`) that you deleted or
-    that ended long ago, unless a registered version, a model in models/ or a DVC experiment needs them. Photos,
+    These are half-written files, features no longer in params.yaml, old exported models, copies left by killed
+    experiments, unused objects in DVC's cache (`dvc gc`), and runs in MLflow (`mlflow gc`) that you deleted or that
+    ended long ago, unless a registered version, a model in models/ or a DVC experiment needs them. Photos,
     data/decisions.csv and downloads are never deleted. To start over, use `make clean`.
     """
     from touchline.commands import clean
@@ -371,7 +381,7 @@ def clean(
 
 @app.command()
 def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -> None:
-    """Write a preset's features and models into params.yaml; everything else there stays."""
+    """Write a preset's features and models into params.yaml; everything else in it stays."""
     from touchline.commands import presets
     from touchline.core.editing import set_values
     from touchline.core.paths import Paths
@@ -382,11 +392,10 @@ def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -
 
 @app.command()
 def summary() -> None:
-    """The last run in a table: models, interval, seconds, decision, where to look."""
+    """Show the last run in a table: models, intervals, seconds, decision, where to look."""
     from touchline.commands import summary
-    from touchline.core.paths import Paths
 
-    summary.show(Paths.here())
+    summary.show(*_project())
 
 
 def _plan() -> None:
@@ -412,7 +421,7 @@ def _plan() -> None:
     to_fetch = [row for row in planned if row.state == "to fetch"]
     known = sum(row.megabytes or 0 for row in to_fetch)
     unknown = sum(row.megabytes is None for row in to_fetch)
-    print(f"to fetch: {known:,.0f} MB at most" + (f", and {unknown} of a size nobody tells" if unknown else ""))
+    print(f"to fetch: {known:,.0f} MB at most" + (f", and {unknown} of unknown size" if unknown else ""))
 
 
 def _store() -> "tuple[Store, str]":
@@ -422,9 +431,9 @@ def _store() -> "tuple[Store, str]":
     return open_store(paths, params.register_.name), params.register_.name
 
 
-def _known(name: str, section: str) -> str:
+def _known(params: "Params", name: str, section: str) -> str:
     """`name`, if the section of params.yaml has it."""
-    known = getattr(_project()[1], section)
+    known = getattr(params, section)
     if name not in known:
         raise ParamsError(f"params.yaml: {section} has no entry '{name}'; allowed: {', '.join(known)}")
     return name

@@ -1,4 +1,4 @@
-"""`touchline audit`: the data's own faults, from features that are there already.
+"""`touchline audit`: find faults in the data, from existing features.
 
 Likely wrong labels, outliers and near-duplicates, as a table and as a page to look through. The audit changes nothing:
 what a person makes of it goes into data/decisions.csv, which `validate` honours.
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 WRONG_LABEL, OUTLIER, NEAR_DUPLICATE = "wrong label", "outlier", "near-duplicate"
 # What each problem is, for the page; and the decision its ready line makes.
 PROBLEMS = {
-    WRONG_LABEL: "A classifier that never saw the photo takes it for another class. The score is one less the "
+    WRONG_LABEL: "A classifier that never saw the photo gives it another class. The score is 1 minus the "
     "probability of the class it is filed under.",
-    NEAR_DUPLICATE: "Two photos that show nearly the same. Pairs filed under two classes come first: one of them is "
-    "wrong. The score is how alike they are.",
-    OUTLIER: "No other photo is much like it: often no photo of any of the classes. The score is its distance from its "
+    NEAR_DUPLICATE: "Two photos that look nearly the same. Pairs filed under two classes come first: one of them is "
+    "wrong. The score is their similarity.",
+    OUTLIER: "A photo unlike all others: often it shows none of the classes. The score is its distance from its "
     "neighbours.",
 }
 FOLDS = 5
@@ -85,7 +85,7 @@ def run(paths: Paths, params: Params, top: int, who: str = "") -> None:
     """
     name = next((key for key, kind in params.features.items() if isinstance(kind, BackboneFeatures)), None)
     if name is None:
-        raise TouchlineError("params.yaml: audit looks at features of a backbone, and `features` has no such entry")
+        raise TouchlineError("params.yaml: audit needs a backbone in `features`, and there is none: add an entry")
     table = read_table(paths.validated_table)
     classes = [label for label in params.classes if (table["class"] == label).any()]
     labels = table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
@@ -153,7 +153,9 @@ def out_of_fold(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, se
     """
     counts = np.bincount(labels)
     if len(counts) < 2 or counts.min() < 2:
-        raise TouchlineError("audit wants two classes or more, of two photos or more each: add photos, run `dvc repro`")
+        raise TouchlineError(
+            "audit needs two or more classes with two or more photos each: add photos, run `dvc repro`"
+        )
     weights = heads.balance(labels, groups, "class")
     return heads.out_of_fold(features, labels, groups, weights, [_STRENGTH], FOLDS, seed)[0]
 
@@ -278,7 +280,7 @@ def render_page(
 
 
 def _undecided(found: Sequence[Finding], decided: Sequence[decisions.Decision | None]) -> Iterator[Finding]:
-    """What no person decided of yet. A pair stands as long as one of its photos is undecided and none is dropped."""
+    """Findings without a decision. A pair stays while one of its photos is undecided and neither is dropped."""
     for each in found:
         if each.near is None:
             if not decided[each.photo]:

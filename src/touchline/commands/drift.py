@@ -1,12 +1,11 @@
-"""`touchline drift`: are these photos still like those that the champion learned from?
+"""`touchline drift`: do these photos still look like the champion's training photos?
 
-Every comparison is a permutation test of one distance between two sets of photos, so its p-value is exact whatever the
-numbers are like, ties and few photos included. Of a series of near-duplicates one photo is compared: the second tells
-nothing new, and would count as evidence. Of an author or an album all are, for nobody knows who took the new photos.
+Every comparison is a permutation test of one distance between two sets of photos, so its p-value is exact for any
+distribution, with ties or few photos. Only one photo of a group of near-duplicates is compared: the others add no
+information but would count as evidence. All photos of an author or album count, since new photos name no author.
 
-A model is surer of photos it learned from. So what it says of new photos is held against what it says of the test
-photos it never saw; what no model has a part in (the frozen backbone's features, size, quality) against the photos it
-learned from.
+A model is more confident on photos it was trained on. So its answers on new photos are compared with those on the test
+photos, which it never saw; everything else (the frozen backbone's features, size, quality) with the training photos.
 """
 
 import hashlib
@@ -172,7 +171,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
         raise ParamsError("name the photos, `touchline drift FOLDER`, or a folder in params.yaml under drift.folder")
     folder = paths.project / params.drift.folder
     if not names and not folder.is_dir():
-        raise TouchlineError(f"drift.folder in params.yaml: {folder} is no folder: make it, or name another")
+        raise TouchlineError(f"drift.folder in params.yaml: {folder} is not a folder: create it, or name another")
     names = list(names) or [str(folder)]
     found = list(predict.find(names))
     if not found:
@@ -392,7 +391,7 @@ def _backbone(params: Params, champion: "Version") -> tuple[str, BackboneFeature
     """
     of_backbone = {name: kind for name, kind in params.features.items() if isinstance(kind, BackboneFeatures)}
     if not of_backbone:
-        raise TouchlineError("params.yaml: drift compares features of a backbone, and `features` has no such entry")
+        raise TouchlineError("params.yaml: drift needs a backbone in `features`, and there is none: add an entry")
     model = params.models.get(champion.tags.get("touchline.model", ""))
     name = model.input if model and model.input in of_backbone else next(iter(of_backbone))
     return name, of_backbone[name]

@@ -68,7 +68,9 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
     keras_forward = engines.with_tensorflow(classifier.model).forward
     expected = _answers(keras_forward, images)
     if not np.isfinite(expected).all():
-        raise TouchlineError(f"{classifier.name} answers with no numbers: train it anew, or name another with --model")
+        raise TouchlineError(
+            f"{classifier.name} answers with NaN or infinity: train it again, or name another with --model"
+        )
 
     try:
         with _new_folder(output) if target.folder else replacing(output, target.ending) as draft:
@@ -111,9 +113,9 @@ def _file_name(classifier: Classifier) -> str:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """As `files.replacing`, for a folder that is not there yet: a name in a temporary folder, moved when all went well.
+    """Like `files.replacing`, for a new folder: yields a path in a temporary folder, moved if all goes well.
 
-    Its name is not that of a partial file: whoever sweeps those away expects no folders.
+    The temporary folder is not named like a partial file, because those are expected to be files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:

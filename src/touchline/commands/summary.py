@@ -2,37 +2,35 @@
 
 from touchline.core import stage
 from touchline.core.files import read_json
-from touchline.core.params import load
+from touchline.core.params import Params
 from touchline.core.paths import Paths
+from touchline.models import scores
 
 
-def show(paths: Paths) -> None:
-    """Print both models' test accuracy, the seconds spent, what was registered and why, and where to look."""
+def show(paths: Paths, params: Params) -> None:
+    """Print the models' metrics on the test photos, the seconds spent, the decision and why, and where to look."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
+    from rich.table import Column, Table
 
-    params = load(paths.workspace / "params.yaml")
     metrics = read_json(paths.reports / "metrics.json")
     outcome = read_json(paths.reports / "registration.json")
     records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
-    table = Table("model", "test accuracy", "95 % interval", "balanced", "training")
+    table = Table(
+        Column("model", overflow="fold"), *scores.titles(), "training",
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     for name, found in metrics["models"].items():
-        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
         seconds = f"{records[name]['metrics']['seconds/train']:.0f} s"
         style = "bold" if name == outcome["better_model"] else None
-        row = (
-            records[name]["run_name"],
-            f"{found['accuracy']:.3f}",
-            interval,
-            f"{found['balanced_accuracy']:.3f}",
-            seconds,
-        )
-        table.add_row(*row, style=style)
+        table.add_row(records[name]["run_name"], *map(escape, scores.cells(found)), seconds, style=style)
     for name, found in metrics["baselines"].items():
-        interval = f"{found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}"
         label = f"{name.replace('_', ' ')} ({'control' if name == 'size_and_aspect' else 'baseline'})"
-        table.add_row(label, f"{found['accuracy']:.3f}", interval, f"{found['balanced_accuracy']:.3f}", "", style="dim")
+        table.add_row(label, *map(escape, scores.cells(found)), "", style="dim")
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160  # a log has no edge to break lines at
     console.print(table)
     # A model taken out of params.yaml leaves its cost behind.
     named = {*params.features, *params.models}

@@ -1,11 +1,11 @@
-"""`touchline tune`: the hyperparameters of one model, searched by its validation loss. No test photo is looked at.
+"""`touchline tune`: search one model's hyperparameters by its validation loss. Test photos are not used.
 
-The study lies in mlflow/tuning.db: it holds hours of work, so not among DVC's temporary files, and it belongs to the
-runs beside it. MLflow's own database it cannot share, since both keep their tables' version under one name. SQLite
-outlives a process that is killed while it writes; Optuna's journal file then has half a line, and is read no more.
+The study is in mlflow/tuning.db, beside its runs: hours of work must not be among DVC's temporary files, and MLflow's
+own database cannot be shared, since both keep their schema version in a table of the same name. SQLite survives a
+process that is killed while it writes; Optuna's journal file would end in half a line and be unreadable.
 
-Processes that tune the same model share the study: what is to be tried next is settled under a lock, and each trial
-says which process it belongs to, so that a trial whose process is gone is found and tried again.
+Processes that tune the same model share the study: a lock guards the choice of the next trial, and each trial records
+its process, so that a trial whose process is gone is found and tried again.
 """
 
 import hashlib
@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from touchline.core import params as params_file
 from touchline.core.editing import as_yaml, change, set_values
-from touchline.core.errors import Diverged, TouchlineError, one_line
+from touchline.core.errors import Diverged, ParamsError, TouchlineError, one_line
 from touchline.core.files import read_table
-from touchline.core.params import ArticleParams, CnnParams, HeadParams, ModelParams, Params
+from touchline.core.params import ArticleParams, CnnParams, HeadParams, ModelParams, NetworkParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data.feature_store import Arrays
-from touchline.stages.train import Labelled, facts, fit
+from touchline.models.architectures import train as fit
+from touchline.models.training import Labelled
+from touchline.stages.train import facts
 from touchline.tracking import is_alive, open_store, this_process
 
 if TYPE_CHECKING:
@@ -113,18 +115,23 @@ def space(model: ModelParams) -> Space:
                 "strengths": Between(1e-4, 100, log=True, alone=True),
                 "balance": OneOf("none", "class", "group"),
             }
+        case _:
+            raise ParamsError(
+                f"touchline tune has no ranges for the architecture {model.architecture}: tune another model, or "
+                "change its values by hand"
+            )
 
 
 def run(paths: Paths, params: Params, name: str, trials: int, seed: int, *, apply: bool) -> None:
     """Bring the study to `trials` finished trials; print the best and the command that makes them an experiment.
 
     Args:
-        trials: those of earlier runs and of other processes count, those whose process was killed do not.
-        seed: of what is tried; a study broken off and gone on with tries the same.
+        trials: finished trials of earlier runs and other processes count, those of killed processes do not.
+        seed: seed of the search; an interrupted study continues with the same trials.
         apply: write the best values into params.yaml.
 
     Raises:
-        TouchlineError: what `dvc repro` makes is missing, or not one trial came to an end.
+        TouchlineError: an output of `dvc repro` is missing, or no trial finished.
     """
     import_tensorflow()
     study = _Study(paths, params, name, seed)
@@ -133,7 +140,7 @@ def run(paths: Paths, params: Params, name: str, trials: int, seed: int, *, appl
             study.attempt(trial, trials)
     best = study.best()
     if not best:
-        raise TouchlineError(f"tune {name}: no trial came to an end; `touchline mlflow` shows why each did not")
+        raise TouchlineError(f"tune {name}: no trial finished; `touchline mlflow` shows why")
     study.show(best)
     changes = {f"models.{name}.{key}": value for key, value in best[0].user_attrs["values"].items()}
     if apply:
@@ -182,11 +189,11 @@ class _Study:
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{database.as_posix()}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
-        # A head has no epochs to be stopped at. The first quarter of a network's says little of its end.
+        # A head has no epochs to stop at. The first quarter of a network's epochs tells little about its end.
         pruner = (
-            optuna.pruners.NopPruner()
-            if isinstance(self._model, HeadParams)
-            else optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self._model.epochs // 4)
+            optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self._model.epochs // 4)
+            if isinstance(self._model, NetworkParams)
+            else optuna.pruners.NopPruner()
         )
         return optuna.create_study(
             storage=storage, study_name=self._study_name(), pruner=pruner, direction="minimize", load_if_exists=True
@@ -214,7 +221,7 @@ class _Study:
         told = facts(self._paths, self._params, self._name, self._split)
         tags = told["tags"] | self._tags()
         run_id = self._store.start(f"tune {self._name}", tags, told["params"], told["dataset"])
-        self._store.describe(run_id, f"The search of hyperparameters of {self._name}; each trial stands under it.")
+        self._store.describe(run_id, f"Hyperparameter search of {self._name}; each trial is nested under it.")
         self._study.set_user_attr("run_id", run_id)
         return run_id
 
@@ -233,7 +240,7 @@ class _Study:
         self._study.enqueue_trial(self._suggestions(values), user_attrs={"values": dict(values), **attributes})
 
     def _suggestions(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What Optuna would have said for `values`; a value outside the space is tried too, but teaches it nothing."""
+        """Optuna's suggestions that equal `values`; one outside the space is tried too, but Optuna learns nothing."""
         found = {key: self._space[key].suggestion(value) for key, value in values.items()}
         return {key: suggestion for key, suggestion in found.items() if suggestion is not None}
 
@@ -291,10 +298,10 @@ class _Study:
             trial.suggest_float(key, choice.low, choice.high, log=choice.log)
 
     def _running(self) -> "list[FrozenTrial]":
-        """Trials that a living process is at."""
+        """Trials that a living process is running."""
         from optuna.trial import TrialState
 
-        # Who asks for a trial says so before the lock is free again: one of nobody was asked for by a process now gone.
+        # A process records itself before it releases the lock: a trial without one belongs to a process that is gone.
         return [
             trial
             for trial in self._trials()
@@ -306,11 +313,11 @@ class _Study:
         return sum(trial.state.is_finished() and trial.number not in lost for trial in self._trials())
 
     def _lost(self) -> list[int]:
-        """Numbers of the trials that were broken off."""
+        """Numbers of the interrupted trials."""
         return self._study.user_attrs.get("lost", [])
 
     def _lose(self, trial: "FrozenTrial | Trial") -> None:
-        """End a trial that was broken off, and queue its values again; once, for they may be what broke it."""
+        """End an interrupted trial and queue its values again, but only once: they may be the cause."""
         from optuna.trial import TrialState
 
         values = trial.user_attrs.get("values")
@@ -321,7 +328,7 @@ class _Study:
         self._study.tell(trial.number, state=TrialState.FAIL)
 
     def attempt(self, trial: "Trial", trials: int) -> None:
-        """Train with a trial's values, tell Optuna and MLflow what came of it."""
+        """Train with a trial's values and report the result to Optuna and MLflow."""
         import keras
         import optuna
         from optuna.trial import TrialState

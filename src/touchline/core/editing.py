@@ -1,6 +1,6 @@
-"""Values of params changed by dotted key (`models.cnn.dropout`), in the file and in plain content.
+"""Change values of params by dotted key (`models.cnn.dropout`), in the file and in plain content.
 
-In the file every other character stays: a YAML library that writes the whole of it would take a person's layout away.
+In the file every other character stays: a YAML library that rewrites the whole file would lose the user's layout.
 """
 
 import json
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Source(str):
-    """YAML of an entry as a file has it, key, comments and all; its first line begins at the margin."""
+    """The YAML of an entry as in a file, with its key and comments; its first line is not indented."""
 
     __slots__ = ()
 
 
 def change(content: dict[str, Any], key: str, value: Any) -> bool:
-    """Change one value of plain content in place; False, and nothing changed, where it has no such key."""
+    """Change one value of plain content in place; return False, and change nothing, if it has no such key."""
     *sections, last = key.split(".")
     section: Any = content
     for name in sections:
@@ -38,22 +38,22 @@ def change(content: dict[str, Any], key: str, value: Any) -> bool:
 
 
 def set_values(file: Path, changes: Mapping[str, Any]) -> None:
-    """Change values of params.yaml, and not one character besides.
+    """Change values of params.yaml, and no other character.
 
     Args:
-        changes: by dotted key, a value; or the `Source` of an entry in a section written one entry a line, which
-            replaces the entry of that name, comments and all, or joins the others.
+        changes: by dotted key, a value; or the `Source` of an entry in a section in block style, which replaces the
+            entry of that name, comments included, or is added.
 
     Raises:
-        ParamsError: the file, or what would come of it, is not allowed, or the values are not the file's own to change;
-            then nothing is written.
+        ParamsError: the file or the result would be invalid, or the values are shared by anchors; nothing is
+            written.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     params.load(file)
     text = file.read_bytes().decode()
-    # By way of JSON, so that what an anchor shares is not changed in two places at once.
+    # Copied through JSON, so that a value shared by an anchor does not change in two places.
     wanted, root = json.loads(json.dumps(_read(text))), YAML(pure=True).compose(text)
     spots = []
     for key, value in changes.items():
@@ -67,7 +67,7 @@ def set_values(file: Path, changes: Mapping[str, Any]) -> None:
         text = text[:start] + new + text[end:]
     try:
         right = _read(text) == wanted
-    except YAMLError:  # what was replaced held an anchor that others name
+    except YAMLError:  # the replaced text held an anchor that is used elsewhere
         right = False
     if not right:
         raise _by_hand()
@@ -109,12 +109,12 @@ def _read(text: str) -> Any:
 
 def _by_hand() -> ParamsError:
     return ParamsError(
-        "params.yaml shares values by anchors or merges, or has a section on one line: write the values into it by hand"
+        "params.yaml shares values by anchors or merges, or has a section on one line: change the values by hand"
     )
 
 
 def _spot(text: str, root: "MappingNode", key: str, value: Any) -> tuple[int, int, str]:
-    """Where in `text` the new value goes, from and to, and what is to stand there."""
+    """Where in `text` the new value goes (start, end), and its text."""
     *sections, last = key.split(".")
     parent: Any = root
     for name in sections:
@@ -129,7 +129,7 @@ def _spot(text: str, root: "MappingNode", key: str, value: Any) -> tuple[int, in
         return (start, end, new) if last in names else (end, end, f"{newline}{' ' * _column(parent)}{new}")
     node = _below(parent, last)[1]
     start, end = node.start_mark.index, node.end_mark.index
-    # A list of one item a line ends where the next key begins.
+    # A block list ends where the next key begins.
     return start, len(text[:end].rstrip()), as_yaml(value)
 
 
@@ -146,7 +146,7 @@ def _column(parent: "MappingNode") -> int:
 
 
 def _lines(text: str, key: "Node", value: "Node") -> tuple[int, int]:
-    """From the key of an entry to the end of its last line, comment and all."""
+    """From the key of an entry to the end of its last line, comment included."""
     last: Any = value
     while not (isinstance(last.value, str) or last.flow_style) and last.value:
         last = last.value[-1][1] if isinstance(last.value[-1], tuple) else last.value[-1]
@@ -157,7 +157,7 @@ def _lines(text: str, key: "Node", value: "Node") -> tuple[int, int]:
 
 
 def _moved(source: str, columns: int) -> str:
-    """The lines after the first one, moved to the right (or left) by so many columns."""
+    """The text with the lines after the first moved right (or left) by so many columns."""
     first, *others = source.splitlines()
     moved = [(" " * columns + line if columns > 0 else line[-columns:]) if line.strip() else line for line in others]
     return "\n".join([first, *moved])

@@ -2,7 +2,7 @@
 
 
 class TouchlineError(Exception):
-    """Something a person can mend; the message says what, where and what to do.
+    """An error that the user can fix; the message says what, where and what to do.
 
     Attributes:
         exit_code: process exit code, 1 for a failed run.
@@ -12,16 +12,16 @@ class TouchlineError(Exception):
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, on one line of at most `most` characters; its type where it says nothing."""
+    """An exception's message on one line of at most `most` characters; its type if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class Diverged(TouchlineError):
-    """Training came to a loss that is no number."""
+    """The loss became NaN or infinite in training."""
 
 
 class ParamsError(TouchlineError):
-    """params.yaml, or a command's argument, is not what is allowed. Exit code 2, as for any usage error."""
+    """params.yaml or an argument of a command is invalid. Exit code 2, as for any usage error."""
 
     exit_code = 2

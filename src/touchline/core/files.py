@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: everything is written under a temporary name and renamed."""
+"""Files that are either complete or absent: everything is written under a temporary name and then renamed."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ _TEXT = dict.fromkeys(
 # Numbers that only some rows have: an empty cell would make the whole column text.
 _SPARSE = {"strength": [""], "cross_validation/loss": [""]}
 
-# What all readers of a table take for given, by its name or its folder's.
+# The columns that readers of a table rely on, by the name of the file or of its folder.
 _NEEDED = {
     "validated.csv": ("path", "sha256"),
     "rejected.csv": ("path", "class", "reason"),
@@ -45,8 +45,8 @@ _NEEDED = {
 }
 
 
-# DVC takes what nobody may write, as all in its cache, for unchanged: what is torn there comes back, even in place of
-# what a stage has just made.
+# DVC assumes that read-only files, such as all in its cache, are unchanged: a damaged one comes back from there, even
+# in place of what a stage has just made.
 RENEW = "delete it and run `dvc repro`; if the same comes back, `chmod -R u+w .dvc/cache` and `dvc repro --force`"
 
 # A spreadsheet runs a cell that starts with one of these signs, also after blanks and quotes; full-width signs count
@@ -54,7 +54,7 @@ RENEW = "delete it and run `dvc repro`; if the same comes back, `chmod -R u+w .d
 _CELL, _FORMULA = r"[,;|\t\n\v\f\r]", r"(?=[\"'\s]*[=+\-@\uff1d\uff0b\uff0d\uff20])"
 _RUN, _GUARDED = re.compile(_CELL + _FORMULA), re.compile(f"({_CELL})'{_FORMULA}")
 
-# Temporary files this process is writing, and what guards them.
+# Temporary files that this process is writing, and their lock.
 _unfinished: set[Path] = set()
 _guard = threading.Lock()
 
@@ -148,7 +148,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises TouchlineError where the file is missing or is not JSON."""
+    """Raises TouchlineError if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def no_formula(text: str) -> str:
 
 
 def _as_written(text: str) -> str:
-    """The text that `no_formula` was given."""
+    """Undo `no_formula`."""
     return _GUARDED.sub(r"\1", f"\n{text}")[1:]
 
 
@@ -210,14 +210,14 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
         )
         table = _each_text(table, _as_written, _GUARDED)
         if not isinstance(table.index, pd.RangeIndex):
-            # pandas would take the first values for names of rows, and every other one for its neighbour's.
+            # pandas would take the first column for row names and shift all others by one.
             raise ValueError("its rows have more values than its header has columns")
         needed = _NEEDED.get(path.name) or _NEEDED.get(path.parent.name, ())
         if missing := [column for column in needed if column not in table.columns]:
             raise ValueError(f"it lacks the column {', '.join(missing)}")
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
-            # pandas would take what is missing of the last row for empty.
+            # pandas would read the missing end of the last row as empty cells.
             if file.read() != b"\n":
                 raise ValueError("its last line is cut off")
         return table
@@ -228,19 +228,19 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
 
 
 def remove_partials(folder: Path, *, below: bool = True) -> None:
-    """Delete what killed writers left in `folder`, and below it if so told; what a living process writes stays."""
+    """Delete what killed writers left in `folder` (and `below` it); files that a living process is writing stay."""
     for path in abandoned(folder, below=below):
         path.unlink(missing_ok=True)
 
 
 def abandoned(folder: Path, *, below: bool = True) -> list[Path]:
-    """Half-written files in `folder`, and below it if so told, whose writer is gone."""
+    """Half-written files in `folder` (and `below` it) whose writer is gone."""
     import psutil
 
     found = []
     for path in folder.rglob(".partial-*") if below else folder.glob(".partial-*"):
         writer = path.name.split("-")[1]
-        # A number of an earlier life may be ours today.
+        # Our process id may be that of an earlier writer.
         ours = writer == str(os.getpid())
         at_work = path in _unfinished if ours else writer.isdecimal() and psutil.pid_exists(int(writer))
         if not at_work:
@@ -249,7 +249,7 @@ def abandoned(folder: Path, *, below: bool = True) -> list[Path]:
 
 
 def abandon() -> None:
-    """Delete what this process is writing and let it begin nothing more. For the last moment before it ends itself."""
+    """Delete what this process is writing, and block further writes. Call it just before the process exits."""
     _guard.acquire()
     for path in list(_unfinished):
         path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""ASGI middleware of the servers that people open in a browser: it keeps foreign web pages out, and bodies in limits.
+"""ASGI middleware for the servers that people open in a browser: keeps foreign pages out and limits bodies.
 
-A web page that is open in the user's browser reaches loopback in two ways. It sends requests across origins: it cannot
-read the answers, but what a request changes is changed. Or its name is made to resolve to 127.0.0.1 (DNS rebinding),
-and then the browser takes our server for the page's own, answers included. Browsers say which it is, and no page can
-make them lie: `Origin` and `Sec-Fetch-Site` give the first away, `Host` the second.
+A web page open in the user's browser can reach loopback in two ways. It can send cross-origin requests: it cannot read
+the answers, but the requests may change things. Or its host name resolves to 127.0.0.1 (DNS rebinding), and the browser
+lets it read the answers too. Headers that no page can forge reveal both: `Origin` and `Sec-Fetch-Site` the first,
+`Host` the second.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ _EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened o
 
 
 class Guard:
-    """Answers only under names of this server, and no other page's requests.
+    """Answers only requests to this server's own names, and none from other pages.
 
-    Starlette's TrustedHostMiddleware knows names alone: not that a server on every address is reached by addresses that
-    cannot be listed, which are safe, because a rebound page has a name; nor Origin.
+    Starlette's TrustedHostMiddleware checks only names. It cannot allow every IP address, as a server on all addresses
+    needs (safe, because a rebound page always has a name), and does not check Origin.
 
     Args:
         host: the address that the server listens on.
-        allowed: further names that it is reached by, without port: the port of a forwarded connection is another one.
+        allowed: further host names, without port: a forwarded connection has another one.
     """
 
     def __init__(self, app: ASGIApp, host: str, allowed: Sequence[str] = ()) -> None:
@@ -100,8 +100,8 @@ class Bodies:
         if length == "0" and "transfer-encoding" not in headers:
             await self._app(scope, receive, send)
             return
-        # uvicorn hands a request over before it has read the body that came with it, and answers nonsense there itself:
-        # a moment later the connection is gone, and nothing more is sent on it.
+        # uvicorn passes a request on before it has parsed the body, and answers a malformed one itself. After this
+        # pause the connection is closed in that case, and we send nothing more on it.
         await asyncio.sleep(0)
         deadline = asyncio.get_running_loop().time() + self._seconds
         in_form = headers.get("content-type", "").lower().startswith("multipart/")
@@ -126,7 +126,7 @@ class Bodies:
                 raise HTTPException(408, f"the body took more than {self._seconds:g} s") from None
             except asyncio.CancelledError:
                 deadline = 0
-                raise HTTPException(503, "the server is ending", {"Retry-After": "1"}) from None
+                raise HTTPException(503, "the server is shutting down", {"Retry-After": "1"}) from None
             size = len(message.get("body", b""))
             if held + size > most:
                 raise too_large

@@ -1,10 +1,10 @@
-"""Where the work on photos is done: on this machine's cores, or on those of a Dask cluster, with the same results.
+"""Work on photos, on this machine's cores or on a Dask cluster, with the same results.
 
-Only the last digits of what a network computes may differ: its sums are added up in an order that depends on the
-processor, the number of threads and the batch.
+Only the last digits of a network's output may differ: the order of its sums depends on the processor, the number of
+threads and the batch.
 
-Both are executors as `concurrent.futures` has them: work is submitted a little ahead, its results come in order, and
-what waits is cancelled when nobody wants it any more.
+Both use `concurrent.futures` executors: work is submitted a little ahead, results come in order, and pending work is
+cancelled when the caller stops reading.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _SECONDS_TO_CONNECT = 10.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 # A cluster that grows on demand may take minutes to start a machine.
 _SECONDS_WITHOUT_WORKERS = 180.0
-# Of another version of these, the same photo may give other bits.
+# With other versions of these, the same photo may give other results.
 _PACKAGES = ("numpy", "opencv-python-headless", "pillow", "imagehash", "tensorflow", "keras", "openvino")
 
 _AT_WORKER: ContextVar[bool] = ContextVar("at_worker", default=False)
@@ -47,10 +47,10 @@ _keeping = Lock()
 
 
 class Budget:
-    """An amount that threads share, such as bytes of memory: each waits until its part of it is free.
+    """An amount that threads share, such as bytes of memory: each waits until its part is free.
 
     Args:
-        total: of the whole; no part may be larger.
+        total: the whole amount; no part may be larger.
     """
 
     def __init__(self, total: int) -> None:
@@ -71,7 +71,7 @@ class Budget:
 
 
 def scheduler(params: Params) -> str:
-    """Address of the Dask scheduler in force; empty for this machine. The environment goes before params.yaml."""
+    """Address of the Dask scheduler; empty for this machine. The environment overrides params.yaml."""
     return os.environ.get(_ADDRESS) or params.compute.scheduler
 
 
@@ -84,8 +84,8 @@ def in_order(work: Callable[[S], T], items: Iterable[S], ahead: int = 64) -> Ite
     """
     import cv2
 
-    cv2.setNumThreads(1)  # photos are spread over the cores; OpenCV spreading each one over them too only costs
-    # A worker of a cluster has as many batches in hand as it has threads.
+    cv2.setNumThreads(1)  # photos already use all cores; splitting each one as well only adds cost
+    # A cluster's worker processes one batch per thread already.
     with ThreadPoolExecutor(1 if _AT_WORKER.get() else os.cpu_count()) as pool:
         yield from _ordered(pool, work, items, lambda: ahead, Future.result)
 
@@ -97,16 +97,16 @@ def spread(
     batch: int,
     reads: Sequence[Path] = (),
 ) -> Iterator[T]:
-    """What `work` makes of `items`, in their order: here of all at once, on a cluster of `batch` at a time.
+    """The results of `work` on `items`, in order: here on all at once, on a cluster in batches of `batch`.
 
-    A batch whose worker is lost goes to another one. Batches carry paths, and the workers read the files themselves:
-    sent along, all photos would go through one machine's disk and network.
+    If a worker is lost, its batch goes to another one. Batches carry paths and the workers read the files: otherwise
+    all photos would pass through one machine's disk and network.
 
     Args:
-        work: yields its results, in order; for a cluster it can be pickled. What it makes of an item hangs on no item
-            outside the batch.
+        work: yields its results in order; for a cluster it must be picklable. An item's result must not depend on
+            items outside its batch.
         scheduler: its address, as from `scheduler`; empty for this machine.
-        reads: what the work opens: a worker where one of these is missing has no part in the shared folder.
+        reads: files that the work opens; a worker that lacks one does not share the folder.
 
     Raises:
         TouchlineError: no scheduler answers, or it is lost; there is no worker for three minutes; a worker has another
@@ -122,11 +122,11 @@ def spread(
     with _client(scheduler) as client:
         _wait_for_worker(client)
         _look_for_package(client)
-        # `pure` would take the answer of an earlier run for a file that has changed since.
+        # With `pure`, Dask would return an earlier run's result for a file that has changed since.
         executor = client.get_executor(pure=False)
 
         def ahead() -> int:
-            # One batch in hand and one waiting for each thread of the cluster, which may grow and shrink.
+            # One running and one waiting batch per thread of the cluster, which may grow and shrink.
             return max(4, 2 * _threads(client))
 
         for results in _ordered(executor, task, batches, ahead, partial(_result, client)):
@@ -134,9 +134,9 @@ def spread(
 
 
 def not_shared(where: str, path: Path) -> TouchlineError:
-    """The error of a worker that lacks a file."""
+    """The error for a worker that lacks a file."""
     return TouchlineError(
-        f"{where} does not find {path}: photos and project must lie in a folder that all machines share, at one path"
+        f"{where} does not find {path}: all machines need photos and project at the same path in a shared folder"
     )
 
 
@@ -146,7 +146,7 @@ def at_worker() -> bool:
 
 
 def kept(make: Callable[..., T], *key: object) -> T:
-    """`make(*key)`; on a worker of a cluster what it made last is kept for the batches that follow."""
+    """`make(*key)`; a cluster's worker keeps its last result for the following batches."""
     if not at_worker():
         return make(*key)
     with _keeping:
@@ -185,12 +185,12 @@ def _task(
     worker = get_worker()
     where = f"Dask worker {worker.address}"
     if differing := {name: found for name, found in _made_of().items() if found != made_of.get(name)}:
-        says = ", ".join(f"{name} {found} and not {made_of.get(name)}" for name, found in differing.items())
-        raise TouchlineError(f"{where} has {says}: install there what is installed here, and start it again")
+        differences = ", ".join(f"{name} {found} and not {made_of.get(name)}" for name, found in differing.items())
+        raise TouchlineError(f"{where} has {differences}: install the same packages as here, and restart it")
     for path in reads:
         if not path.exists():
             raise not_shared(where, path)
-    # TensorFlow would take all cores of the machine, which other workers share.
+    # Otherwise TensorFlow would use all cores of the machine, which other workers share.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(worker.state.nthreads))
     token = _AT_WORKER.set(True)
     try:
@@ -201,7 +201,7 @@ def _task(
 
 @cache
 def _made_of() -> dict[str, str]:
-    """What results depend on besides photos and params: this package's code, and what decodes and computes."""
+    """What results depend on besides photos and params: this package's code and the versions of its libraries."""
     from importlib.metadata import PackageNotFoundError, version
 
     code = hashlib.sha256()
@@ -223,16 +223,16 @@ def _client(address: str) -> Iterator["Client"]:
         from distributed import Client
     except ImportError:
         raise TouchlineError(
-            f"a Dask cluster is named ({address}) and distributed is missing: run `pip install 'touchline[dask]'`"
+            f"the Dask cluster {address} needs the package distributed: run `pip install 'touchline[dask]'`"
         ) from None
-    # What goes wrong is said in one line here.
+    # We report errors ourselves, in one line.
     for name in ("distributed.client", "distributed.core", "distributed.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False, name="touchline")
     except (OSError, ValueError) as error:
         raise TouchlineError(
-            f"no Dask scheduler answers at {address} ({one_line(error)}): start it (`dask scheduler`), or empty "
+            f"no Dask scheduler answers at {address} ({one_line(error)}): start it (`dask scheduler`), or clear "
             f"compute.scheduler in params.yaml and {_ADDRESS} to work on this machine"
         ) from None
     with client:
@@ -261,7 +261,7 @@ def _wait_for_worker(client: "Client") -> None:
 
 
 def _look_for_package(client: "Client") -> None:
-    # A worker that gets work it cannot import ends without a word of it to us, and so does each that gets it next.
+    # A worker that cannot import its work dies without telling us why, and so does the next one that gets it.
     try:
         client.run_on_scheduler(import_module, __name__)
     except ImportError:
@@ -272,9 +272,7 @@ def _look_for_package(client: "Client") -> None:
 
 
 def _without_package(where: str) -> TouchlineError:
-    return TouchlineError(
-        f"{where} has no Touchline like this one: install there what is installed here, and start it again"
-    )
+    return TouchlineError(f"{where} cannot import this Touchline: install the same packages as here, and restart it")
 
 
 def _result(client: "Client", future: "Future[T]") -> T:
@@ -288,17 +286,17 @@ def _result(client: "Client", future: "Future[T]") -> T:
         raise _lost(client) from None
     except KilledWorker as error:
         raise TouchlineError(
-            f"{error.allowed_failures + 1} Dask workers died of the same photos, the last was "
-            f"{error.last_worker.address}: its log says why (often too little memory)"
+            f"{error.allowed_failures + 1} Dask workers crashed on the same photos, the last one "
+            f"{error.last_worker.address}: see its log (often too little memory)"
         ) from None
 
 
 def _lost(client: "Client") -> TouchlineError:
     return TouchlineError(
-        f"the Dask scheduler at {_address(client)} is lost: start it again, or name none, then run again"
+        f"lost the Dask scheduler at {_address(client)}: restart it, or clear compute.scheduler, then run again"
     )
 
 
 def _address(client: "Client") -> str:
-    # As it was named: a client that has given up its scheduler knows no other.
+    # As the user named it: a client without a connection knows no other address.
     return str(client._start_arg)

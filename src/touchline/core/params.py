@@ -1,14 +1,15 @@
 """params.yaml as typed, checked values.
 
-An unknown key, a missing one, a wrong type or an impossible number is one line that names the key, what was found and
+An unknown or missing key, a wrong type or an impossible number is a one-line error that names the key, the value and
 what is allowed.
 """
 
 import re
+from functools import cache
 from math import inf
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,13 +18,18 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    SerializeAsAny,
     StringConstraints,
     Tag,
     ValidationError,
+    create_model,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from touchline.core import extensions
 from touchline.core.errors import ParamsError, one_line
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -48,19 +54,19 @@ Synset = Annotated[str, StringConstraints(pattern=r"^n[0-9]{8}$")]
 # The parts that the split cuts the photos into.
 SUBSETS = ("train", "validation", "test")
 
-# A few lines of aliases of aliases would take gigabytes in full.
+# Printed in full, a few lines of nested aliases would take gigabytes.
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 20, 20
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
 
 def _whole_number_as_float(value: object) -> object:
-    # A bool is an int to Python, but no number to a person.
+    # In Python a bool is an int, but users do not mean a number by it.
     return float(value) if type(value) is int else value
 
 
 def _between(low: float, high: float, low_included: bool, high_included: bool) -> AfterValidator:
-    """Refuses a float out of a range, with a message that states the whole range."""
+    """Rejects a float outside a range, with a message that states the whole range."""
 
     def check(value: float) -> float:
         if not (low <= value <= high) or (value == low and not low_included) or (value == high and not high_included):
@@ -73,7 +79,7 @@ def _between(low: float, high: float, low_included: bool, high_included: bool) -
     return AfterValidator(check)
 
 
-# YAML writes `4` where a person means `4.0`; strict mode would refuse it.
+# People write `4` for `4.0`; strict mode would reject it.
 _Number = Annotated[float, BeforeValidator(_whole_number_as_float)]
 Share = Annotated[_Number, _between(0, 1, low_included=False, high_included=False)]
 Fraction = Annotated[_Number, _between(0, 1, low_included=True, high_included=True)]
@@ -95,7 +101,7 @@ def _distinct(names: list[str]) -> list[str]:
     folded = [name.casefold() for name in names]
     for name in names:
         if folded.count(name.casefold()) > 1:
-            raise PydanticCustomError("distinct", "each name once ('{name}' stands twice)", {"name": name})
+            raise PydanticCustomError("distinct", "each name once ('{name}' appears twice)", {"name": name})
     return names
 
 
@@ -108,16 +114,18 @@ def _ascending(numbers: list[float]) -> list[float]:
 ClassName = Annotated[str, AfterValidator(_usable_class)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Keys of params.yaml; an unknown one is an error."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class SampleParams(_Section):
+class SampleParams(Section):
     per_class: Annotated[int, Field(ge=10)]
     seed: Seed
 
 
-class DownloadParams(_Section):
+class DownloadParams(Section):
     connections: Annotated[int, Field(ge=1, le=1000)]
     tries: Count
     connect_timeout: Positive
@@ -127,7 +135,7 @@ class DownloadParams(_Section):
     absent_days: NotNegative = 7.0
 
 
-class OpenImagesParams(_Section):
+class OpenImagesParams(Section):
     url: Url
     photos_url: Url
     subsets: Annotated[list[Literal["validation", "test", "train"]], Field(min_length=1), AfterValidator(_distinct)]
@@ -144,7 +152,7 @@ def _without_password(place: str) -> str:
     return place
 
 
-class ImageNetParams(_Section):
+class ImageNetParams(Section):
     accept_terms: bool
     share: bool
     origin: Literal["winter21", "ilsvrc2012", "folder", "kaggle", "huggingface"]
@@ -154,21 +162,44 @@ class ImageNetParams(_Section):
     classes: dict[str, Annotated[list[Synset], Field(min_length=1)]]
 
 
-class IngestParams(_Section):
+def _known_source(name: str) -> str:
+    if extensions.source(name) is None:
+        raise PydanticCustomError("source", "one of {known}", {"known": ", ".join(extensions.sources())})
+    return name
+
+
+class IngestParams(Section):
     sources: Annotated[
-        list[Literal["sample", "folder", "openimages", "imagenet", "feedback"]],
-        Field(min_length=1),
-        AfterValidator(_distinct),
+        list[Annotated[str, AfterValidator(_known_source)]], Field(min_length=1), AfterValidator(_distinct)
     ]
     per_class: Count | None
     min_per_class: Count
     remote: str
     folder: Text
     follow_links: bool = False
-    sample: SampleParams
     download: DownloadParams
+    # These three are stated here, so that no other command than `ingest` has to import their sources.
+    sample: SampleParams
     openimages: OpenImagesParams
     imagenet: ImageNetParams
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_sections(cls, content: Any, handler: ModelWrapValidatorHandler["IngestParams"]) -> "IngestParams":
+        """With the sections that other sources have: those of the sources in use, and those that the file has."""
+        if not isinstance(content, dict):
+            return handler(content)
+        named = content.get("sources")
+        names = [*content, *(named if isinstance(named, list) else [])]
+        others = {name for name in names if isinstance(name, str)} - cls.model_fields.keys()
+        found = [(name, source.params) for name in sorted(others) if (source := extensions.source(name))]
+        sections = tuple((name, section) for name, section in found if section)
+        return _ingest_with(sections).model_validate(content) if sections else handler(content)
+
+    @property
+    def unshared(self) -> list[str]:
+        """The sources whose photos may not be passed on: their section has `share: false`."""
+        return [name for name, section in self if getattr(section, "share", True) is False]
 
     @model_validator(mode="after")
     def _enough_can_come(self) -> "IngestParams":
@@ -185,16 +216,24 @@ class IngestParams(_Section):
 
     @model_validator(mode="after")
     def _terms_are_kept(self) -> "IngestParams":
-        if "imagenet" in self.sources and not self.remote and not self.imagenet.share:
-            raise PydanticCustomError(
-                "options",
-                "imagenet, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
-                "(`dvc remote add private /a/folder`), or with `imagenet.share: true`",
-            )
+        for name in self.unshared:
+            if name in self.sources and not self.remote:
+                raise PydanticCustomError(
+                    "options",
+                    "{name}, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
+                    "(`dvc remote add private /a/folder`), or with `{name}.share: true`",
+                    {"name": name},
+                )
         return self
 
 
-class ValidateParams(_Section):
+@cache
+def _ingest_with(sections: tuple[tuple[str, type[Section]], ...]) -> type[IngestParams]:
+    fields: dict[str, Any] = {name: (section, ...) for name, section in sections}
+    return create_model("IngestParams", __base__=IngestParams, **fields)
+
+
+class ValidateParams(Section):
     min_side: Count
     max_aspect: Ratio
     max_megapixels: Positive
@@ -204,7 +243,7 @@ class ValidateParams(_Section):
     max_rejected_share: Fraction
 
 
-class SplitParams(_Section):
+class SplitParams(Section):
     seed: Seed
     test_share: Share
     validation_share: Share
@@ -224,11 +263,11 @@ class SplitParams(_Section):
         return self
 
 
-class PixelFeatures(_Section):
+class PixelFeatures(Section):
     image_size: Annotated[int, Field(ge=32, le=1024)]
 
 
-class BackboneFeatures(_Section):
+class BackboneFeatures(Section):
     image_size: Annotated[int, Field(ge=32, le=1024)]
     # A name stands for a list of one.
     backbone: Annotated[
@@ -249,43 +288,55 @@ class BackboneFeatures(_Section):
         return self
 
 
-class AugmentationParams(_Section):
+class AugmentationParams(Section):
     rotation: Degrees
     zoom: DropoutRate
     shift: DropoutRate
     flip: bool
 
 
-# What layers compute in; weights, and the finished model, are float32 in any case.
+# The type that layers compute in; weights and the finished model are always float32.
 Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
 
-class _Training(_Section):
+class ModelParams(Section):
+    """An entry of `models`.
+
+    Attributes:
+        takes: the kind of features that it learns from.
+    """
+
+    takes: ClassVar[type[Section]] = PixelFeatures
+    architecture: str
     input: Name
+    seed: Seed
+
+
+class NetworkParams(ModelParams):
+    """A network that is trained on photos from nothing."""
+
     dropout: DropoutRate
+    augmentation: AugmentationParams
     learning_rate: Positive
     batch_size: Count
     epochs: Count
     patience: Annotated[int, Field(ge=0)]
-    seed: Seed
     precision: Precision = "float32"
 
 
-class CnnParams(_Training):
+class CnnParams(NetworkParams):
     architecture: Literal["cnn"]
     # Each width is a halving of the side: five leave one pixel of the smallest photos.
     filters: Annotated[list[Count], Field(min_length=1, max_length=5)]
     weight_decay: NotNegative
-    augmentation: AugmentationParams
 
 
-class ArticleParams(_Training):
+class ArticleParams(NetworkParams):
     architecture: Literal["article"]
     dense_units: Count
-    augmentation: AugmentationParams
 
 
-class FineTuneParams(_Section):
+class FineTuneParams(Section):
     blocks: Annotated[int, Field(ge=0)]
     learning_rate: Positive
     batch_size: Count
@@ -293,40 +344,39 @@ class FineTuneParams(_Section):
     patience: Count
 
 
-class HeadParams(_Section):
+class HeadParams(ModelParams):
+    takes: ClassVar[type[Section]] = BackboneFeatures
     architecture: Literal["head"]
-    input: Name
     strengths: Annotated[list[Positive], Field(min_length=1), AfterValidator(_ascending)]
     folds: Annotated[int, Field(ge=2, le=20)]
     balance: Literal["none", "class", "group"]
-    seed: Seed
     fine_tune: FineTuneParams
 
 
-class EvaluateParams(_Section):
+class EvaluateParams(Section):
     calibration_bins: Annotated[int, Field(ge=2, le=100)]
     gallery: Annotated[int, Field(ge=0, le=200)]
     baselines_seed: Seed
 
 
-class RegisterParams(_Section):
+class RegisterParams(Section):
     name: Annotated[str, StringConstraints(pattern=r"^[^/:.\"'%\s]+$")]
     min_accuracy: Fraction
     min_shared_photos: Count
     significance: Share
 
 
-class ComputeParams(_Section):
+class ComputeParams(Section):
     scheduler: Annotated[str, StringConstraints(pattern=r"^$|^(tcp|tls|ws|wss)://\S+:\d+$")]
     devices: Literal["one", "all"]
     engine: Literal["auto", "openvino", "tensorflow"]
 
 
-class PredictParams(_Section):
+class PredictParams(Section):
     min_confidence: Fraction
 
 
-class DriftParams(_Section):
+class DriftParams(Section):
     folder: str
     significance: Share
     threshold: Fraction
@@ -342,18 +392,41 @@ FeaturesParams = Annotated[
     Annotated[PixelFeatures, Tag("pixels")] | Annotated[BackboneFeatures, Tag("backbone")],
     Discriminator(_kind_of_features),
 ]
-ModelParams = Annotated[CnnParams | ArticleParams | HeadParams, Field(discriminator="architecture")]
+# As with the sources: no other command has to import the architectures.
+_MODELS: dict[str, type[ModelParams]] = {"cnn": CnnParams, "article": ArticleParams, "head": HeadParams}
 
 
-class Params(_Section):
+def _model(content: object) -> ModelParams:
+    """An entry of `models`, of the kind that its architecture has."""
+    if isinstance(content, ModelParams):
+        return content
+    if not isinstance(content, dict):
+        raise PydanticCustomError("dict_type", "keys with their values")
+    if "architecture" not in content:
+        raise PydanticCustomError("union_tag_not_found", "an architecture")
+    name = content["architecture"]
+    kind = _MODELS.get(name) if isinstance(name, str) else None
+    if isinstance(name, str) and kind is None and (other := extensions.architecture(name)):
+        kind = other.params
+    if kind is None:
+        allowed = ", ".join(map(repr, [*_MODELS, *(set(extensions.architectures()) - set(_MODELS))]))
+        raise PydanticCustomError("union_tag_invalid", "of {expected_tags}", {"tag": name, "expected_tags": allowed})
+    return kind.model_validate(content)
+
+
+AnyModel = Annotated[SerializeAsAny[ModelParams], PlainValidator(_model)]
+
+
+class Params(Section):
     """The whole of params.yaml."""
 
     classes: Annotated[list[ClassName], Field(min_length=2), AfterValidator(_distinct)]
-    ingest: IngestParams
+    # With the sections of whatever sources it has.
+    ingest: SerializeAsAny[IngestParams]
     validate_: Annotated[ValidateParams, Field(alias="validate")]
     split: SplitParams
     features: Annotated[dict[Name, FeaturesParams], Field(min_length=1)]
-    models: Annotated[dict[Name, ModelParams], Field(min_length=1)]
+    models: Annotated[dict[Name, AnyModel], Field(min_length=1)]
     evaluate: EvaluateParams
     register_: Annotated[RegisterParams, Field(alias="register")]
     predict: PredictParams
@@ -363,8 +436,7 @@ class Params(_Section):
     @model_validator(mode="after")
     def _inputs_exist(self) -> "Params":
         for name, model in self.models.items():
-            kind = BackboneFeatures if isinstance(model, HeadParams) else PixelFeatures
-            fitting = [key for key, features in self.features.items() if isinstance(features, kind)]
+            fitting = [key for key, features in self.features.items() if isinstance(features, model.takes)]
             if model.input not in fitting:
                 raise PydanticCustomError(
                     "input",
@@ -373,7 +445,7 @@ class Params(_Section):
                         "name": name,
                         "found": model.input,
                         "architecture": model.architecture,
-                        "allowed": ", ".join(fitting) or "there is none that fits",
+                        "allowed": ", ".join(fitting) or "none fits",
                     },
                 )
             given = self.features[model.input]
@@ -393,7 +465,7 @@ def load(path: Path) -> Params:
     """Read and check `path`.
 
     Raises:
-        ParamsError: the file is missing, not YAML, or holds what is not allowed.
+        ParamsError: the file is missing, not YAML, or has invalid content.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -403,8 +475,8 @@ def load(path: Path) -> Params:
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing: restore it from version control") from None
     except RecursionError:
-        raise ParamsError(f"{path.name} is not readable YAML: it is nested too deep") from None
-    except (YAMLError, ValueError) as error:  # a date or a number that is none is a ValueError
+        raise ParamsError(f"{path.name} is not readable YAML: it is nested too deeply") from None
+    except (YAMLError, ValueError) as error:  # an invalid date or number is a ValueError
         raise ParamsError(f"{path.name} is not readable YAML: {one_line(error, 500)}") from None
     return check(content, path.name)
 
@@ -413,7 +485,7 @@ def check(content: object, where: str = "params.yaml") -> Params:
     """Typed params from a plain mapping.
 
     Raises:
-        ParamsError: the first thing that is not allowed, in one line, and how many more there are.
+        ParamsError: one line with the first error and the number of further ones.
     """
     try:
         return Params.model_validate(content)
@@ -451,9 +523,9 @@ def _one_line(error: ErrorDetails) -> str:
 
 
 def _location(parts: tuple[int | str, ...]) -> list[str]:
-    # A name that cannot be printed would break the line.
+    # An unprintable name would break the line.
     location = [str(part) if str(part).isprintable() else repr(part) for part in parts]
-    # pydantic puts the kind of a `features` or `models` entry behind its name, and marks names; the file holds neither.
-    if len(location) > 2 and location[0] in {"features", "models"}:
+    # pydantic adds the kind of a `features` entry after its name, and marks names; the file has neither.
+    if (len(location) > 2 and location[0] == "features") or location[2:] == ["[key]"]:
         del location[2]
     return location

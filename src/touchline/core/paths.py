@@ -77,7 +77,7 @@ class Paths:
 
     @property
     def exports(self) -> Path:
-        """What `touchline export` wrote; no stage looks there."""
+        """What `touchline export` wrote; no stage reads it."""
         return self.workspace / "exports"
 
     @property
@@ -110,5 +110,5 @@ class Paths:
         return self.project / "mlflow"
 
     def relative(self, path: Path) -> str:
-        """`path` as people write it: from the workspace where it lies inside, with forward slashes."""
+        """`path` relative to the workspace if it is inside, with forward slashes."""
         return path.relative_to(self.workspace).as_posix() if path.is_relative_to(self.workspace) else str(path)

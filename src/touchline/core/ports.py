@@ -8,7 +8,7 @@ from touchline.core.errors import TouchlineError
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that holds an address, and does not listen yet; closing it frees the address.
+    """A socket that reserves an address without listening; closing it frees the address.
 
     Raises:
         TouchlineError: another program has it.
@@ -26,7 +26,7 @@ def bound(host: str, port: int) -> socket.socket:
 def trusted_hosts(host: str, port: int) -> list[str]:
     """Host headers that requests to a server on a loopback address have; empty for any other address.
 
-    A web page whose name was pointed at this machine (DNS rebinding) sends its own name.
+    A web page whose name points to this machine (DNS rebinding) sends its own name instead.
     """
     if not ip_address(host if ":" in host else socket.gethostbyname(host)).is_loopback:
         return []
@@ -35,7 +35,7 @@ def trusted_hosts(host: str, port: int) -> list[str]:
 
 
 def url(host: str, port: int) -> str:
-    """Where a server that listens on `host` is reached from this machine."""
+    """The URL at which this machine reaches a server that listens on `host`."""
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every address, compared with
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 

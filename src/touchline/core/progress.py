@@ -16,7 +16,7 @@ def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
     """Yield `items`, showing how many of `total` are done and how long the rest will take.
 
     Args:
-        total: None where nobody knows.
+        total: None if unknown.
         what: what is being done, for example `reading photos`.
     """
     if sys.stderr.isatty():
@@ -30,14 +30,14 @@ def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
         now = time.monotonic()
         if now - said >= _SECONDS_BETWEEN_LINES:
             said = now
-            # The first item carries the start-up; an estimate from it alone would be far off.
+            # The first item includes the start-up; an estimate from it alone would be far off.
             left = f" of {total:,}, {(total - done) * (now - began) / done:.0f} s left" if done > 1 and total else ""
             say(f"{what}: {done:,}{left}")
     say(f"{what}: {done:,} in {time.monotonic() - began:.1f} s")
 
 
 class Filling:
-    """Progress of classes that fill up, some of what is offered being left out; see `filling`."""
+    """Progress of classes being filled, with photos left out on the way; see `filling`."""
 
     def __init__(self, room: Mapping[str, float], what: str) -> None:
         self._room, self._what = room, what
@@ -48,7 +48,7 @@ class Filling:
         self._began = self._said = time.monotonic()
 
     def done(self, label: str, megabytes: float) -> None:
-        """One more of a class is in its place; `megabytes` came over the network so far."""
+        """Count one more photo of a class; `megabytes` is the network traffic so far."""
         self._done[label] += 1
         self._megabytes = megabytes
         self._show(label)
@@ -64,7 +64,7 @@ class Filling:
         self._show()
 
     def line(self, *, over: bool = False) -> str:
-        """Counts, rate, what was left out and, unless it is over, how long the rest will take if all goes on so."""
+        """Counts, rate, what was left out and, unless it is over, the time left at this rate."""
         seconds, done = time.monotonic() - self._began, self._done.total()
         counts = ", ".join(
             f"{label} {self._done[label]:,}" + (f" of {room:,}" if isfinite(room) else "")
@@ -85,7 +85,7 @@ class Filling:
 
 
 class _FillingBars(Filling):
-    """The same on a terminal: a bar a class, and the line of numbers under them."""
+    """The same on a terminal: a bar per class, and a line of numbers below."""
 
     def __init__(self, room: Mapping[str, float], what: str, stack: ExitStack) -> None:
         from rich.console import Console, Group
@@ -108,10 +108,10 @@ class _FillingBars(Filling):
 
 @contextmanager
 def filling(room: Mapping[str, float], what: str) -> Iterator[Filling]:
-    """Show how classes fill up; the object yielded is told of each photo.
+    """Show how classes fill up; report each photo to the object yielded.
 
     Args:
-        room: how many each class is to have; infinite where all that there are.
+        room: how many photos each class should have; infinite: all.
         what: what is being done, for example `fetching photos`.
     """
     with ExitStack() as stack:
@@ -122,7 +122,7 @@ def filling(room: Mapping[str, float], what: str) -> Iterator[Filling]:
 
 
 def say(line: str) -> None:
-    """One line of progress, at once: DVC and Prefect show a stage's output as it comes."""
+    """Print one line of progress at once, so that DVC and Prefect show it live."""
     print(line, flush=True)
 
 

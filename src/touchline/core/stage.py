@@ -1,6 +1,6 @@
-"""What lies round a stage's work: its lock, its end with the process that ran it, its cost, the commit it ran from.
+"""What surrounds a stage's work: its lock, its end when its parent process ends, its cost, and its git commit.
 
-DVC that is killed leaves the stage's process alive, and that would write into the outputs of the next run.
+When DVC is killed, the stage's process lives on, and would write into the outputs of the next run.
 """
 
 import os
@@ -36,15 +36,15 @@ def running(paths: Paths, name: str) -> Iterator[None]:
     paths.locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(paths.locks / f"{name}.lock")
     try:
-        # A process whose DVC was killed ends by itself within a moment; so wait a little before complaining.
+        # A process whose DVC was killed ends within a moment, so wait a little before failing.
         with lock.acquire(timeout=_SECONDS_FOR_LOCK):
             began = time.monotonic()
-            # What a writer killed with -9 left. Photos and features are looked through by the stages that write them.
+            # Left by writers killed with -9. The stages that write photos and features clean up those themselves.
             remove_partials(paths.photos_table.parent, below=False)
             remove_partials(paths.models)
             remove_partials(paths.reports)
             yield
-            # Not an output: what a stage cost differs from run to run, and is no reason to run what follows it.
+            # Not an output: the cost differs from run to run, and must not cause later stages to run again.
             write_json(paths.locks / f"{name}.json", {"seconds": round(time.monotonic() - began, 2), **_memory()})
     except Timeout:
         raise TouchlineError(
@@ -60,7 +60,7 @@ def costs(paths: Paths) -> dict[str, dict[str, float]]:
 
 
 def code(paths: Paths) -> dict[str, Any]:
-    """The git commit in the workspace and the files that differ from it; no commit where there is no git."""
+    """The git commit in the workspace and the files that differ from it; no commit without git."""
     git = partial(subprocess.run, cwd=paths.workspace, capture_output=True, text=True, check=False)
     commit = git(["git", "rev-parse", "HEAD"])
     if commit.returncode:
@@ -73,20 +73,20 @@ def code(paths: Paths) -> dict[str, Any]:
 def _memory() -> dict[str, float]:
     try:
         import resource
-    except ImportError:  # Windows has no such count
+    except ImportError:  # not on Windows
         return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"peak_megabytes": round(peak / (2**20 if sys.platform == "darwin" else 2**10))}
 
 
 def _end_with_parent() -> None:
-    """End this process at once when DVC, which started it through a shell, is gone."""
+    """End this process as soon as DVC, which started it through a shell, is gone."""
     import psutil
 
     watched = [psutil.Process(os.getppid())]
     if watched[0].name() in SHELLS and (grandparent := watched[0].parent()):
         watched.append(grandparent)
-    # A flow that was killed leaves its DVC alive, and with it the stage.
+    # When a flow is killed, its DVC lives on, and so does the stage.
     with suppress(ValueError, psutil.NoSuchProcess):
         watched.append(psutil.Process(int(os.environ.get("TOUCHLINE_PARENT", ""))))
 
@@ -94,7 +94,7 @@ def _end_with_parent() -> None:
         pause = threading.Event()
         while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
             pause.wait(_SECONDS_BETWEEN_LOOKS)
-        # Nobody waits for the result, and what was half done lies under temporary names.
+        # The result is no longer wanted, and unfinished files still have temporary names.
         abandon()
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""Starting TensorFlow without its notes about oneDNN and CUDA, which no variable silences, and with room for others."""
+"""Import TensorFlow without its notes about oneDNN and CUDA, which no variable silences."""
 
 import os
 import sys
@@ -9,12 +9,12 @@ def import_tensorflow() -> None:
     """Import TensorFlow; what it writes to stderr meanwhile is shown only if the import fails."""
     if "tensorflow" in sys.modules:
         return
-    # Else the first process takes a GPU's whole memory, and a second stage beside it finds none.
+    # Otherwise the first process takes all of a GPU's memory, and a second stage finds none.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as notes:
-        # The notes come from C++, before Python's sys.stderr is asked.
+        # The notes come from C++, which bypasses Python's sys.stderr.
         os.dup2(notes.fileno(), 2)
         try:
             import tensorflow  # noqa: F401

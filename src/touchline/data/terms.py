@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
-    """The rows whose photos may be seen by others: figures are passed on, and ImageNet's photos may not be."""
-    return rows if params.ingest.imagenet.share else rows[rows["source"] != "imagenet"]
+    """The rows whose photos may be seen by others: figures are passed on, and some sources' photos may not be."""
+    return rows[~rows["source"].isin(params.ingest.unshared)]

@@ -1,10 +1,32 @@
-"""Architectures. A model is whole: an RGB photo of uint8 goes in, class probabilities come out; scaling is inside."""
+"""Architectures: for each its params, how it is built and how it is trained.
 
+A model is whole: an RGB photo of uint8 goes in, class probabilities come out; scaling is inside.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from touchline.core.params import ArticleParams, BackboneFeatures, CnnParams
+import numpy as np
+
+from touchline.core import extensions
+from touchline.core.errors import Diverged
+from touchline.core.params import (
+    ArticleParams,
+    BackboneFeatures,
+    CnnParams,
+    FeaturesParams,
+    HeadParams,
+    ModelParams,
+)
+from touchline.core.progress import say
+from touchline.data import photos
+from touchline.data.feature_store import Arrays
+from touchline.models import heads, training
 from touchline.models.heads import Head
+from touchline.models.training import Labelled, OnEpoch, Task, Trained
 
 if TYPE_CHECKING:
     import keras
@@ -103,3 +125,162 @@ def _probabilities(classes: int) -> "keras.layers.Layer":
 
     # In float32 whatever the layers before it compute in: a softmax in float16 says 0 and 1 too soon.
     return layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")
+
+
+def _adam(params: ArticleParams, _: int) -> "keras.optimizers.Optimizer":
+    from keras import optimizers
+
+    return optimizers.Adam(params.learning_rate)
+
+
+def _train_head(params: HeadParams, task: Task) -> Trained:
+    """A head on a frozen backbone, and, if so set, the backbone's last blocks with it."""
+    assert isinstance(task.features, BackboneFeatures)  # params lets a head have no other
+    both = Labelled.together(task.train, task.validation)
+    head, kept, whole_head = _fit_head(params, task, both)
+    if params.fine_tune.blocks:
+        build = partial(transfer, head, task.features, task.project)
+        model = training.built(build, params.fine_tune.batch_size, task.devices)
+        tuned = _fine_tune(model, params, task)
+        if tuned is not None:
+            return Trained(lambda: training.finished(model, build), task.history, tuned, task.train)
+    whole = partial(transfer, whole_head, task.features, task.project)
+    return Trained(whole, task.history, kept, both)
+
+
+def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int, Head]:
+    """The head of the strength that cross-validation of the training photos finds best.
+
+    Args:
+        both: the training photos, then those of validation.
+
+    Returns:
+        The head fitted to the training photos, which is what validation judges; the number of its row of the history;
+        and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
+    """
+    rows, first = task.arrays[both.digests], len(task.train.labels)
+    if not np.isfinite(rows).all():
+        raise Diverged(f"{task.arrays.folder} holds numbers that are none: delete it and run `dvc repro`")
+    weights = heads.balance(task.train.labels, task.train.groups, params.balance)
+    losses = heads.cross_validated(
+        rows[:first], task.train.labels, task.train.groups, weights, params.strengths, params.folds, params.seed
+    )
+    kept = int(np.argmin(losses))
+    fitted = list(heads.path(rows[:first], task.train.labels, weights, params.strengths))
+    for strength, loss, head in zip(params.strengths, losses, fitted, strict=True):
+        row = {"strength": strength, "cross_validation/loss": round(loss, 6)}
+        for subset, part in (("train", slice(first)), ("validation", slice(first, None))):
+            probabilities = head.probabilities(rows[part])
+            right = probabilities.argmax(axis=1) == both.labels[part]
+            row[f"{subset}/loss"] = round(heads.log_loss(both.labels[part], probabilities), 6)
+            row[f"{subset}/accuracy"] = round(float(right.mean()), 6)
+        task.remember(row)
+    weights = heads.balance(both.labels, both.groups, params.balance)
+    return fitted[kept], kept, next(heads.path(rows, both.labels, weights, [params.strengths[kept]]))
+
+
+def _fine_tune(model: "keras.Model", params: HeadParams, task: Task) -> int | None:
+    """Train the last blocks of the backbone with the head, from the photos.
+
+    Returns:
+        The number of the row of the history whose weights are kept; None if validation is not the better for it.
+    """
+    unfreeze(model, params.fine_tune.blocks)
+
+    def read(files: Sequence[Path], chosen: np.ndarray) -> np.ndarray:
+        return np.stack([photos.read(path, task.features.image_size) for path in training.pick(files, chosen)])
+
+    def mirrored(chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        images = read(task.train.files, chosen)
+        return np.where(random.random((len(images), 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
+
+    rows = training.Rows(mirrored, partial(read, task.validation.files))
+    size, replicas = params.fine_tune.batch_size, model.distribute_strategy.num_replicas_in_sync
+    with model.distribute_strategy.scope():
+        model.compile(loss="sparse_categorical_crossentropy")
+    labels = task.validation.labels
+    with training.errors_of_rows() as telling:
+        judged = training.dataset(telling(lambda chosen, _: rows.validation(chosen)), labels, size, replicas=replicas)
+        before = model.evaluate(judged, verbose=0)
+    start = len(task.history)
+    training.fit(model, rows, params.fine_tune, task, params.seed)
+    best = start + training.least_loss(task.history[start:])
+    loss = task.history[best]["validation/loss"]
+    if loss < before:
+        return best
+    say(f"fine-tuning did not help: validation loss {loss:.4f}, frozen {before:.4f}; undone")
+    return None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model that `architecture` in params.yaml may name.
+
+    Attributes:
+        params: its entry of `models`; its `takes` says which features it learns from.
+        train: gives the trained model; `training.network` makes it of a function that builds a network.
+        says: what it is, for the report and MLflow, followed by "of 96 x 96 pixels"; `{backbone}` is filled in.
+    """
+
+    params: type[ModelParams]
+    train: Callable[[Any, Task], Trained]
+    says: str
+
+    def described(self, features: FeaturesParams) -> str:
+        backbone = " and ".join(features.backbone) if isinstance(features, BackboneFeatures) else ""
+        return self.says.format(backbone=backbone)
+
+
+ARCHITECTURES = {
+    "cnn": Architecture(
+        CnnParams, training.network(cnn), "A simple convolutional network, trained from nothing on photos"
+    ),
+    "article": Architecture(
+        ArticleParams,
+        training.network(article, _adam),
+        "The article's convolutional network, trained from nothing on photos",
+    ),
+    "head": Architecture(
+        HeadParams,
+        _train_head,
+        "Regularised logistic regression on what the frozen ImageNet backbone {backbone} says of photos",
+    ),
+}
+
+
+def of(params: ModelParams) -> Architecture:
+    """The architecture of an entry of `models`."""
+    return cast("Architecture", extensions.architecture(params.architecture))
+
+
+def train(
+    params: ModelParams,
+    features: FeaturesParams,
+    arrays: Arrays,
+    train: Labelled,
+    validation: Labelled,
+    project: Path,
+    on_epoch: OnEpoch,
+    devices: str = "one",
+) -> Trained:
+    """Train one model from stored features.
+
+    Args:
+        params: an entry of `models`.
+        features: the entry of `features` that the model's `input` names; `arrays` are its rows.
+        project: what relative paths of weights are relative to.
+        on_epoch: called with each row of the history as it comes.
+        devices: `all` shares each batch among the GPUs of this machine. Losses are those of one, but for rounding and
+            what dropout draws. A head without fine-tuning is scikit-learn's work, on the CPU.
+
+    Returns:
+        The model in float32 and of one device, whatever it was trained in and on.
+
+    Raises:
+        Diverged: the loss became NaN or infinite.
+        TouchlineError: batches cannot be shared evenly among the devices.
+    """
+    import keras
+
+    keras.utils.set_random_seed(params.seed)
+    return of(params).train(params, Task(features, arrays, train, validation, project, on_epoch, devices))

@@ -1,40 +1,122 @@
-"""What is said of a model on photos whose class is known: shares with their intervals, and the difference of two."""
+"""How good a model is on photos whose class is known: the metrics, their intervals, and two models compared."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 CONFIDENCE = 0.95
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers on photos whose class is known.
+
+    Attributes:
+        labels: the true classes, int64, shape (n,).
+        probabilities: shape (n, classes).
+        bins: of the calibration error.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    bins: int
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """The most probable classes, int64, shape (n,)."""
+        return self.probabilities.argmax(axis=1)
+
+    @cached_property
+    def exact(self) -> np.ndarray:
+        """The probabilities as float64; scikit-learn wants rows that sum to one more exactly than float32 does."""
+        exact = self.probabilities.astype(np.float64)
+        return exact / exact.sum(axis=1, keepdims=True)
+
+    @property
+    def classes(self) -> list[int]:
+        return list(range(self.probabilities.shape[1]))
+
+
+def _accuracy(answers: Answers) -> float:
+    return float((answers.predicted == answers.labels).mean())
+
+
+def _balanced_accuracy(answers: Answers) -> float:
+    from sklearn.metrics import balanced_accuracy_score
+
+    return balanced_accuracy_score(answers.labels, answers.predicted)
+
+
+def _f1(answers: Answers) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(answers.labels, answers.predicted, average="macro")
+
+
+def _roc_auc(answers: Answers) -> float:
+    """One class against the rest, averaged over classes."""
+    from sklearn.metrics import roc_auc_score
+
+    found = answers.exact[:, 1] if len(answers.classes) == 2 else answers.exact
+    return roc_auc_score(answers.labels, found, multi_class="ovr", labels=answers.classes)
+
+
+def _log_loss(answers: Answers) -> float:
+    from sklearn.metrics import log_loss
+
+    return log_loss(answers.labels, answers.exact, labels=answers.classes)
+
+
+def _calibration_error(answers: Answers) -> float:
+    return calibration_error(answers.labels, answers.probabilities, answers.bins)
+
+
+class Metric(NamedTuple):
+    """How people call a metric, with its unit, and the function that computes it."""
+
+    title: str
+    of: Callable[[Answers], float]
+
+
+# Every metric of a model on the test photos, by its name in reports/metrics.json and, after `test/`, in MLflow. The
+# report, the tables and the registry's descriptions show all of them in this order; accuracy with its interval.
+METRICS = {
+    "accuracy": Metric("accuracy [95 % interval]", _accuracy),
+    "balanced_accuracy": Metric("balanced accuracy", _balanced_accuracy),
+    "f1": Metric("macro F1", _f1),
+    "roc_auc": Metric("ROC-AUC", _roc_auc),
+    "log_loss": Metric("log loss (nats)", _log_loss),
+    "calibration_error": Metric("calibration error", _calibration_error),
+}
+
+
 def of(labels: np.ndarray, probabilities: np.ndarray, bins: int) -> dict[str, float]:
-    """What is said of one model on one set of photos.
+    """Every metric of one model on one set of photos, and `accuracy_low` and `accuracy_high`, its Wilson interval.
 
     Args:
-        labels: int64, shape (n,). probabilities: shape (n, classes).
-
-    Returns:
-        accuracy with its Wilson interval at 95 %, balanced accuracy, macro F1, ROC-AUC (one class against the rest,
-        averaged over classes), log loss (nats) and expected calibration error.
+        labels: int64, shape (n,). probabilities: shape (n, classes). bins: of the calibration error.
     """
-    from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
-
-    predicted = probabilities.argmax(axis=1)
-    every = list(range(probabilities.shape[1]))
-    low, high = wilson(int((predicted == labels).sum()), len(labels))
-    # scikit-learn wants rows that sum to one more exactly than float32 does.
-    exact = probabilities.astype(np.float64)
-    exact /= exact.sum(axis=1, keepdims=True)
-    auc = roc_auc_score(labels, exact[:, 1] if len(every) == 2 else exact, multi_class="ovr", labels=every)
-    found = {
-        "accuracy": (predicted == labels).mean(),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "balanced_accuracy": balanced_accuracy_score(labels, predicted),
-        "f1": f1_score(labels, predicted, average="macro"),
-        "roc_auc": auc,
-        "log_loss": log_loss(labels, exact, labels=every),
-        "calibration_error": calibration_error(labels, probabilities, bins),
-    }
+    answers = Answers(labels, probabilities, bins)
+    found = {name: metric.of(answers) for name, metric in METRICS.items()}
+    low, high = wilson(int((answers.predicted == labels).sum()), len(labels))
+    found |= {"accuracy_low": low, "accuracy_high": high}
     return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def titles() -> list[str]:
+    """The heads of the columns that `cells` fills."""
+    return [metric.title for metric in METRICS.values()]
+
+
+def cells(found: Mapping[str, float]) -> list[str]:
+    """The metrics of one model (see `of`) as a row of a table."""
+    # A run from before a metric was added lacks it.
+    texts = {name: f"{found[name]:.3f}" if name in found else "" for name in METRICS}
+    texts["accuracy"] += f" [{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]"
+    return list(texts.values())
 
 
 def wilson(right: int, photos: int) -> tuple[float, float]:

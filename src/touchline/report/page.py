@@ -14,7 +14,7 @@ from touchline.core.files import RENEW, read_json, read_table, sha256, write_tex
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
 from touchline.data import photos, terms, thumbnails
-from touchline.models import explain
+from touchline.models import explain, scores
 from touchline.report import html, plots
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def write(
         decision=decision(outcome, records[outcome["better_model"]]["run_name"], params.register_.name),
         better=outcome["better_model"],
         metrics=metrics,
+        titles=scores.titles(),
+        cells=scores.cells,
         speeds=speeds,
         records=records,
         split=read_json(paths.reports / "split.json"),
@@ -74,7 +76,7 @@ def write(
         slices=_slices(tables["slices"]),
         mistakes={name: int((part["class"] != part["predicted"]).sum()) for name, part in of_model},
         galleries=_galleries(paths, tables["gallery"], split),
-        hidden=len(split) - len(terms.shown(split, params)),
+        hidden=split.loc[split.index.difference(terms.shown(split, params).index), "source"].tolist(),
         costs=_costs(paths, params),
         hardware=records[outcome["better_model"]]["tags"]["touchline.hardware"],
         code=stage.code(paths),

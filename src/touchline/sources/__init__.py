@@ -1,11 +1,18 @@
-"""Where photos come from: one module a source, each with one function `candidates`.
+"""Where photos come from: one module a source, each with one object `SOURCE`.
 
 A source yields `Candidate`s in a stable order and reads a photo's bytes only when asked, or names the URL where they
 are. Fetching, hashing, naming and recording are the work of `touchline.stages.ingest`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from touchline.core import extensions
+
+if TYPE_CHECKING:
+    from touchline.core.params import Params, Section
+    from touchline.core.paths import Paths
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,47 @@ class Planned:
     megabytes: float | None
     state: str
     licence: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where photos come from, and what is to be known of it.
+
+    Attributes:
+        name: in `ingest.sources` of params.yaml, and in the column `source` of photos.csv.
+        offers: the photos it has, in a stable order. Of a network they are asked for as long as there is room.
+        plan: what `offers` and its photos would fetch, without fetching it.
+        params: its section of params.yaml, `ingest.<name>`; None where it has none, or `IngestParams` states it. A
+            section with a key `share` that is false keeps its photos from reports, MLflow and the default remote.
+        network: it needs the network, and has more photos than somebody put there: too few are an error.
+        by_url: its candidates have a `url`, not `read`.
+        licensed: it states a licence for each photo, so one without is a fault.
+        corrects: people gave its photos to correct others. They are taken beyond `ingest.per_class`, and their classes
+            win.
+        facts: what reports/ingest.json says of it besides how many photos were taken.
+    """
+
+    name: str
+    offers: "Callable[[Paths, Params], Iterator[Candidate]]"
+    plan: "Callable[[Paths, Params], list[Planned]]"
+    params: "type[Section] | None" = None
+    network: bool = False
+    by_url: bool = False
+    licensed: bool = False
+    corrects: bool = False
+    facts: "Callable[[Paths, Params], dict[str, Any]]" = lambda *_: {}
+
+
+def named(name: str) -> Source | None:
+    """The source of this name, of this package or another; None if there is none."""
+    return cast("Source | None", extensions.source(name))
+
+
+def chosen(params: "Params") -> list[Source]:
+    """The sources that params.yaml names, in its order."""
+    return [source for name in params.ingest.sources if (source := named(name))]
+
+
+def at_most(params: "Params") -> str:
+    """How many photos are taken, in words."""
+    return f"{params.ingest.per_class:,} a class at most" if params.ingest.per_class else "all"

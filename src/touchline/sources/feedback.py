@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from touchline.core.errors import TouchlineError
-from touchline.core.files import read_json, write_bytes, write_json
+from touchline.core.files import read_json, remove_partials, write_bytes, write_json
+from touchline.core.params import Params
+from touchline.core.paths import Paths
 from touchline.data import photos
-from touchline.sources import Candidate
+from touchline.sources import Candidate, Planned, Source
 from touchline.sources.received import Received, say_left_out, shown
 
 LICENCE = "given by the person at the page"
@@ -74,3 +76,16 @@ def _read(record: Path) -> tuple[str, str]:
     found = read_json(record)
     found = found if isinstance(found, dict) else {}
     return str(found.get("photo", "")), str(found.get("label", ""))
+
+
+def _offers(paths: Paths, params: Params) -> Iterator[Candidate]:
+    remove_partials(paths.feedback)
+    return candidates(Received.of(paths.feedback, params), params.classes)
+
+
+def _plan(paths: Paths, params: Params) -> list[Planned]:
+    given = sum(1 for _ in candidates(Received.of(paths.feedback, params), params.classes))
+    return [Planned(f"{given:,} photos given at the page", str(paths.feedback), 0.0, "there already", LICENCE)]
+
+
+SOURCE = Source("feedback", _offers, _plan, corrects=True)

@@ -22,6 +22,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -509,20 +510,30 @@ def session(connections: int) -> "aiohttp.ClientSession":
 def network(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the network's thread and wait for its result.
 
-    Who interrupts it (Ctrl-C) goes on once it has put its things away: it may still be writing.
+    An interruption (Ctrl-C) cancels it and waits until it has put its things away: it may still be writing.
+
+    Raises:
+        CancelledError: it was cancelled from the network's thread.
     """
-    over = threading.Event()
+    loop, over = _loop(), threading.Event()
+    task: asyncio.Task[T]
 
-    async def run() -> T:
-        try:
-            return await work
-        finally:
-            over.set()
+    def start() -> None:
+        nonlocal task
+        task = loop.create_task(work)
+        # Not a `finally` inside a coroutine: one that is cancelled before its first step runs none of its own code.
+        task.add_done_callback(lambda _: over.set())
 
-    future = asyncio.run_coroutine_threadsafe(run(), _loop())
+    def stop() -> None:
+        task.cancel()
+
+    loop.call_soon_threadsafe(start)
     try:
-        return future.result()
+        over.wait()
     except BaseException:
-        future.cancel()
+        loop.call_soon_threadsafe(stop)
         over.wait(_SECONDS_TO_PUT_AWAY)
         raise
+    if task.cancelled():
+        raise CancelledError
+    return task.result()

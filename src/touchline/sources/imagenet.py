@@ -24,11 +24,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 from touchline.core.errors import ParamsError, TouchlineError, one_line
-from touchline.core.files import read_json, write_bytes, write_json
-from touchline.core.params import DownloadParams, ImageNetParams
+from touchline.core.files import read_json, remove_partials, write_bytes, write_json
+from touchline.core.params import DownloadParams, ImageNetParams, Params
+from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.data.photos import EXTENSIONS
-from touchline.sources import Candidate, Planned
+from touchline.sources import Candidate, Planned, Source
 from touchline.sources.http import HttpError, WrongContent, head, read_range, to_file
 from touchline.sources.received import Received, say_left_out, shown
 
@@ -817,3 +818,18 @@ def _hub_trouble(error: Exception) -> TouchlineError:
 
 def _status(error: BaseException | None) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _offers(paths: Paths, params: Params) -> Iterator[Candidate]:
+    settings = params.ingest
+    remove_partials(paths.project / settings.imagenet.folder, below=False)
+    return candidates(
+        settings.imagenet, settings.download, params.classes, paths.project, follow_links=settings.follow_links
+    )
+
+
+def _plan(paths: Paths, params: Params) -> list[Planned]:
+    return plan(params.ingest.imagenet, params.ingest.download, params.classes, paths.project)
+
+
+SOURCE = Source("imagenet", _offers, _plan, network=True)

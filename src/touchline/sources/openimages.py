@@ -15,9 +15,10 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from glob import escape
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
@@ -25,10 +26,11 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from touchline.core.errors import ParamsError, TouchlineError
-from touchline.core.files import write_json
-from touchline.core.params import DownloadParams, OpenImagesParams
+from touchline.core.files import remove_partials, write_json
+from touchline.core.params import DownloadParams, OpenImagesParams, Params
+from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.sources import Candidate, Planned, http
+from touchline.sources import Candidate, Planned, Source, at_most, fetch, http
 from touchline.sources.http import HttpError, WrongContent
 
 LICENCE = "labels CC BY 4.0 (Google LLC); photos listed as CC BY 2.0, each with its author"
@@ -564,3 +566,38 @@ def _kept(path: Path) -> Any:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _offers(paths: Paths, params: Params) -> Iterator[Candidate]:
+    remove_partials(paths.openimages)
+    return candidates(params.ingest.openimages, params.ingest.download, params.classes, paths.openimages)
+
+
+def _plan(paths: Paths, params: Params) -> list[Planned]:
+    files = plan(params.ingest.openimages, params.ingest.download, params.classes, paths.openimages)
+    return [*files, *_planned_photos(paths, params)]
+
+
+def _planned_photos(paths: Paths, params: Params) -> Iterator[Planned]:
+    """The photos that are there, and those to fetch for as many as are wished for."""
+    licence = "of each photo, CC BY 2.0 as a rule; in data/ATTRIBUTION.csv"
+    names: Set[str] = set()
+    if paths.journal.exists():
+        with fetch.Journal(paths.journal) as journal:
+            names = journal.names()
+    found = {label: [p for p in paths.photos.glob(f"{escape(label)}/*") if p.name in names] for label in params.classes}
+    if there := [path for of_class in found.values() for path in of_class]:
+        megabytes = sum(path.stat().st_size for path in there) / 1e6
+        yield Planned(f"{len(there):,} photos fetched before", str(paths.photos), megabytes, "there already", licence)
+    limit = params.ingest.per_class
+    lacking = None if limit is None else sum(max(0, limit - len(of_class)) for of_class in found.values())
+    if lacking != 0:
+        what, where = f"photos, {at_most(params)}, about 0.3 MB each", params.ingest.openimages.photos_url
+        yield Planned(what, where, None if lacking is None else 0.3 * lacking, "to fetch", licence)
+
+
+def _facts(paths: Paths, params: Params) -> dict[str, Any]:
+    return {"labels": facts(params.ingest.openimages, params.classes, paths.openimages)}
+
+
+SOURCE = Source("openimages", _offers, _plan, network=True, by_url=True, licensed=True, facts=_facts)

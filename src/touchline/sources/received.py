@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from touchline.core.errors import TouchlineError
+from touchline.core.params import Params
 from touchline.core.progress import say
 from touchline.data import layout
 
@@ -34,6 +35,11 @@ class Received:
     folder: Path
     max_megabytes: float
     follow_links: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, params: Params) -> "Received":
+        """A folder under the limits of params.yaml."""
+        return cls(folder, params.ingest.download.max_megabytes, params.ingest.follow_links)
 
     def refusal(self, path: Path, *, image: bool = True) -> str:
         """Why a file is not taken; empty where nothing is wrong with it.

@@ -19,10 +19,12 @@ import cv2
 import numpy as np
 
 from touchline.core.errors import TouchlineError
-from touchline.core.params import SampleParams
-from touchline.sources import Candidate
+from touchline.core.params import Params, SampleParams
+from touchline.core.paths import Paths
+from touchline.sources import Candidate, Planned, Source
 from touchline.sources.scenes import BALLS, GOALS, SHIRTS, Image, Rng, Sport, draw, resized
 
+_LICENCE = "CC0-1.0"
 _FORMATS = {7: "png", 13: "webp"}  # of the scenes whose index ends so, modulo 20; the others are JPEG
 
 
@@ -77,7 +79,7 @@ def _generator(seed: int, name: str, index: int) -> Rng:
 
 
 def _candidate(name: str, origin: str, read: Callable[[], bytes]) -> Candidate:
-    return Candidate(name, "sample", origin, read, licence="CC0-1.0", author="Touchline sample")
+    return Candidate(name, "sample", origin, read, licence=_LICENCE, author="Touchline sample")
 
 
 def _oddities(
@@ -120,3 +122,11 @@ def _oddities(
     yield first, "flat.png", lambda: encode(np.full((240, 320, 3), (86, 120, 60), np.uint8), "png")
     yield second, "thumbnail.jpg", lambda: encode(resized(scene(second, 100_002), 32, 24), "jpg")
     yield first, "panorama.jpg", lambda: encode(resized(scene(first, 100_003), 900, 180), "jpg")
+
+
+def _plan(_: Paths, params: Params) -> list[Planned]:
+    drawn = params.ingest.sample.per_class * len(params.classes)
+    return [Planned(f"{drawn:,} drawn scenes", "this program", 0.0, "to draw", _LICENCE)]
+
+
+SOURCE = Source("sample", lambda _, params: candidates(params.ingest.sample, params.classes), _plan, licensed=True)

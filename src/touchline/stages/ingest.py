@@ -8,21 +8,19 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
-from functools import partial
-from glob import escape
+from collections.abc import Iterator, Sequence, Set
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from touchline import sources
 from touchline.core import parallel
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table, remove_partials, write_bytes, write_json, write_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.sources import Candidate, Planned, feedback, fetch, folder, imagenet, openimages, sample
-from touchline.sources.received import Received
+from touchline.sources import Candidate, Planned, Source, fetch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +34,6 @@ _ATTRIBUTION = {
     "landing_page": "landing page", "licence": "licence", "source": "source", "origin": "origin",
     "retrieved": "retrieved",
 }  # fmt: skip
-# Sources that offer more than a person put there: with them, fewer photos than asked for are worth a word.
-_REMOTE = ("openimages", "imagenet")
 # How far the share of a source may lie apart from class to class before a person is told.
 _TELLING = 0.2
 # The class and subset of photos that fill one place each.
@@ -53,39 +49,37 @@ def run(paths: Paths, params: Params) -> None:
     import pandas as pd
 
     remove_partials(paths.photos)
-    remove_partials(paths.openimages)
     remove_partials(paths.spare, below=False)
-    remove_partials(paths.feedback)
-    remove_partials(paths.project / params.ingest.imagenet.folder, below=False)
     rejected = _rejected_before(paths.ledger)
     taken: Counter[_Place] = Counter()
     rows: list[Sequence[object]] = []
     report: dict[str, Any] = {}
-    for name in params.ingest.sources:
-        fill = _from_network if name == "openimages" else _from_disk
-        found, report[name] = fill(paths, params, name, taken, {known for known in rejected if known[1] == name})
+    chosen = sources.chosen(params)
+    for source in chosen:
+        fill = _by_url if source.by_url else _by_reading
+        found, counts = fill(paths, params, source, taken, {known for known in rejected if known[1] == source.name})
         rows += found
+        report[source.name] = counts | source.facts(paths, params)
     if not rows:
         raise TouchlineError(
             f"the sources {', '.join(params.ingest.sources)} offer no photo: see `ingest` in params.yaml"
         )
-    table = _corrected(pd.DataFrame(rows, columns=list(COLUMNS)))
+    table = _corrected(pd.DataFrame(rows, columns=list(COLUMNS)), [source.name for source in chosen if source.corrects])
     _remove_unwanted(paths, set(table["path"]))
     write_table(paths.photos_table, table)
     write_table(paths.photos_table.with_name("ATTRIBUTION.csv"), _attribution(table))
-    if "openimages" in report:
-        report["openimages"]["labels"] = openimages.facts(params.ingest.openimages, params.classes, paths.openimages)
-    counts = {label: int((table["class"] == label).sum()) for label in params.classes}
-    notes = _notes(table, params, counts)
+    photos = {label: int((table["class"] == label).sum()) for label in params.classes}
+    network = any(source.network for source in chosen)
+    notes = _notes(table, params, photos) if network else []
     write_json(
         paths.reports / "ingest.json",
-        {"per_class": params.ingest.per_class, "photos": counts, "notes": notes, "sources": report},
+        {"per_class": params.ingest.per_class, "photos": photos, "notes": notes, "sources": report},
     )
-    say("photos: " + ", ".join(f"{label} {count:,}" for label, count in counts.items()))
+    say("photos: " + ", ".join(f"{label} {count:,}" for label, count in photos.items()))
     for note in notes:
         say(f"note: {note}")
-    short = {label: count for label, count in counts.items() if count < params.ingest.min_per_class}
-    if short and _remote(params):
+    short = {label: count for label, count in photos.items() if count < params.ingest.min_per_class}
+    if short and network:
         raise TouchlineError(
             "too few photos: "
             + ", ".join(f"{label} {count:,}" for label, count in short.items())
@@ -95,78 +89,20 @@ def run(paths: Paths, params: Params) -> None:
 
 def plan(paths: Paths, params: Params) -> list[Planned]:
     """What `run` would fetch, without fetching it: see `touchline ingest --dry-run`."""
-    planned: list[Planned] = []
-    each = f"{params.ingest.per_class:,} a class at most" if params.ingest.per_class else "all"
-    for name in params.ingest.sources:
-        match name:
-            case "sample":
-                drawn = params.ingest.sample.per_class * len(params.classes)
-                planned.append(Planned(f"{drawn:,} drawn scenes", "this program", 0.0, "to draw", "CC0-1.0"))
-            case "folder":
-                where = str(paths.project / params.ingest.folder)
-                # Looked through here too: DVC reads all of the folder, before `run` can tell what is wrong with it.
-                found = sum(1 for _ in _offers(paths, params, name))
-                planned.append(Planned(f"{found:,} photos of your own, {each}", where, 0.0, "there already", "yours"))
-            case "feedback":
-                given = sum(1 for _ in _offers(paths, params, name))
-                planned.append(
-                    Planned(f"{given:,} photos given at the page", str(paths.feedback), 0.0, "there already",
-                            feedback.LICENCE)
-                )  # fmt: skip
-            case "openimages":
-                settings = params.ingest.openimages
-                planned += openimages.plan(settings, params.ingest.download, params.classes, paths.openimages)
-                planned += _planned_photos(paths, params, each)
-            case _:
-                planned += imagenet.plan(params.ingest.imagenet, params.ingest.download, params.classes, paths.project)
-    return planned
+    return [planned for source in sources.chosen(params) for planned in source.plan(paths, params)]
 
 
-def _planned_photos(paths: Paths, params: Params, each: str) -> Iterator[Planned]:
-    """The photos of Open Images that are there, and those to fetch for as many as are wished for."""
-    licence = "of each photo, CC BY 2.0 as a rule; in data/ATTRIBUTION.csv"
-    names: Set[str] = set()
-    if paths.journal.exists():
-        with fetch.Journal(paths.journal) as journal:
-            names = journal.names()
-    found = {label: [p for p in paths.photos.glob(f"{escape(label)}/*") if p.name in names] for label in params.classes}
-    if there := [path for of_class in found.values() for path in of_class]:
-        megabytes = sum(path.stat().st_size for path in there) / 1e6
-        yield Planned(f"{len(there):,} photos fetched before", str(paths.photos), megabytes, "there already", licence)
-    limit = params.ingest.per_class
-    lacking = None if limit is None else sum(max(0, limit - len(of_class)) for of_class in found.values())
-    if lacking != 0:
-        what = f"photos, {each}, about 0.3 MB each"
-        where = params.ingest.openimages.photos_url
-        yield Planned(what, where, None if lacking is None else 0.3 * lacking, "to fetch", licence)
-
-
-def _offers(paths: Paths, params: Params, name: str) -> Iterator[Candidate]:
-    settings, classes = params.ingest, params.classes
-    received = partial(Received, max_megabytes=settings.download.max_megabytes, follow_links=settings.follow_links)
-    sources: dict[str, Callable[[], Iterator[Candidate]]] = {
-        "sample": lambda: sample.candidates(settings.sample, classes),
-        "folder": lambda: folder.candidates(received(paths.project / settings.folder), classes),
-        "feedback": lambda: feedback.candidates(received(paths.feedback), classes),
-        "openimages": lambda: openimages.candidates(settings.openimages, settings.download, classes, paths.openimages),
-        "imagenet": lambda: imagenet.candidates(
-            settings.imagenet, settings.download, classes, paths.project, follow_links=settings.follow_links
-        ),
-    }
-    return sources[name]()
-
-
-def _from_disk(
+def _by_reading(
     paths: Paths,
     params: Params,
-    name: str,
+    source: Source,
     taken: Counter[_Place],
     rejected: Set[tuple[str, str, str]],
 ) -> tuple[list[Sequence[object]], dict[str, Any]]:
     """Rows of the offers there is room for, and what to report of the source."""
-    chosen = _chosen(paths, params, name, taken, rejected)
-    # What Hugging Face offers is fetched while it is offered; the others' offers cost nothing, and can be counted.
-    counted = None if params.ingest.imagenet.origin == "huggingface" else list(chosen)
+    chosen = _chosen(paths, params, source, taken, rejected)
+    # What a network offers may be fetched while it is offered; the others' offers cost nothing, and can be counted.
+    counted = None if source.network else list(chosen)
     offered = chosen if counted is None else counted
     kept = parallel.in_order(lambda numbered: (numbered[0], _keep(paths, numbered[1])), offered)
     rows = [row for _, row in sorted(track(kept, None if counted is None else len(counted), "taking photos"))]
@@ -174,21 +110,21 @@ def _from_disk(
 
 
 def _chosen(
-    paths: Paths, params: Params, name: str, taken: Counter[_Place], rejected: Set[tuple[str, str, str]]
+    paths: Paths, params: Params, source: Source, taken: Counter[_Place], rejected: Set[tuple[str, str, str]]
 ) -> Iterator[tuple[int, Candidate]]:
     """At most `ingest.per_class` numbered offers a class (and subset, where the source brings a split of its own).
 
-    What validation rejected before comes last: it takes no place from a photo that may be better. What a person gave
-    at the page is taken even where there is no room.
+    What validation rejected before comes last: it takes no place from a photo that may be better. What corrects
+    others is taken even where there is no room.
     """
-    limit = inf if params.ingest.per_class is None or name == "feedback" else params.ingest.per_class
+    limit = inf if params.ingest.per_class is None or source.corrects else params.ingest.per_class
     held: list[tuple[int, Candidate]] = []
 
     def full() -> bool:
-        # Which subsets a folder brings is known only from what it offers, and that costs nothing.
-        return name != "folder" and all(taken[label, ""] >= limit for label in params.classes)
+        # Which subsets a source brings is known only from what it offers, and without a network that costs nothing.
+        return source.network and all(taken[label, ""] >= limit for label in params.classes)
 
-    offers = enumerate(_offers(paths, params, name))
+    offers = enumerate(source.offers(paths, params))
     # An offer may cost gigabytes to draw: none is, once there is no room for it.
     while not full() and (numbered := next(offers, None)):
         number, candidate = numbered
@@ -203,10 +139,10 @@ def _chosen(
             yield number, candidate
 
 
-def _from_network(
+def _by_url(
     paths: Paths,
     params: Params,
-    name: str,
+    source: Source,
     taken: Counter[_Place],
     rejected: Set[tuple[str, str, str]],
 ) -> tuple[list[Sequence[object]], dict[str, Any]]:
@@ -217,7 +153,7 @@ def _from_network(
     absent_days = 0.0 if os.environ.get("TOUCHLINE_REFRESH") else params.ingest.download.absent_days
     with fetch.Journal(paths.journal, absent_days) as journal:
         outcome = fetch.fill(
-            (candidate for candidate in _offers(paths, params, name) if _identity(candidate) not in rejected),
+            (candidate for candidate in source.offers(paths, params) if _identity(candidate) not in rejected),
             room,
             lambda candidate: paths.photos / candidate.label,
             _whole(paths.photos),
@@ -271,12 +207,12 @@ def _row(paths: Paths, candidate: Candidate, path: Path, entry: fetch.Entry) -> 
     )  # fmt: skip
 
 
-def _corrected(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The table with a photo that another source has too under the class that a person gave it at the page.
+def _corrected(table: "pd.DataFrame", correcting: Sequence[str]) -> "pd.DataFrame":
+    """The table with a photo that another source has too under the class that one of the `correcting` gives it.
 
     The other source's row is the one that stays: it knows licence, author, group and subset.
     """
-    given = table["source"] == "feedback"
+    given = table["source"].isin(correcting)
     label_of = dict(zip(table.loc[given, "sha256"], table.loc[given, "class"], strict=True))
     both = ~given & table["sha256"].isin(label_of)
     labels = table["class"].mask(both, table["sha256"].map(label_of))
@@ -342,20 +278,16 @@ def _attribution(table: "pd.DataFrame") -> "pd.DataFrame":
     return known[list(_ATTRIBUTION)].rename(columns=_ATTRIBUTION)
 
 
-def _remote(params: Params) -> bool:
-    return any(name in _REMOTE for name in params.ingest.sources)
-
-
 def _notes(table: "pd.DataFrame", params: Params, counts: dict[str, int]) -> list[str]:
     """What a person should know of the set before anything is trained on it."""
     notes = []
     limit = params.ingest.per_class
-    if limit and _remote(params) and (short := {label: n for label, n in counts.items() if n < limit}):
+    if limit and (short := {label: n for label, n in counts.items() if n < limit}):
         found = ", ".join(f"{label} {count:,}" for label, count in short.items())
         notes.append(f"fewer photos than ingest.per_class ({limit:,}): {found}")
     shares = table.groupby("class")["source"].value_counts(normalize=True).unstack(fill_value=0.0)
     spread = shares.max() - shares.min()
-    if _remote(params) and spread.max() > _TELLING:
+    if spread.max() > _TELLING:
         share = shares[spread.idxmax()]
         notes.append(
             f"the source tells something of the class: {spread.idxmax()} gives {share.max():.0%} of {share.idxmax()} "

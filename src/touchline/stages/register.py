@@ -14,7 +14,7 @@ from touchline.core.files import read_json, read_table, write_json
 from touchline.core.params import Params, RegisterParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.models import classifier, inference
+from touchline.models import classifier, inference, scores
 from touchline.report import page
 from touchline.tracking import CHALLENGER, CHAMPION, Store, Version, open_store
 
@@ -263,14 +263,11 @@ def _concluded(
 
 
 def _side_by_side(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
-    """The models as a table in Markdown."""
-    photos = f"{metrics['test_photos']:,} test photos"
-    rows = [f"| model | validation accuracy | accuracy on {photos} (95 % interval) | log loss |", "|---|---|---|---|"]
-    for name, record in records.items():
-        found = metrics["models"][name]
-        rows.append(
-            f"| {record['run_name']} | {record['metrics']['validation/accuracy']:.3f} "
-            f"| {found['accuracy']:.3f} ({found['accuracy_low']:.3f} to {found['accuracy_high']:.3f}) "
-            f"| {found['log_loss']:.3f} |"
-        )
-    return "\n".join(rows)
+    """The models as a table in Markdown, of their metrics on the test photos."""
+    head = ["model", "validation accuracy", *scores.titles()]
+    rows = [
+        [record["run_name"], f"{record['metrics']['validation/accuracy']:.3f}", *scores.cells(metrics["models"][name])]
+        for name, record in records.items()
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([f"On {metrics['test_photos']:,} test photos:", "", *lines])

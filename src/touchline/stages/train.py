@@ -8,122 +8,37 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from touchline.core import parallel, stage
-from touchline.core.errors import Diverged, TouchlineError, one_line
+from touchline.core import stage
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import read_table, replacing, sha256, write_json, write_table
-from touchline.core.params import (
-    ArticleParams,
-    BackboneFeatures,
-    CnnParams,
-    FeaturesParams,
-    FineTuneParams,
-    HeadParams,
-    ModelParams,
-    Params,
-)
+from touchline.core.params import BackboneFeatures, FeaturesParams, HeadParams, ModelParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos
 from touchline.data.feature_store import Arrays
-from touchline.models import architectures, engines, heads
-from touchline.models.augmentation import augment
+from touchline.models import architectures, engines
+from touchline.models.architectures import train as fit
+from touchline.models.training import Labelled, Trained
 
 if TYPE_CHECKING:
-    import keras
     import pandas as pd
-    import tensorflow as tf
 
     from touchline.tracking import Store
 
-T = TypeVar("T")
-OnEpoch = Callable[[dict[str, float]], None]
-# The rows of chosen photos, given their positions; what is random in them comes from the generator.
-MakeRows = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _DVC_EXPERIMENT, _PREFECT_FLOW_RUN = "touchline.dvc_experiment", "touchline.prefect_flow_run"
 # Training photos on which OpenVINO is held against Keras.
 _COMPARED = 32
-METRICS = {
-    "loss": "train/loss",
-    "accuracy": "train/accuracy",
-    "val_loss": "validation/loss",
-    "val_accuracy": "validation/accuracy",
-}
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Photos of one subset.
-
-    Attributes:
-        digests: sha256 of each photo.
-        files: its path.
-        labels: its class as a position in `classes`, int64, shape (n,).
-        groups: what it belongs to: an author, an album, a source.
-    """
-
-    digests: Sequence[str]
-    files: Sequence[Path]
-    labels: np.ndarray
-    groups: Sequence[str]
-
-    @classmethod
-    def of(cls, split: "pd.DataFrame", subset: str, classes: Sequence[str], workspace: Path) -> "Labelled":
-        if missing := {"class", "group", "sha256"} - set(split.columns):
-            raise TouchlineError(
-                f"data/split.csv lacks the column {', '.join(sorted(missing))}: run `dvc repro -f -s split`"
-            )
-        chosen = split[split["subset"] == subset]
-        if chosen.empty:
-            raise TouchlineError(f"data/split.csv has no photo in {subset}: run `dvc repro`")
-        if unknown := sorted(set(chosen["class"]) - set(classes)):
-            raise TouchlineError(
-                f"data/split.csv has photos of {', '.join(unknown[:5])}, no class of params.yaml: `dvc repro`"
-            )
-        labels = chosen["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
-        files = [workspace / path for path in chosen["path"]]
-        return cls(list(chosen["sha256"]), files, labels, list(chosen["group"]))
-
-    @classmethod
-    def together(cls, first: "Labelled", second: "Labelled") -> "Labelled":
-        return cls(
-            [*first.digests, *second.digests],
-            [*first.files, *second.files],
-            np.concatenate([first.labels, second.labels]),
-            [*first.groups, *second.groups],
-        )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A fitted model.
-
-    Attributes:
-        make: gives the model. A search looks at the history alone, and a head on its backbone takes seconds to build.
-        history: one dict an epoch, of the names in METRICS' values and `epoch`; of a head one a `strength`, with its
-            `cross_validation/loss`.
-        kept: the number of the row whose weights were kept; its validation metrics are the model's.
-        learned_from: the photos it was fitted to.
-    """
-
-    make: Callable[[], "keras.Model"]
-    history: list[dict[str, float]]
-    kept: int
-    learned_from: Labelled
-
-    @cached_property
-    def model(self) -> "keras.Model":
-        return self.make()
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
@@ -262,339 +177,6 @@ def facts(paths: Paths, params: Params, name: str, split: "pd.DataFrame") -> dic
     }
 
 
-def fit(
-    params: ModelParams,
-    features: FeaturesParams,
-    arrays: Arrays,
-    train: Labelled,
-    validation: Labelled,
-    project: Path,
-    on_epoch: OnEpoch,
-    devices: str = "one",
-) -> Trained:
-    """Train one model from stored features.
-
-    Args:
-        params: an entry of `models`.
-        features: the entry of `features` that the model's `input` names; `arrays` are its rows.
-        project: what relative paths of weights hang on.
-        on_epoch: called with each row of the history as it comes.
-        devices: `all` shares each batch among the GPUs of this machine. Losses are those of one, but for rounding and
-            what dropout draws. A head without fine-tuning is scikit-learn's work, on the CPU.
-
-    Returns:
-        The model in float32 and of one device, whatever it was trained in and on.
-
-    Raises:
-        Diverged: the loss became NaN or infinite.
-        TouchlineError: batches cannot be shared evenly among the devices.
-    """
-    import keras
-
-    keras.utils.set_random_seed(params.seed)
-    classes = int(max(train.labels.max(), validation.labels.max())) + 1
-    history: list[dict[str, float]] = []
-
-    def remember(row: dict[str, float]) -> None:
-        history.append({"epoch": len(history), **row})
-        on_epoch(history[-1])
-
-    if isinstance(params, CnnParams | ArticleParams):
-        if isinstance(params, CnnParams):
-            build = partial(architectures.cnn, params, features.image_size, classes)
-        else:
-            build = partial(architectures.article, params, features.image_size, classes)
-        model = _built(build, params.batch_size, devices, params.precision)
-        rows = Rows(
-            lambda chosen, random: np.stack(
-                [augment(photo, params.augmentation, random) for photo in arrays[_pick(train.digests, chosen)]]
-            ),
-            lambda chosen: arrays[_pick(validation.digests, chosen)],
-        )
-        _fit(model, rows, train, validation, params, remember, params.seed)
-        kept = _least_loss(history) if params.patience else len(history) - 1
-        return Trained(lambda: _finished(model, build), history, kept, train)
-
-    assert isinstance(features, BackboneFeatures)  # params lets a head have no other
-    both = Labelled.together(train, validation)
-    head, kept, whole_head = _fit_head(params, arrays, train, both, remember)
-    if params.fine_tune.blocks:
-        build = partial(architectures.transfer, head, features, project)
-        model = _built(build, params.fine_tune.batch_size, devices)
-        tuned = _fine_tune(model, params, features.image_size, train, validation, history, remember)
-        if tuned is not None:
-            return Trained(lambda: _finished(model, build), history, tuned, train)
-    return Trained(lambda: architectures.transfer(whole_head, features, project), history, kept, both)
-
-
-def _built(
-    build: Callable[[], "keras.Model"], batch_size: int, devices: str, precision: str = "float32"
-) -> "keras.Model":
-    """The network as it is trained: on one device or, mirrored, on several, and in `precision`."""
-    import keras
-    import tensorflow as tf
-
-    strategy = tf.distribute.get_strategy()
-    # Without a GPU the CPU is the device; it is one, unless it was divided into several.
-    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if devices == "all" and len(found) > 1:
-        if batch_size % len(found):
-            raise TouchlineError(
-                f"batch_size {batch_size} cannot be shared evenly among {len(found)} devices: "
-                f"make it a multiple of {len(found)}, or set compute.devices: one"
-            )
-        strategy = tf.distribute.MirroredStrategy([device.name for device in found])
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(precision)
-    try:
-        with strategy.scope():
-            return build()
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
-def _finished(model: "keras.Model", build: Callable[[], "keras.Model"]) -> "keras.Model":
-    """A trained network as one that computes in float32 on one device, so that every machine runs the same."""
-    if model.distribute_strategy.num_replicas_in_sync == 1 and model.dtype_policy.name == "float32":
-        return model
-    plain = build()
-    plain.set_weights(model.get_weights())
-    return plain
-
-
-def _fit_head(
-    params: HeadParams, arrays: Arrays, train: Labelled, both: Labelled, remember: OnEpoch
-) -> tuple[heads.Head, int, heads.Head]:
-    """The head of the strength that cross-validation of the training photos finds best.
-
-    Args:
-        both: the training photos, then those of validation.
-
-    Returns:
-        The head fitted to the training photos, which is what validation judges; the number of its row of the history;
-        and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
-    """
-    rows, first = arrays[both.digests], len(train.labels)
-    if not np.isfinite(rows).all():
-        raise Diverged(f"{arrays.folder} holds numbers that are none: delete it and run `dvc repro`")
-    weights = heads.balance(train.labels, train.groups, params.balance)
-    losses = heads.cross_validated(
-        rows[:first], train.labels, train.groups, weights, params.strengths, params.folds, params.seed
-    )
-    kept = int(np.argmin(losses))
-    fitted = list(heads.path(rows[:first], train.labels, weights, params.strengths))
-    for strength, loss, head in zip(params.strengths, losses, fitted, strict=True):
-        row = {"strength": strength, "cross_validation/loss": round(loss, 6)}
-        for subset, part in (("train", slice(first)), ("validation", slice(first, None))):
-            probabilities = head.probabilities(rows[part])
-            right = probabilities.argmax(axis=1) == both.labels[part]
-            row[f"{subset}/loss"] = round(heads.log_loss(both.labels[part], probabilities), 6)
-            row[f"{subset}/accuracy"] = round(float(right.mean()), 6)
-        remember(row)
-    weights = heads.balance(both.labels, both.groups, params.balance)
-    return fitted[kept], kept, next(heads.path(rows, both.labels, weights, [params.strengths[kept]]))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How the rows of chosen photos are made: at random for training, always the same for validation."""
-
-    train: MakeRows
-    validation: Callable[[np.ndarray], np.ndarray]
-
-
-def _fit(
-    model: "keras.Model",
-    rows: Rows,
-    train: Labelled,
-    validation: Labelled,
-    params: CnnParams | ArticleParams | FineTuneParams,
-    remember: OnEpoch,
-    seed: int,
-) -> None:
-    """Fit until validation loss stops falling, and keep the best weights; without patience, all epochs and the last."""
-    import keras
-
-    with model.distribute_strategy.scope():
-        # The last layer is a softmax: the loss is given probabilities, and says so.
-        model.compile(
-            optimizer=_optimizer(params, len(train.labels)),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False),
-            metrics=["accuracy"],
-        )
-
-    def at_epoch_end(_: int, logs: dict[str, float]) -> None:
-        row = {METRICS[key]: round(float(logs[key]), 6) for key in METRICS}
-        if not np.isfinite(list(row.values())).all():
-            raise Diverged(f"training {model.name}: the loss is no number any more: lower its learning_rate")
-        remember(row)
-
-    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=at_epoch_end)]
-    if params.patience:
-        callbacks.append(keras.callbacks.EarlyStopping("val_loss", patience=params.patience, restore_best_weights=True))
-    size, replicas = params.batch_size, model.distribute_strategy.num_replicas_in_sync
-    with _errors_of_rows() as telling:
-        model.fit(
-            _dataset(telling(rows.train), train.labels, size, seed, replicas),
-            epochs=params.epochs,
-            validation_data=_dataset(
-                telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size, replicas=replicas
-            ),
-            verbose=0,
-            shuffle=False,  # `_dataset` does it
-            callbacks=callbacks,
-        )
-
-
-def _optimizer(params: CnnParams | ArticleParams | FineTuneParams, photos: int) -> "keras.optimizers.Optimizer":
-    """AdamW whose rate falls to nothing along half a cosine; for the article's network its Adam at a constant rate.
-
-    Args:
-        photos: how many make an epoch.
-    """
-    from keras import optimizers
-
-    if isinstance(params, ArticleParams):
-        return optimizers.Adam(params.learning_rate)
-    rate = optimizers.schedules.CosineDecay(params.learning_rate, params.epochs * -(-photos // params.batch_size))
-    return optimizers.AdamW(rate, weight_decay=params.weight_decay if isinstance(params, CnnParams) else 0.0)
-
-
-def _fine_tune(
-    model: "keras.Model",
-    params: HeadParams,
-    image_size: int,
-    train: Labelled,
-    validation: Labelled,
-    history: Sequence[dict[str, float]],
-    remember: OnEpoch,
-) -> int | None:
-    """Train the last blocks of the backbone with the head, from the photos.
-
-    Returns:
-        The number of the row of the history whose weights are kept; None if validation is not the better for it.
-    """
-    architectures.unfreeze(model, params.fine_tune.blocks)
-
-    def mirrored(chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        images = np.stack([photos.read(path, image_size) for path in _pick(train.files, chosen)])
-        return np.where(random.random((len(images), 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
-
-    rows = Rows(
-        mirrored, lambda chosen: np.stack([photos.read(path, image_size) for path in _pick(validation.files, chosen)])
-    )
-    size, replicas = params.fine_tune.batch_size, model.distribute_strategy.num_replicas_in_sync
-    with model.distribute_strategy.scope():
-        model.compile(loss="sparse_categorical_crossentropy")
-    with _errors_of_rows() as telling:
-        before = model.evaluate(
-            _dataset(telling(lambda chosen, _: rows.validation(chosen)), validation.labels, size, replicas=replicas),
-            verbose=0,
-        )
-    start = len(history)
-    _fit(model, rows, train, validation, params.fine_tune, remember, params.seed)
-    best = start + _least_loss(history[start:])
-    if history[best]["validation/loss"] < before:
-        return best
-    say(
-        f"fine-tuning did not help: validation loss {history[best]['validation/loss']:.4f}, frozen {before:.4f}; undone"
-    )
-    return None
-
-
-def _least_loss(history: Sequence[dict[str, float]]) -> int:
-    return min(range(len(history)), key=lambda number: history[number]["validation/loss"])
-
-
-@contextmanager
-def _errors_of_rows() -> Iterator[Callable[[MakeRows], MakeRows]]:
-    """Yield what to wrap a maker of rows in, so that its TouchlineError comes out of the block as it is.
-
-    TensorFlow would give what a dataset raises as the text of an error of its own.
-    """
-    errors: list[TouchlineError] = []
-
-    def telling(make: MakeRows) -> MakeRows:
-        def rows(chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
-            try:
-                return make(chosen, random)
-            except TouchlineError as error:
-                errors.append(error)
-                raise
-
-        return rows
-
-    try:
-        yield telling
-    except Exception:
-        if errors:
-            raise errors[0] from None
-        raise
-
-
-def _dataset(
-    rows: MakeRows,
-    labels: np.ndarray,
-    batch_size: int,
-    shuffle_seed: int | None = None,
-    replicas: int = 1,
-) -> "tf.data.Dataset":
-    """One pass an epoch over all photos, in batches made on every core, a few ahead of the training.
-
-    Args:
-        rows: makes the rows of a batch from positions in `labels`; what is random in it comes from the generator given,
-            so that the order of the threads changes nothing.
-        shuffle_seed: a new order each epoch if given, else always the order of `labels`.
-        replicas: how many devices share a batch. An epoch in a new order leaves out what they cannot share evenly:
-            fewer photos than there are replicas, others each time. In a fixed order none is left out.
-    """
-    import tensorflow as tf
-
-    epochs = itertools.count()
-    used = len(labels) - (len(labels) % replicas if shuffle_seed is not None else 0)
-    cuts = _cuts(used, batch_size, replicas)
-
-    def one_epoch() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        # Before training on several devices Keras takes a batch to look at: that is no epoch.
-        epoch = max(0, next(epochs) - 1) if replicas > 1 else next(epochs)
-        order = np.arange(len(labels))
-        if shuffle_seed is not None:
-            np.random.default_rng([shuffle_seed, epoch]).shuffle(order)
-        batches = np.split(order[:used], cuts)
-
-        def make(numbered: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-            number, chosen = numbered
-            return rows(chosen, np.random.default_rng([shuffle_seed or 0, epoch, number])), labels[chosen]
-
-        yield from parallel.in_order(make, enumerate(batches), ahead=4)
-
-    example = rows(np.arange(1), np.random.default_rng(0))
-    signature = (tf.TensorSpec((None, *example.shape[1:]), example.dtype), tf.TensorSpec((None,), tf.int64))
-    dataset = tf.data.Dataset.from_generator(one_epoch, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(len(cuts) + 1)).prefetch(2)
-
-
-def _cuts(photos: int, batch_size: int, replicas: int) -> list[int]:
-    """Where batches begin, but for the first.
-
-    TensorFlow gives each replica the same number of rows, rounded up, until none are left, and fails where one gets
-    none. So the last batch grows by the one before it until it is enough for all; and the first, which Keras looks at,
-    can be shared evenly.
-    """
-    cuts = list(range(batch_size, photos, batch_size))
-
-    def too_few(rows: int) -> bool:
-        return -(-rows // replicas) * (replicas - 1) >= rows
-
-    while cuts and too_few(photos - cuts[-1]):
-        cuts.pop()
-    if not cuts and photos % replicas:
-        cuts = [cut for cut in range(replicas, photos, replicas) if not too_few(photos - cut)][-1:]
-        if not cuts:
-            raise TouchlineError(f"{photos} photos cannot be shared among {replicas} devices: set compute.devices: one")
-    return cuts
-
-
 def _refuse_more_machines() -> None:
     """Raise TouchlineError if TF_CONFIG makes this one of several workers: Keras's `fit` fails on them."""
     try:
@@ -624,10 +206,6 @@ def _refuse_absent_gpus() -> None:
         )
 
 
-def _pick(items: Sequence[T], chosen: np.ndarray) -> list[T]:
-    return [items[position] for position in chosen]
-
-
 def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -> dict[str, Any]:
     """What a person compares between runs: no nested values, no names of files, nothing that changes nothing."""
     flat: dict[str, Any] = {}
@@ -645,16 +223,10 @@ def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -
 
 def _description(model: ModelParams, features: FeaturesParams, split: "pd.DataFrame", classes: Sequence[str]) -> str:
     """What a run trains, and on what, for a reader of its page."""
+    what = architectures.of(model).described(features)
+    if isinstance(model, HeadParams) and model.fine_tune.blocks:
+        what += f" (its last blocks, {model.fine_tune.blocks}, are trained too, at a low rate)"
     side = f"{features.image_size} x {features.image_size} pixels"
-    if isinstance(features, BackboneFeatures):
-        backbones = " and ".join(features.backbone)
-        what = f"Regularised logistic regression on what the frozen ImageNet backbone {backbones} says of photos"
-        if isinstance(model, HeadParams) and model.fine_tune.blocks:
-            what += f" (its last blocks, {model.fine_tune.blocks}, are trained too, at a low rate)"
-    else:
-        what = {"cnn": "A simple convolutional network", "article": "The article's convolutional network"}[
-            model.architecture
-        ] + ", trained from nothing on photos"
     counts = split.groupby(["subset", "class"]).size()
     learned = ", ".join(f"{counts.get(('train', label), 0):,} {label}" for label in classes)
     sizes = split.groupby("subset").size()

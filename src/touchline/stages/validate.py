@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from touchline import sources
 from touchline.core import files, parallel
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params, ValidateParams
@@ -45,8 +46,6 @@ COLUMNS = (
 _BATCH = 64
 _DONE = {"keep": "kept", "drop": "dropped", "relabel": "relabelled"}
 LEDGER_COLUMNS = ["sha256", "class", "source", "origin", "reason"]
-# A folder of one's own photos is not here: it has licences only where its manifest gives some.
-SOURCES_WITH_LICENCES = frozenset({"sample", "openimages"})
 
 
 @dataclass(frozen=True)
@@ -522,7 +521,9 @@ def _measured(names: Iterable[str], workspace: Path, max_megapixels: float) -> I
 
 
 def _without_licence(judged: "pd.DataFrame") -> "pd.DataFrame":
-    stated = judged["source"].isin(SOURCES_WITH_LICENCES)
+    # A folder of your own photos has licences only where its manifest gives some.
+    licensed = [name for name in judged["source"].unique() if (source := sources.named(name)) and source.licensed]
+    stated = judged["source"].isin(licensed)
     return judged[(judged["reason"] == "") & stated & (judged["licence"].str.strip() == "")]
 
 
