@@ -54,7 +54,7 @@ board: setup  ## the Prefect UI, a worker for the schedules, the MLflow UI and t
 	@python -m flows.board $(BOARD)
 
 refresh: setup  ## look for new photos where DVC cannot see them, then update everything
-	@dvc --wait-for-lock repro --force --single-item ingest
+	@TOUCHLINE_REFRESH=1 dvc --wait-for-lock repro --force --single-item ingest
 	@dvc --wait-for-lock repro
 	@touchline summary
 

@@ -75,7 +75,8 @@ def ours(urls: Sequence[str], folder: Path, connections: int) -> int:
     settings = shipped().ingest.download.model_copy(update={"connections": connections})
     candidates = (Candidate(label="photo", source="openimages", origin=url.rsplit("/")[-1], url=url) for url in urls)
     with fetch.Journal(folder / "fetched.jsonl") as journal:
-        outcome = fetch.fill(candidates, {"photo": len(urls)}, lambda _: folder, set(), journal, settings)
+        room, spare = {"photo": len(urls)}, folder / "spare"
+        outcome = fetch.fill(candidates, room, lambda _: folder, set(), spare, journal, settings)
     return outcome.fetched
 
 
@@ -460,8 +461,10 @@ def filter_from_disk(where: str) -> int:
 
 
 def filter_over_http(where: str) -> int:
-    with http.stream(where, shipped().ingest.download) as file:
-        return filtered(file, where)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels.csv"
+        http.to_file(where, path, shipped().ingest.download)
+        return filter_from_disk(str(path))
 
 
 def filtered(file: Any, where: str) -> int:

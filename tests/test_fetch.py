@@ -16,17 +16,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from servers import Fault, Host, settings
 
+from touchline.core import progress
 from touchline.core.errors import TouchlineError
 from touchline.sources import Candidate, fetch, http
 from touchline.sources.fetch import Entry, Journal, Outcome
@@ -80,7 +82,13 @@ def filled(
     whole = {path for path in photos.glob("*/*") if path.stem == hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
     with Journal(folder / "fetched.jsonl") as journal:
         return fetch.fill(
-            iter(offers), room, lambda candidate: photos / candidate.label, whole, journal, settings(**changes)
+            iter(offers),
+            room,
+            lambda candidate: photos / candidate.label,
+            whole,
+            folder / "spare",
+            journal,
+            settings(**changes),
         )
 
 
@@ -118,7 +126,7 @@ def test_a_photo_is_kept_by_its_content_and_noted_in_the_journal(host: Host, tmp
 
 @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    missing=st.sets(st.integers(0, 59), max_size=30),
+    missing=st.sets(st.integers(0, 59), max_size=7),  # more might be a wrong address
     slow=st.dictionaries(st.integers(0, 59), st.sampled_from([0.01, 0.03, 0.08]), max_size=20),
     broken=st.sets(st.integers(0, 59), max_size=5),
     room=st.tuples(st.integers(0, 25), st.integers(0, 25)),
@@ -144,9 +152,10 @@ def test_a_class_gets_the_first_photos_there_are_whatever_the_order_of_the_answe
             late = [Fault.stall(after=10, seconds=slow[number])] if number in slow else []
             put(host, candidate, faults=again + late)
     rooms = dict(zip(("rugby", "soccer"), room, strict=True))
+    there = [candidate for number, candidate in enumerate(offers) if number not in missing]
+    assume(not missing or any(rooms[candidate.label] for candidate in there))
     outcome = filled(tmp_path_factory.mktemp("filled"), offers, rooms, connections=connections)
 
-    there = [candidate for number, candidate in enumerate(offers) if number not in missing]
     expected = {label: [c.origin for c in there if c.label == label][:count] for label, count in rooms.items()}
     for label in rooms:
         assert [kept.candidate.origin for kept in outcome.kept if kept.candidate.label == label] == expected[label]
@@ -215,6 +224,29 @@ def test_one_class_may_be_at_the_far_end_of_the_offers(host: Host, tmp_path: Pat
     assert len(host.requests) == 8
 
 
+def test_no_time_is_foretold_while_a_source_reads_files_of_its_own(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fetch, "_SECONDS_TO_OFFER", 0.05)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    offers = stocked(host, {"rugby": 4})
+    lines: list[str] = []
+
+    def is_said() -> bool:
+        lines.extend(capsys.readouterr().out.splitlines())
+        return any("waiting for" in line for line in lines)
+
+    def reading() -> Iterator[Candidate]:
+        yield from offers[:2]
+        wait_until(is_said, "the line")
+        yield from offers[2:]
+
+    filled(tmp_path, reading(), {"rugby": 4}, connections=2)
+    is_said()
+    assert not any("waiting for" in line and "s left" in line for line in lines)
+    assert "waiting for" not in lines[-1]
+
+
 def test_fewer_offers_than_room_are_all_taken(host: Host, tmp_path: Path) -> None:
     assert len(filled(tmp_path, stocked(host, {"rugby": 3, "soccer": 2}), {"rugby": 10, "soccer": 10}).kept) == 5
 
@@ -251,6 +283,21 @@ def test_more_room_asks_only_for_what_is_new(host: Host, tmp_path: Path) -> None
     filled(tmp_path, offers, {"rugby": 5})
     outcome = filled(tmp_path, offers, {"rugby": 12})
     assert len(outcome.kept) == 12 and outcome.fetched == 7 and len(host.requests) == 12
+
+
+@pytest.mark.parametrize("where", ["spare", "photos/soccer"])
+def test_a_photo_that_was_taken_out_or_is_another_class_now_is_put_back(host: Host, tmp_path: Path, where: str) -> None:
+    offers = stocked(host, {"rugby": 5})
+    kept = filled(tmp_path, offers, {"rugby": 5}).kept
+    (tmp_path / where).mkdir()
+    for one in kept[:2]:
+        one.path.rename(tmp_path / where / one.path.name)
+    (tmp_path / where / kept[0].path.name).write_bytes(b"damaged since")
+    again = filled(tmp_path, offers, {"rugby": 5})
+    assert again.fetched == 1 and [one.path for one in again.kept] == [one.path for one in kept]
+    assert all(hashlib.sha256(one.path.read_bytes()).hexdigest() == one.entry.sha256 for one in again.kept)
+    # It is not there twice for good.
+    assert not (tmp_path / "spare" / kept[1].path.name).exists()
 
 
 @pytest.mark.parametrize("damage", ["torn", "other bytes", "deleted"])
@@ -516,11 +563,44 @@ def test_a_host_that_is_away_for_a_moment_costs_only_time(host: Host, tmp_path: 
     assert not outcome.left_out and outcome.tried_again["no connection"] > 0
 
 
-def test_photos_that_are_not_there_are_no_sign_of_a_dead_host(host: Host, tmp_path: Path) -> None:
+def test_some_photos_that_are_not_there_are_no_sign_of_a_wrong_address(host: Host, tmp_path: Path) -> None:
     offers = [offer(host, "rugby", number) for number in range(100)]
-    put(host, offers[-1])
-    outcome = filled(tmp_path, offers, {"rugby": 1}, connections=8)
-    assert origins(outcome) == [offers[-1].origin] and outcome.left_out == {"not there (404)": 99}
+    for candidate in offers[::3]:
+        put(host, candidate)
+    for candidate in offers[1::3]:
+        put(host, candidate)
+    outcome = filled(tmp_path, offers, {"rugby": 100})
+    assert len(outcome.kept) == 67 and outcome.left_out == {"not there (404)": 33}
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_photos_that_all_are_not_there_stop_the_run_and_are_not_remembered(
+    host: Host, tmp_path: Path, count: int
+) -> None:
+    offers = [offer(host, "rugby", number) for number in range(count)]
+    with pytest.raises(Unavailable) as caught:
+        filled(tmp_path, offers, {"rugby": count})
+    assert f"{host.url}/rugby" in one_line(caught.value) and "404" in str(caught.value)
+    assert len(host.requests) <= 24
+    for candidate in offers:
+        put(host, candidate)
+    assert len(filled(tmp_path, offers, {"rugby": count}).kept) == count
+
+
+def test_a_photo_that_was_not_there_is_asked_for_again_after_some_days(host: Host, tmp_path: Path) -> None:
+    offers = stocked(host, {"rugby": 3})
+    host._stored.pop(path_of(offers[0]))
+    filled(tmp_path, offers, {"rugby": 3})
+    put(host, offers[0])
+    path = tmp_path / "fetched.jsonl"
+    with Journal(path, absent_days=1) as journal:
+        assert journal.get(offers[0].url).absent == 404
+    with Journal(path, absent_days=0) as journal:
+        assert journal.get(offers[0].url) is None and journal.get(offers[1].url)
+    before = (datetime.now(UTC) - timedelta(days=2)).isoformat()
+    path.write_text(re.sub(r'("retrieved": )"[^"]*"(, "absent")', rf'\1"{before}"\2', path.read_text()))
+    with Journal(path, absent_days=1) as journal:
+        assert journal.get(offers[0].url) is None
 
 
 def test_an_address_that_is_none_stops_the_run_in_one_line(host: Host, tmp_path: Path) -> None:
@@ -542,8 +622,8 @@ def test_a_host_that_fails_while_a_source_reads_from_the_network_does_not_hang(h
     def reading() -> Iterator[Candidate]:
         yield from offers[:8]
         try:
-            with http.stream(f"{host.url}/labels.csv", settings(read_timeout=60.0)) as file:
-                seen.append(len(file.read()))
+            http.to_file(f"{host.url}/labels.csv", tmp_path / "labels.csv", settings(read_timeout=60.0))
+            seen.append("all of it")
         except Exception as error:
             seen.append(error)
             raise
@@ -592,11 +672,10 @@ url, folder, settings = sys.argv[1], Path(sys.argv[2]), DownloadParams.model_val
 def offers():
     yield Candidate("rugby", "s", "1", url=f"{url}/slow.jpg")
     yield Candidate("rugby", "s", "2", url=f"{url}/none.jpg")
-    with http.stream(f"{url}/labels.csv", settings) as file:
-        file.read()
+    http.to_file(f"{url}/labels.csv", folder / "labels.csv", settings)
 
 with fetch.Journal(folder / "fetched.jsonl") as journal:
-    fetch.fill(offers(), {"rugby": 5}, lambda _: folder, set(), journal, settings)
+    fetch.fill(offers(), {"rugby": 5}, lambda _: folder, set(), folder / "spare", journal, settings)
 """
 
 

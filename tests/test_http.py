@@ -4,12 +4,16 @@ import asyncio
 import base64
 import errno
 import hashlib
+import io
+import ipaddress
 import json
 import os
 import random
 import re
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -23,10 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.csv
 import pytest
 import servers
 from conftest import names
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from servers import Fault, Host, Stored
 
 from touchline.core.errors import TouchlineError
@@ -41,9 +47,12 @@ NOWHERE = "http://127.0.0.1:9"  # the port of `discard`, where nothing listens
 settings = partial(servers.settings, tries=3)
 
 
-def streamed(url: str, **changes: Any) -> bytes:
-    with http.stream(url, settings(**changes)) as file:
-        return file.read()
+def downloaded(url: str, **changes: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x"
+        http.to_file(url, path, settings(**changes))
+        assert list(path.parent.iterdir()) == [path]
+        return path.read_bytes()
 
 
 def ranges(host: Host, path: str = "/x") -> list[str]:
@@ -84,33 +93,18 @@ class WeaklyTagged(Stored):
 
 
 @pytest.mark.parametrize("hashed", [False, True, "two"])
-def test_a_stream_comes_whole_in_one_request(host: Host, hashed: Any) -> None:
+def test_a_file_comes_whole_in_one_request(host: Host, hashed: Any) -> None:
     host.put("/x", CONTENT, hash=hashed)
-    assert streamed(f"{host.url}/x") == CONTENT
+    assert downloaded(f"{host.url}/x") == CONTENT
     assert ranges(host) == [""]
-
-
-def test_a_stream_is_read_bit_by_bit_as_a_file_is(host: Host) -> None:
-    host.put("/x", CONTENT, hash=True)
-    with http.stream(f"{host.url}/x", settings()) as file:
-        assert file.readable() and file.read(10) == CONTENT[:10]
-        buffer = bytearray(100_000)
-        assert file.readinto(buffer) == 100_000 and buffer == CONTENT[10:100_010]
-        assert file.read() == CONTENT[100_010:]
-        assert file.read(1) == b""
-
-
-def test_an_empty_file_is_an_empty_stream(host: Host) -> None:
-    host.put("/x", b"", hash=True)
-    assert streamed(f"{host.url}/x") == b""
 
 
 @pytest.mark.parametrize(
     "fault", [Fault.cut(after=1_000_000), Fault.stall(after=1_000_000, seconds=60)], ids=["cut off", "stalled"]
 )
-def test_a_stream_goes_on_where_it_broke(host: Host, fault: Fault) -> None:
+def test_a_file_goes_on_where_it_broke_or_stalled(host: Host, fault: Fault) -> None:
     host.put("/x", CONTENT, hash=True, faults=[fault, fault])
-    assert streamed(f"{host.url}/x", read_timeout=0.3) == CONTENT
+    assert downloaded(f"{host.url}/x", read_timeout=0.3) == CONTENT
     assert ranges(host) == ["", "bytes=1000000-", "bytes=2000000-"]
     conditions = [request.headers.get("If-Range") for request in host.requests]
     assert conditions[0] is None and conditions[1] == conditions[2] != ""
@@ -119,60 +113,56 @@ def test_a_stream_goes_on_where_it_broke(host: Host, fault: Fault) -> None:
 def test_a_busy_server_is_asked_again(host: Host) -> None:
     busy = Fault.status(503, retry_after=0)
     host.put("/x", CONTENT, hash=True, faults=[busy, Fault.cut(after=1_000_000), busy, Fault.status(429, 0)])
-    assert streamed(f"{host.url}/x", tries=3) == CONTENT
+    assert downloaded(f"{host.url}/x", tries=3) == CONTENT
     assert statuses(host) == [503, 200, 503, 429, 206]
     assert ranges(host)[2:] == ["bytes=1000000-"] * 3
 
 
 def test_tries_are_counted_anew_after_each_byte_that_came(host: Host) -> None:
     host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=250_000)] * 11)
-    assert streamed(f"{host.url}/x", tries=2) == CONTENT
+    assert downloaded(f"{host.url}/x", tries=2) == CONTENT
     assert ranges(host) == ["", *(f"bytes={250_000 * number}-" for number in range(1, 12))]
 
 
 def test_no_more_tries_than_allowed_where_nothing_comes(host: Host) -> None:
     host.put("/x", CONTENT, faults=[Fault.cut(after=1_000_000), Fault.status(500, retry_after=0).always()])
     with pytest.raises(Unavailable) as caught:
-        streamed(f"{host.url}/x", tries=3)
+        downloaded(f"{host.url}/x", tries=3)
     assert all(word in one_line(caught.value) for word in (f"{host.url}/x", "500", "3"))
     assert statuses(host) == [200, 500, 500, 500]
 
 
 @pytest.mark.parametrize("hashed", ["wrong", "two"])
-def test_a_stream_that_is_not_what_its_server_promised_fails_at_its_end(host: Host, hashed: Any) -> None:
+def test_a_file_that_is_not_what_its_server_promised_is_an_error(host: Host, hashed: Any) -> None:
     host.put("/x", CONTENT, hash=hashed)
     if hashed == "two":
         # The hash of one file and the bytes of another.
         host._stored["/x"] = replace(host._stored["/x"], content=OTHER[:1] + CONTENT[1:])
-    with http.stream(f"{host.url}/x", settings()) as file:
-        file.read(100)
-        with refused(f"{host.url}/x", "MD5"):
-            file.read()
+    with refused(f"{host.url}/x", "MD5"):
+        downloaded(f"{host.url}/x", tries=2)
+    assert statuses(host) == [200, 200]
 
 
-def test_a_file_that_changes_while_it_is_streamed_is_an_error(host: Host) -> None:
+def test_a_file_that_changes_on_the_way_comes_from_its_start(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000), Fault.changed(OTHER)])
-    with refused(f"{host.url}/x", "changed"):
-        streamed(f"{host.url}/x")
+    assert downloaded(f"{host.url}/x") == OTHER
+    assert "has changed" in capsys.readouterr().out and statuses(host) == [200, 200]
 
 
-def test_a_change_shows_too_where_the_server_does_not_look_at_if_range(host: Host) -> None:
-    host.put("/x", CONTENT, faults=[Fault.cut(after=1_000_000)])
-    host.latency = 0.5  # the file has changed before the second answer, however busy this machine is
-    with http.stream(f"{host.url}/x", settings()) as file:
-        file.read(10)
-        stored = host._stored["/x"]
-        # A weak tag goes into no If-Range: what is left is to compare the answers.
-        host._stored["/x"] = WeaklyTagged(CONTENT[::-1], stored.size, stored.md5, False, stored.content_type)
-        with refused(f"{host.url}/x", "changed"):
-            file.read()
+def test_a_change_shows_too_where_the_server_does_not_look_at_if_range(host: Host, tmp_path: Path) -> None:
+    left_behind(tmp_path / "x", f"{host.url}/x", CONTENT[:1_000_000], etag='W/"of the older file"')
+    host.put("/x", OTHER)
+    # A weak tag goes into no If-Range: what is left is to compare the answers.
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == OTHER
+    assert statuses(host) == [206, 200]
 
 
 def test_a_weak_etag_is_no_obstacle_to_going_on(host: Host) -> None:
     host.put("/x", CONTENT)
     stored, cut = host._stored["/x"], Fault.cut(after=1_000_000)
     host._stored["/x"] = WeaklyTagged(CONTENT, stored.size, stored.md5, False, stored.content_type, deque([cut, cut]))
-    assert streamed(f"{host.url}/x") == CONTENT
+    assert downloaded(f"{host.url}/x") == CONTENT
     assert ranges(host) == ["", "bytes=1000000-", "bytes=2000000-"]
     assert not any("If-Range" in request.headers for request in host.requests)
 
@@ -180,64 +170,7 @@ def test_a_weak_etag_is_no_obstacle_to_going_on(host: Host) -> None:
 def test_a_server_that_sends_another_range_is_not_believed(host: Host) -> None:
     host.put("/x", CONTENT, faults=[Fault.cut(after=1_000_000), Fault.other_range()])
     with refused(f"{host.url}/x", "range"):
-        streamed(f"{host.url}/x")
-
-
-def test_a_table_is_read_from_a_stream_that_breaks(host: Host) -> None:
-    table = b"number,word\n" + b"".join(b"%d,row\n" % number for number in range(300_000))
-    cuts = [Fault.cut(after=700_000), Fault.status(503, retry_after=0), Fault.cut(after=900_000)]
-    host.put("/x", table, hash=True, faults=cuts)
-    with http.stream(f"{host.url}/x", settings()) as file:
-        numbers = [number for batch in pyarrow.csv.open_csv(file) for number in batch["number"].to_pylist()]
-    assert numbers == list(range(300_000))
-
-
-@pytest.mark.parametrize(
-    "hashed, faults, error, named",
-    [("wrong", [], WrongContent, "MD5"), (True, [Fault.cut(after=2_000_000), Fault.status(404)], HttpError, "404")],
-)
-def test_who_reads_a_table_from_a_stream_sees_what_went_wrong(
-    host: Host, hashed: Any, faults: list[Fault], error: type[TouchlineError], named: str
-) -> None:
-    host.put("/x", b"number\n" + b"".join(b"%d\n" % number for number in range(500_000)), hash=hashed, faults=faults)
-    with http.stream(f"{host.url}/x", settings()) as file, pytest.raises(error, match=rf"/x\b.*\b{named}\b"):
-        list(pyarrow.csv.open_csv(file))
-
-
-# In a process of its own: a thread that hangs would keep it from ending.
-CLOSED_EARLY = """
-import sys, threading, time
-import pyarrow.csv
-from touchline.sources import http
-from touchline.core.params import DownloadParams
-
-settings = DownloadParams.model_validate_json(sys.argv[2])
-for _ in range(3):
-    with http.stream(sys.argv[1], settings) as file:
-        file.read(10)
-    with http.stream(sys.argv[1], settings) as file:
-        batches = pyarrow.csv.open_csv(file)
-        next(iter(batches))
-        # Arrow reads ahead on a thread of its own, which by now waits for the server if that is slow.
-        time.sleep(0.3)
-    del batches
-print("closed", [thread.name for thread in threading.enumerate() if not thread.daemon])
-"""
-
-
-@pytest.mark.parametrize(
-    "faults", [[], [Fault.stall(after=8_000_000, seconds=60).always()]], ids=["flowing", "stalled"]
-)
-def test_a_stream_closed_early_leaves_no_thread_hanging(host: Host, faults: list[Fault]) -> None:
-    host.put("/x", b"number\n" + b"".join(b"%d\n" % number for number in range(4_000_000)), faults=faults)
-    done = subprocess.run(
-        [sys.executable, "-c", CLOSED_EARLY, f"{host.url}/x", settings(read_timeout=60.0).model_dump_json()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "closed ['MainThread']\n", "")
-    wait_until(lambda: host._open == 0, "the server to see its connections closed")
+        downloaded(f"{host.url}/x")
 
 
 def test_a_file_is_kept_whole_under_its_own_name(host: Host, tmp_path: Path) -> None:
@@ -264,7 +197,6 @@ def test_a_file_goes_on_where_it_broke(host: Host, tmp_path: Path) -> None:
 
 FETCH = """
 import sys
-import threading
 from pathlib import Path
 from touchline.sources import http
 from touchline.core.params import DownloadParams
@@ -364,41 +296,44 @@ def test_facts_torn_by_a_crash_mean_from_the_start(host: Host, tmp_path: Path, f
     assert (tmp_path / "x").read_bytes() == CONTENT
 
 
-def test_a_part_with_damaged_bytes_is_found_out_by_its_hash_and_not_gone_on_from_again(
-    host: Host, tmp_path: Path
-) -> None:
+def test_a_part_with_damaged_bytes_is_found_out_by_its_hash_and_fetched_anew(host: Host, tmp_path: Path) -> None:
     host.put("/x", CONTENT, hash=True)
     left_behind(tmp_path / "x", f"{host.url}/x", bytes(1000))
-    with refused(f"{host.url}/x", "MD5"):
-        http.to_file(f"{host.url}/x", tmp_path / "x", settings())
-    assert list(tmp_path.iterdir()) == []
     http.to_file(f"{host.url}/x", tmp_path / "x", settings())
     assert (tmp_path / "x").read_bytes() == CONTENT
+    assert ranges(host) == ["bytes=1000-", ""]
 
 
-def test_a_login_page_is_not_taken_for_the_file(host: Host, tmp_path: Path) -> None:
-    host.put("/x", CONTENT, faults=[Fault.html()])
+@pytest.mark.parametrize("fault", [Fault.html(), Fault.changed(b"something else")], ids=["a page", "something else"])
+def test_one_answer_that_is_not_the_file_is_tried_again(host: Host, tmp_path: Path, fault: Fault) -> None:
+    back = [Fault.changed(CONTENT)] if fault.kind == "changed" else []
+    host.put("/x", CONTENT, faults=[fault, *back])
     asked = []
 
     def is_right(start: bytes) -> bool:
         asked.append(len(start))
         return start.startswith(CONTENT[:20])
 
-    with refused(f"{host.url}/x", "web page"):
-        http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=is_right)
-    assert list(tmp_path.iterdir()) == []
     http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=is_right)
     assert (tmp_path / "x").read_bytes() == CONTENT
-    assert len(asked) == 2 and asked[1] >= 512
+    assert len(host.requests) == 2 and asked[-1] >= 512
 
 
-def test_a_login_page_in_place_of_the_rest_is_not_taken_for_the_file_either(host: Host, tmp_path: Path) -> None:
-    """Who has begun a file with a session that has ended since gets 200 and a page, as if the file had changed."""
-    host.put("/x", CONTENT, faults=[Fault.html()])
-    left_behind(tmp_path / "x", f"{host.url}/x", CONTENT[:1_000_000])
+@pytest.mark.parametrize("begun", [0, 1_000_000])
+def test_a_login_page_that_stays_is_an_error_and_no_reason_to_throw_away_what_came(
+    host: Host, tmp_path: Path, begun: int
+) -> None:
+    """If the session a file was begun with has ended since, 200 and a page come, as if the file had changed."""
+    host.put("/x", CONTENT, faults=[Fault.html(), Fault.html()])
+    if begun:
+        left_behind(tmp_path / "x", f"{host.url}/x", CONTENT[:begun])
     with refused(f"{host.url}/x", "web page"):
-        http.to_file(f"{host.url}/x", tmp_path / "x", settings(), is_right=lambda start: start == CONTENT[:20])
-    assert list(tmp_path.iterdir()) == []
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings(tries=2))
+    assert len(host.requests) == 2
+    assert not (tmp_path / "x").exists()
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings())
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert ranges(host)[-1] == (f"bytes={begun}-" if begun else "")
 
 
 def test_the_first_bytes_are_looked_at_where_they_come_in_drops_and_from_two_files(host: Host, tmp_path: Path) -> None:
@@ -418,11 +353,28 @@ def test_a_piece_of_a_file(host: Host, tmp_path: Path, offset: int, size: int | 
     assert (tmp_path / "x").read_bytes() == expected
 
 
-def test_a_server_without_ranges_sends_the_file_again(host: Host, tmp_path: Path) -> None:
+def test_a_server_without_ranges_sends_the_file_again(
+    host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     host.put("/x", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000), Fault.no_ranges()])
     http.to_file(f"{host.url}/x", tmp_path / "x", settings())
     assert (tmp_path / "x").read_bytes() == CONTENT
     assert statuses(host) == [200, 200]
+    assert "starts over" in capsys.readouterr().out
+
+
+def test_a_server_without_ranges_that_breaks_each_time_is_given_up(host: Host, tmp_path: Path) -> None:
+    class NoRanges(Stored):
+        def open(self) -> Any:
+            return io.BytesIO(CONTENT[:-1])  # a byte less than promised
+
+    host.put("/x", CONTENT)
+    stored = host._stored["/x"]
+    host._stored["/x"] = NoRanges(
+        CONTENT, stored.size, stored.md5, False, stored.content_type, deque([Fault.no_ranges().always()])
+    )
+    with pytest.raises(Unavailable):
+        http.to_file(f"{host.url}/x", tmp_path / "x", settings(tries=2, read_timeout=0.2))
 
 
 def test_a_server_without_ranges_cannot_send_a_piece(host: Host, tmp_path: Path) -> None:
@@ -475,9 +427,13 @@ def test_a_range_that_is_not_the_one_asked_for_is_refused(host: Host) -> None:
 def test_the_size_of_a_file_where_the_server_tells(host: Host) -> None:
     host.put("/x", CONTENT)
     assert http.head(f"{host.url}/x", settings()) == len(CONTENT)
-    assert http.head(f"{host.url}/none", settings()) is None
+    host.put("/busy", CONTENT, faults=[Fault.status(503), Fault.status(405)])
+    assert http.head(f"{host.url}/busy", settings()) is http.head(f"{host.url}/busy", settings()) is None
     assert http.head(f"{NOWHERE}/x", settings()) is None
-    assert http.head("http://[", settings()) is None
+    with pytest.raises(HttpError, match="/none"):
+        http.head(f"{host.url}/none", settings())
+    with pytest.raises(TouchlineError, match=r"http://\["):
+        http.head("http://[", settings())
     assert {request.method for request in host.requests} == {"HEAD"}
 
 
@@ -485,7 +441,7 @@ def test_the_size_of_a_file_where_the_server_tells(host: Host) -> None:
 def test_a_final_answer_is_asked_for_once(host: Host, tmp_path: Path, status: int) -> None:
     host.put("/x", CONTENT, faults=[Fault.status(status).always()])
     for fetch in (
-        lambda: streamed(f"{host.url}/x"),
+        lambda: downloaded(f"{host.url}/x"),
         lambda: http.to_file(f"{host.url}/x", tmp_path / "x", settings()),
         lambda: http.read_range(f"{host.url}/x", 0, 10, settings()),
     ):
@@ -501,7 +457,7 @@ def test_a_final_answer_is_asked_for_once(host: Host, tmp_path: Path, status: in
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_an_answer_that_may_change_is_asked_for_again(host: Host, status: int) -> None:
     host.put("/x", CONTENT, faults=[Fault.status(status, retry_after=0)])
-    assert streamed(f"{host.url}/x") == CONTENT
+    assert downloaded(f"{host.url}/x") == CONTENT
     assert statuses(host) == [status, 200]
 
 
@@ -515,7 +471,7 @@ def test_a_server_says_when_to_come_again(host: Host, in_seconds: bool) -> None:
     # Both are far from the first pause of its own, 1 s; a date has whole seconds.
     moment = format_datetime(datetime.now(UTC) + timedelta(seconds=4), usegmt=True)
     host.put("/x", CONTENT, faults=[Fault.status(429, retry_after=2 if in_seconds else moment)])
-    assert streamed(f"{host.url}/x") == CONTENT
+    assert downloaded(f"{host.url}/x") == CONTENT
     assert seconds_between(host) >= 2
 
 
@@ -559,13 +515,13 @@ def test_a_pause_asked_for_has_an_end() -> None:
 def test_a_server_that_says_nothing_is_given_up(host: Host) -> None:
     host.put("/x", CONTENT, faults=[Fault.stall(after=0, seconds=60).always()])
     with pytest.raises(Unavailable) as caught:
-        streamed(f"{host.url}/x", read_timeout=0.2, tries=1)
+        downloaded(f"{host.url}/x", read_timeout=0.2, tries=1)
     assert caught.value.kind == "timed out" and names(one_line(caught.value), f"{host.url}/x", "timed out", "1")
 
 
 def test_a_reset_connection_is_another_try(host: Host) -> None:
     host.put("/x", CONTENT, hash=True, faults=[Fault.reset()])
-    assert streamed(f"{host.url}/x") == CONTENT
+    assert downloaded(f"{host.url}/x") == CONTENT
     assert statuses(host) == [0, 200]
 
 
@@ -579,14 +535,117 @@ def test_nobody_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["http://[", "http://", "no-scheme/x"])
 def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
     with pytest.raises(TouchlineError, match=re.escape(url)) as caught:
-        streamed(url)
+        downloaded(url)
     assert one_line(caught.value) and not isinstance(caught.value, Unavailable)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 127.0.0.1, signed by itself, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "of a proxy of our own")])
+    now, address = datetime.now(UTC), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    path = tmp_path_factory.mktemp("certificate") / "server.pem"
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, *form)
+        + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+@contextmanager
+def tls_server(certificate: Path) -> Iterator[tuple[str, list[int]]]:
+    """URL of an https server, and how many bytes were written to each connection whose handshake was made."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    connections: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(len(await reader.readuntil(b"\r\n\r\n")))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nhere")
+        await writer.drain()
+        writer.close()
+
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    start = asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    server = asyncio.run_coroutine_threadsafe(start, loop).result(10)
+    yield f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections
+    loop.call_soon_threadsafe(server.close)
+    loop.call_soon_threadsafe(loop.stop)
+
+
+def test_a_certificate_that_is_not_trusted_is_named_at_once(certificate: Path) -> None:
+    # With seven tries this would take two minutes.
+    with tls_server(certificate) as (url, connections), pytest.raises(TouchlineError) as caught:
+        downloaded(f"{url}/x", tries=7)
+    assert all(
+        word in one_line(caught.value) for word in (url.removeprefix("https://"), "certificate", "SSL_CERT_FILE")
+    )
+    assert connections == []
+
+
+def test_an_authority_named_in_the_environment_is_trusted(certificate: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from touchline.sources import http; from touchline.core.params import DownloadParams\n"
+        "settings = DownloadParams.model_validate_json(sys.argv[3])\n"
+        "http.to_file(sys.argv[1], pathlib.Path(sys.argv[2]), settings)"
+    )
+    with tls_server(certificate) as (url, _):
+        given = [f"{url}/x", str(tmp_path / "x"), settings().model_dump_json()]
+        environment = os.environ | {"SSL_CERT_FILE": str(certificate)}
+        subprocess.run([sys.executable, "-c", code, *given], env=environment, check=True, timeout=60)
+    assert (tmp_path / "x").read_bytes() == b"here"
+
+
+def test_plain_http_at_an_https_address_is_named_at_once(host: Host) -> None:
+    address = host.url.removeprefix("http://")
+    with pytest.raises(TouchlineError) as caught:
+        downloaded(f"https://{address}/x", tries=7)
+    assert all(word in one_line(caught.value) for word in (address, "TLS", "http://"))
+
+
+def test_a_proxy_named_in_the_environment_is_used(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, host.url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    host.put("/x", CONTENT)
+
+    async def ask() -> bytes:
+        async with http.session(1) as client, http.get(client, "http://labels.example/x", settings()) as response:
+            return await response.read()
+
+    assert http.network(ask()) == CONTENT
+    [request] = host.requests
+    assert request.headers["Host"] == "labels.example"
+
+
+@pytest.mark.parametrize("asked_for", [1.6, 3_600])
+def test_a_wait_is_reported_when_it_begins_and_once_for_a_host(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked_for: float
+) -> None:
+    async def at_once(_: float) -> None: ...
+
+    real = asyncio.sleep
+    monkeypatch.setattr(http.asyncio, "sleep", lambda seconds: at_once(seconds) if seconds > 1 else real(seconds))
+    for name in ("x", "y"):
+        host.put(f"/{name}", CONTENT, faults=[Fault.status(503, retry_after=asked_for)] * 2)
+        assert downloaded(f"{host.url}/{name}") == CONTENT
+    [line] = capsys.readouterr().out.splitlines()
+    assert host.url.removeprefix("http://") in line and "503" in line
+    assert ("3,600" in line and " 60 s" in line) == (asked_for > 60)
 
 
 def test_a_redirect_is_followed(host: Host) -> None:
     host.put("/x", b"", faults=[Fault.redirect(f"{host.url}/y").always()])
     host.put("/y", CONTENT, hash=True, faults=[Fault.cut(after=1_000_000)])
-    assert streamed(f"{host.url}/x") == CONTENT
+    assert downloaded(f"{host.url}/x") == CONTENT
     assert ranges(host, "/y") == ["", "bytes=1000000-"]
 
 

@@ -163,10 +163,14 @@ def test_a_server_that_wants_a_login_is_one_line_that_says_where_to_put_the_tar(
 
 
 def test_a_login_page_with_status_200_is_no_tar_and_leaves_nothing_behind(host: Host, tmp_path: Path) -> None:
-    host.put(f"/{RUGBY_BALL}.tar", TARS[RUGBY_BALL], faults=[Fault.html()])
+    host.put(f"/{RUGBY_BALL}.tar", TARS[RUGBY_BALL], faults=[Fault.html().always()])
     message = trouble(params_for(url=host.url), tmp_path)
     assert f"{RUGBY_BALL}.tar" in message and str(tmp_path / "data/imagenet") in message
     assert not list((tmp_path / "data/imagenet").iterdir())
+    # One page is an accident.
+    for wnid, content in TARS.items():
+        host.put(f"/{wnid}.tar", content, faults=[Fault.html()])
+    assert len(origins(params_for(url=host.url), tmp_path)) == 5
 
 
 def test_something_else_than_a_tar_is_said_to_be_none(host: Host, tmp_path: Path) -> None:
@@ -288,10 +292,29 @@ def test_a_tar_that_is_not_whole_is_one_line_that_names_it(
     path = tmp_path / f"data/imagenet/{RUGBY_BALL}.tar"
     path.parent.mkdir(parents=True)
     path.write_bytes(spoil(TARS[RUGBY_BALL]))
+    assert trouble(in_folder(tmp_path, {SOCCER_BALL: TARS[SOCCER_BALL]}), tmp_path).startswith(str(path))
+    # One that was fetched is fetched once more, and stands aside.
+    host.put(f"/{RUGBY_BALL}.tar", TARS[RUGBY_BALL])
+    assert len(origins(params_for(url=host.url), tmp_path)) == 5
+    assert path.with_name(path.name + ".damaged").read_bytes() == spoil(TARS[RUGBY_BALL])
+    assert host.count(f"/{RUGBY_BALL}.tar") == 1
+
+
+def test_a_tar_that_its_server_has_damaged_is_fetched_twice_and_before_the_next(host: Host, tmp_path: Path) -> None:
+    host.put(f"/{RUGBY_BALL}.tar", cut_in_a_member(TARS[RUGBY_BALL]))
     host.put(f"/{SOCCER_BALL}.tar", TARS[SOCCER_BALL])
     message = trouble(params_for(url=host.url), tmp_path)
-    assert message.startswith(str(path))
-    assert trouble(params_for(origin="folder"), tmp_path).startswith(str(path))
+    assert message.startswith(str(tmp_path / f"data/imagenet/{RUGBY_BALL}.tar"))
+    assert host.count(f"/{RUGBY_BALL}.tar") == 2 and not host.count(f"/{SOCCER_BALL}.tar")
+
+
+def test_a_damaged_part_of_the_archive_is_fetched_again(host: Host, tmp_path: Path) -> None:
+    host.put("/train.tar", ARCHIVE)
+    params = params_for(origin="ilsvrc2012", archive=f"{host.url}/train.tar")
+    whole = origins(params, tmp_path)
+    path = tmp_path / f"data/imagenet/ilsvrc2012/{RUGBY_BALL}.tar"
+    path.write_bytes(path.read_bytes()[:900])
+    assert origins(params, tmp_path) == whole
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -888,6 +911,9 @@ def test_a_plan_says_what_would_be_fetched_and_fetches_nothing(host: Host, tmp_p
         Planned(f"synset {SOCCER_BALL}", str(kept), size, "there already", imagenet.TERMS),
     ]
     assert [request.method for request in host.requests] == ["HEAD"]
+    del host._stored[f"/{RUGBY_BALL}.tar"]
+    with pytest.raises(TouchlineError, match=f"{RUGBY_BALL}.tar is not there.*ingest.imagenet.url"):
+        imagenet.plan(params, DOWNLOAD, CLASSES, tmp_path)
 
 
 def test_a_plan_of_the_archive_knows_the_sizes_of_the_parts_seen_so_far(host: Host, tmp_path: Path) -> None:

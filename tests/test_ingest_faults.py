@@ -301,6 +301,8 @@ def test_a_photo_damaged_since_is_fetched_again_and_no_other(tmp_path: Path, und
     copied.ingest()
     assert_same_as(undisturbed, copied)
     again = {request.path for request in undisturbed.host.requests[asked:]} - undisturbed.published.huge
+    # Nor would it be: a dry run counts what is there.
+    assert "to fetch: 0 MB" in copied.ingest("--dry-run")[0]
     assert again == {f"/photos/{row['origin']}.jpg"}
 
 
@@ -485,6 +487,36 @@ def test_too_few_photos_stop_the_run_in_one_line(host: Host, tmp_path: Path) -> 
     assert all(word in one_line(errors) for word in (f"rugby {there}", f"soccer {there}", "ingest.min_per_class"))
 
 
+def test_photos_stay_when_the_wish_changes_and_comes_back_unless_they_were_rejected(host: Host, tmp_path: Path) -> None:
+    there = published(host, faults=False, offered=20)
+    wishes = {"min_per_class": 1, "download.connections": 4}
+    made = project(tmp_path / "made", host, per_class=12, **wishes)
+    made.ingest()
+    table, asked = made.table, len(host.requests)
+    fewer = project(tmp_path / "fewer", host, per_class=2, **wishes)
+    other = project(tmp_path / "other", host, sources=["sample"], per_class=2, **{"sample.per_class": 10, **wishes})
+    back = (made.root / "params.yaml").read_bytes()
+    for wish in (fewer, other):
+        shutil.copy(wish.root / "params.yaml", made.root)
+        made.ingest()
+        assert len(made.files()) == 4
+    (made.root / "params.yaml").write_bytes(back)
+    made.ingest()
+    pd.testing.assert_frame_equal(made.table, table)
+    # What was too large may be asked for again.
+    assert {request.path for request in host.requests[asked:]} <= there.huge
+    assert not list(made.root.glob("data/spare/*"))
+    # A photo that somebody asked to have removed is gone from everywhere.
+    gone = table.iloc[0]
+    ledger = (
+        f"sha256,class,source,origin,reason\n{gone['sha256']},{gone['class']},openimages,{gone['origin']},dropped\n"
+    )
+    (made.root / "data/ledger.csv").write_text(ledger)
+    made.ingest()
+    assert gone["path"] not in set(made.table["path"])
+    assert not list(made.root.rglob(f"{gone['sha256'][:16]}.*"))
+
+
 def test_all_that_there_are_may_be_wished_for(host: Host, tmp_path: Path) -> None:
     published(host, faults=False, offered=60)
     everything = project(tmp_path / "everything", host, per_class=None)
@@ -503,3 +535,5 @@ def test_a_dry_run_says_what_would_be_fetched_and_fetches_no_photo(host: Host, t
     assert sizes == {files[subset] for files in (LABELS, INFO, BOXES) for subset in ("validation", "test")}
     assert not (dry.root / "data/photos").exists() and not (dry.root / "data/photos.csv").exists()
     assert f"to fetch: {0.3 * 2 * PER_CLASS:.0f} MB at most" in output
+    # Each address is whole on a line of its own.
+    assert {host.url + path for path in sizes} <= set(output.split())

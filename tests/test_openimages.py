@@ -2,7 +2,11 @@
 
 import csv
 import io
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,21 +39,19 @@ from servers import Fault, Host
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import OpenImagesParams
 from touchline.sources import Candidate, openimages
-from touchline.sources.http import WrongContent
 
-PHOTOS = "https://photos.example"
 DOWNLOAD = servers.settings()
 
 
 def params_for(host: Host, **changes: Any) -> OpenImagesParams:
     values = {
         "url": host.url,
-        "photos_url": PHOTOS,
+        "photos_url": f"{host.url}/photos",
         "subsets": ["validation", "test", "train"],
         "classes": {"rugby": [RUGBY, RUGBY_UNION], "soccer": [SOCCER, SOCCER_PLAYER]},
         "exclude": [AMERICAN],
         "max_per_author": 10,
-        "leave_out_drawings": True,
+        "leave_out_drawings": ["validation", "test", "train"],
         "keep_label_files": False,
     }
     return OpenImagesParams(**(values | changes))
@@ -69,7 +71,7 @@ def image(number: int) -> str:
 
 def message_of(params: OpenImagesParams, cache: Path, classes: Sequence[str] = ("rugby", "soccer")) -> str:
     with pytest.raises(TouchlineError) as caught:
-        list(offers(params, cache, classes))
+        list(openimages.candidates(params, servers.settings(tries=1), classes, cache))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -89,7 +91,7 @@ def test_a_photo_comes_with_its_address_licence_and_author(host: Host, tmp_path:
             label="rugby",
             source="openimages",
             origin="validation/4fa8054781a4c382",
-            url=f"{PHOTOS}/validation/4fa8054781a4c382.jpg",
+            url=f"{host.url}/photos/validation/4fa8054781a4c382.jpg",
             licence=CC_BY,
             author='Zoë, of the "Lions"',
             author_page="https://www.flickr.com/people/zoe/",
@@ -175,12 +177,12 @@ def test_photos_of_two_classes_of_excluded_ones_of_no_licence_and_drawings_are_l
     assert (
         "Open Images train: rugby 2 of 4, soccer 0 of 4 photos fit; left out: a drawing 1," in capsys.readouterr().out
     )
-    assert f"train/{image(6)}" in origins(params_for(host, subsets=["train"], leave_out_drawings=False), tmp_path)
+    assert f"train/{image(6)}" in origins(params_for(host, subsets=["train"], leave_out_drawings=[]), tmp_path)
 
 
 def test_the_files_of_boxes_are_not_read_where_drawings_are_welcome(host: Host, tmp_path: Path) -> None:
     publish(host, test=[Shot(image(1), {RUGBY: "1"})])
-    assert origins(params_for(host, subsets=["test"], leave_out_drawings=False), tmp_path) == [f"test/{image(1)}"]
+    assert origins(params_for(host, subsets=["test"], leave_out_drawings=[]), tmp_path) == [f"test/{image(1)}"]
     assert host.count(BOXES["test"]) == 0 < host.count(INFO["test"])
 
 
@@ -231,6 +233,22 @@ def test_the_files_of_train_are_not_touched_before_validation_and_test_are_used_
     assert host.served(LABELS["train"]) == 1
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_photos_that_are_refused_are_named_before_the_labels_of_train_are_read(
+    host: Host, tmp_path: Path, status: int
+) -> None:
+    publish(host, train=[Shot(image(number), {RUGBY: "1"}) for number in range(5)])
+    params = params_for(host, subsets=["train"])
+    for number in range(5):
+        host.put(f"/photos/train/{image(number)}.jpg", b"", faults=[Fault.status(status).always()])
+    message = message_of(params, tmp_path)
+    assert f"{host.url}/photos/train/" in message and "ingest.openimages.photos_url" in message
+    assert not host.count(LABELS["train"])
+    # One that is there is enough, and a server without ranges is not asked.
+    host.put(f"/photos/train/{image(0)}.jpg", b"a photo", faults=[Fault.no_ranges().always()])
+    assert len(origins(params, tmp_path)) == 5
+
+
 def test_a_second_run_with_the_same_settings_asks_the_network_nothing(host: Host, tmp_path: Path) -> None:
     publish(host, validation=[Shot(image(1), {RUGBY: "1"}), Shot(image(2), {SOCCER: "1"})])
     by_mid = params_for(host, subsets=["validation"])
@@ -246,14 +264,35 @@ def test_a_second_run_with_the_same_settings_asks_the_network_nothing(host: Host
     assert {candidate.label for candidate in offers(by_mid, tmp_path, ["soccer", "rugby"])} == {"rugby", "soccer"}
 
 
-def test_other_classes_exclusions_or_drawings_are_read_anew(host: Host, tmp_path: Path) -> None:
-    publish(host, test=[Shot(image(1), {RUGBY_UNION: "1", AMERICAN: "1"}, depictions=[1])])
-    assert origins(params_for(host, subsets=["test"]), tmp_path) == []
-    assert origins(params_for(host, subsets=["test"], exclude=[]), tmp_path) == []
-    lenient = params_for(host, subsets=["test"], exclude=[], leave_out_drawings=False)
-    assert origins(lenient, tmp_path) == [f"test/{image(1)}"]
-    narrow = lenient.model_copy(update={"classes": {"rugby": [RUGBY], "soccer": [SOCCER]}})
-    assert origins(narrow, tmp_path) == []
+def test_another_wish_reads_only_files_that_it_needs(host: Host, tmp_path: Path) -> None:
+    shots = [
+        Shot(image(1), {RUGBY_UNION: "1", AMERICAN: "1"}, depictions=[1]),
+        Shot(image(2), {RUGBY: "1", SOCCER: "1"}),
+        Shot(image(3), {SOCCER: "1", "/m/0c4936": "1"}),
+        Shot(image(4), {"/g/11b5v1_": "1"}),
+    ]
+    publish(host, test=shots)
+
+    def found(**changes: Any) -> list[int]:
+        wish = params_for(host, subsets=["test"], **changes)
+        return [int(origin.rsplit("/")[-1], 16) for origin in origins(wish, tmp_path, [*wish.classes])]
+
+    assert found(leave_out_drawings=[]) == [3]
+    assert {request.path for request in host.requests} == {CLASS_LIST, LABELS["test"], INFO["test"]}
+    host.down()
+    # More excluded, less excluded, fewer classes and classes cut otherwise.
+    assert found(leave_out_drawings=[], exclude=["/m/0c4936"]) == [1]
+    assert found(leave_out_drawings=[], exclude=[]) == [1, 3]
+    assert found(leave_out_drawings=[], exclude=[], classes={"rugby": [RUGBY], "other": [RUGBY_UNION]}) == [2, 1]
+    host.up()
+    asked = len(host.requests)
+    assert found(exclude=[]) == [3]
+    assert [request.path for request in host.requests[asked:]] == [BOXES["test"]]
+    # A class that was never read for needs the files again, and what is known then is enough for both.
+    cafe = {"soccer": [SOCCER], "café": ["/g/11b5v1_"]}
+    assert found(exclude=[], classes=cafe) == [2, 4, 3]
+    asked = len(host.requests)
+    assert found(exclude=[]) == [3] and len(host.requests) == asked
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "other"])
@@ -278,14 +317,15 @@ def test_a_damaged_cache_is_said_and_read_anew(
 
 
 def test_whole_files_are_kept_and_read_again_where_that_is_set(host: Host, tmp_path: Path) -> None:
-    publish(host, test=[Shot(image(1), {RUGBY: "1", AMERICAN: "1"}), Shot(image(2), {RUGBY: "1"})])
+    publish(host, test=[Shot(image(1), {"/m/0c4936": "1"}), Shot(image(2), {RUGBY: "1"})])
     params = params_for(host, subsets=["test"], keep_label_files=True)
     assert origins(params, tmp_path) == [f"test/{image(2)}"]
     assert {path.name for path in (tmp_path / "files").rglob("*.csv")} == {
         Path(files["test"]).name for files in (LABELS, INFO, BOXES)
     }
     asked = len(host.requests)
-    assert origins(params.model_copy(update={"exclude": []}), tmp_path) == [f"test/{image(1)}", f"test/{image(2)}"]
+    another = params.model_copy(update={"classes": {"rugby": [RUGBY], "soccer": ["/m/0c4936"]}})
+    assert origins(another, tmp_path) == [f"test/{image(2)}", f"test/{image(1)}"]
     assert len(host.requests) == asked
 
 
@@ -295,7 +335,8 @@ def test_a_kept_file_that_is_damaged_is_named(host: Host, tmp_path: Path) -> Non
     assert origins(params, tmp_path)
     (kept,) = tmp_path.rglob(Path(LABELS["test"]).name)
     kept.write_text("ImageID,Source\n1,2\n")
-    message = message_of(params.model_copy(update={"exclude": []}), tmp_path)
+    another = {"rugby": [RUGBY], "soccer": ["/m/0c4936"]}
+    message = message_of(params.model_copy(update={"classes": another}), tmp_path)
     assert message.startswith(str(kept))
 
 
@@ -388,9 +429,56 @@ def test_a_label_file_that_is_not_what_its_server_promised_gives_nothing(host: H
     publish(host, test=[Shot(image(1), {RUGBY: "1"})])
     host.put(LABELS["test"], label_file([Shot(image(1), {RUGBY: "1"})]), hash="wrong")
     params = params_for(host, subsets=["test"])
-    with pytest.raises(WrongContent):
-        list(offers(params, tmp_path))
+    assert message_of(params, tmp_path).startswith(host.url + LABELS["test"])
     assert openimages.facts(params, ["rugby", "soccer"], tmp_path) == {}
+
+
+@pytest.mark.parametrize("wrong", [CLASS_LIST, LABELS["test"], INFO["test"], BOXES["test"]])
+def test_one_web_page_in_place_of_a_file_is_tried_again(host: Host, tmp_path: Path, wrong: str) -> None:
+    publish(host, test=[Shot(image(1), {RUGBY: "1"})])
+    host._stored[wrong].faults.append(Fault.html())
+    assert origins(params_for(host, subsets=["test"]), tmp_path) == [f"test/{image(1)}"]
+    assert host.count(wrong) == 2
+
+
+# In a process of its own, which is killed.
+READING = """
+import sys
+from pathlib import Path
+from touchline.core.params import DownloadParams, OpenImagesParams
+from touchline.sources import openimages
+params = OpenImagesParams.model_validate_json(sys.argv[1])
+settings = DownloadParams.model_validate_json(sys.argv[2])
+list(openimages.candidates(params, settings, ["rugby", "soccer"], Path(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("at", [LABELS["test"], INFO["test"]], ids=["labels", "image info"])
+def test_a_run_killed_in_the_middle_of_a_file_goes_on_there(host: Host, tmp_path: Path, at: str) -> None:
+    shots = [replace(shot, labels=shot.labels | {RUGBY: "1"}) for shot in many()]
+    publish(host, test=shots)
+    stored = host._stored[at]
+    stored.faults.append(Fault.stall(after=stored.size * 4 // 5, seconds=300))
+    given = [
+        params_for(host, subsets=["test"]).model_dump_json(),
+        servers.settings(read_timeout=300.0).model_dump_json(),
+    ]
+    process = subprocess.Popen([sys.executable, "-c", READING, *given, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size for path in tmp_path.rglob(Path(at).name + ".part")) < stored.size // 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    before = len(host.requests)
+    assert len(origins(params_for(host, subsets=["test"]), tmp_path)) == len(shots)
+    again = host.requests[before:]
+    assert LABELS["test"] not in {request.path for request in again if not request.range}
+    assert [(request.status, bool(request.range)) for request in again if request.path == at] == [(206, True)]
+    # What was read is not left lying.
+    assert not [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("missing", [CLASS_LIST, LABELS["test"], INFO["test"], BOXES["test"]])
@@ -415,7 +503,7 @@ def test_a_web_page_in_place_of_a_file_is_named(host: Host, tmp_path: Path, wron
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (b"", "is not the table expected"),
+        (b"", "came in its place"),
         (b"ImageID,LabelName\n1,/m/06bqd\n", "is not the table expected"),
         (b"ImageID,Source,LabelName,Confidence\n1,verification\n", "is not the table expected"),
         (b"ImageID,Source,LabelName,Confidence\nabc,verification,/m/06bqd,yes\n", "photo abc has Confidence 'yes'"),
@@ -427,6 +515,9 @@ def test_a_label_file_of_another_kind_is_an_error_of_one_line(
     publish(host, test=[])
     host.put(LABELS["test"], content)
     assert expected in message_of(params_for(host, subsets=["test"]), tmp_path)
+    # It is no beginning for the next run.
+    host.put(LABELS["test"], label_file([Shot(image(1), {RUGBY: "0"})]))
+    assert origins(params_for(host, subsets=["test"]), tmp_path) == []
 
 
 def test_a_bad_row_early_in_a_large_file_ends_the_reading(
@@ -481,9 +572,18 @@ def test_the_plan_finds_an_entry_that_names_no_class(host: Host, tmp_path: Path)
 
 
 def test_the_plan_gives_no_size_where_the_server_tells_none(host: Host, tmp_path: Path) -> None:
-    publish(host)
+    publish(host, train=[])
+    for files in (LABELS, INFO, BOXES):
+        host._stored[files["train"]].faults.append(Fault.status(503))
     planned = openimages.plan(params_for(host, subsets=["train"]), DOWNLOAD, ["rugby", "soccer"], tmp_path)
     assert [file.megabytes for file in planned] == [None, None, None]
+
+
+def test_the_plan_names_a_file_that_is_not_there(host: Host, tmp_path: Path) -> None:
+    publish(host, test=[])
+    del host._stored[INFO["test"]]
+    with pytest.raises(TouchlineError, match=f"{INFO['test']} answers 404.*ingest.openimages.url"):
+        openimages.plan(params_for(host, subsets=["test"]), DOWNLOAD, ["rugby", "soccer"], tmp_path)
 
 
 keys = ["a", "b", "é", 'a"', "aa\nb", ""]

@@ -137,7 +137,7 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
         ),
         ("ingest.sources", ["imagenet"], ["ingest", "imagenet"]),
         ("ingest.openimages.url", "storage.googleapis.com", ["ingest.openimages.url", "'storage.googleapis.com'"]),
-        ("ingest.openimages.url", "https://host/", ["ingest.openimages.url", "'https://host/'"]),
+        ("ingest.openimages.url", "ftp://host", ["ingest.openimages.url", "'ftp://host'"]),
         (
             "ingest.openimages.url",
             "https://someone:s3cret@host/photos",
@@ -170,6 +170,27 @@ def test_what_is_not_allowed_is_one_line(shipped: dict[str, Any], key: str, valu
 def test_options_that_contradict_each_other(shipped: dict[str, Any], options: dict[str, Any], named: list[str]) -> None:
     shipped["split"] |= options
     assert names(message_of(shipped), "split", *named)
+
+
+def test_a_slash_at_the_end_of_an_address_is_taken_off(shipped: dict[str, Any]) -> None:
+    for key in ("openimages.url", "openimages.photos_url", "imagenet.url"):
+        shipped = changed(shipped, f"ingest.{key}", "https://host/photos/")
+    loaded = params.check(shipped).ingest
+    assert {loaded.openimages.url, loaded.openimages.photos_url, loaded.imagenet.url} == {"https://host/photos"}
+
+
+@pytest.mark.parametrize(
+    "sources, allowed", [(["openimages"], False), (["sample", "openimages"], False), (["openimages", "feedback"], True),
+                         (["folder"], True), (["sample"], True)],
+)  # fmt: skip
+def test_fewer_photos_than_must_come_cannot_be_asked_of_a_remote_source(
+    shipped: dict[str, Any], sources: list[str], allowed: bool
+) -> None:
+    wish = changed(changed(shipped, "ingest.sources", sources), "ingest.per_class", 20)
+    if allowed:
+        assert params.check(wish)
+    else:
+        assert all(word in message_of(wish) for word in ("per_class", "20", "min_per_class", "40"))
 
 
 def test_the_first_fault_is_told_and_the_others_are_counted(shipped: dict[str, Any]) -> None:

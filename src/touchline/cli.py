@@ -410,13 +410,15 @@ def _plan() -> None:
 
     planned = ingest.plan(*_project())
     licences = list(dict.fromkeys(row.licence for row in planned))
-    table = Table("what", "MB", "state", "licence", title="would be fetched", title_justify="left")
-    table.add_column("where", overflow="fold")
-    for row in planned:
+    table = Table("", "what", "MB", "state", "licence", title="would be fetched", title_justify="left")
+    for at, row in enumerate(planned, 1):
         size = "?" if row.megabytes is None else f"{row.megabytes:,.1f}"
         reference = f"[{licences.index(row.licence) + 1}]"
-        table.add_row(*map(escape, (row.what, size, row.state, reference, row.where)))
+        table.add_row(*map(escape, (str(at), row.what, size, row.state, reference)))
     Console().print(table)
+    # Outside the table, in which an address would be broken over lines.
+    for at, row in enumerate(planned, 1):
+        print(f"{at:>2}  {row.where}")
     for number, licence in enumerate(licences, 1):
         print(f"[{number}] {licence}")
     to_fetch = [row for row in planned if row.state == "to fetch"]

@@ -36,8 +36,19 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _address(url: str) -> str:
+    url = url.rstrip("/")
+    if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", url):
+        raise PydanticCustomError(
+            "address", "an address that begins with https:// or http://, without password, ? or #"
+        )
+    return url
+
+
 # Without a password: params go into dvc.lock and MLflow.
-Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@]+(/[^\s?#]*[^\s?#/])?$")]
+Url = Annotated[str, AfterValidator(_address)]
 Synset = Annotated[str, StringConstraints(pattern=r"^n[0-9]{8}$")]
 
 # The parts that the split cuts the photos into.
@@ -121,6 +132,7 @@ class DownloadParams(Section):
     read_timeout: Positive
     total_timeout: Positive
     max_megabytes: Positive
+    absent_days: NotNegative = 7.0
 
 
 class OpenImagesParams(Section):
@@ -130,7 +142,7 @@ class OpenImagesParams(Section):
     classes: dict[str, Annotated[list[Text], Field(min_length=1)]]
     exclude: list[Text]
     max_per_author: Count
-    leave_out_drawings: bool
+    leave_out_drawings: Annotated[list[Literal["validation", "test", "train"]], AfterValidator(_distinct)]
     keep_label_files: bool
 
 
@@ -188,6 +200,19 @@ class IngestParams(Section):
     def unshared(self) -> list[str]:
         """The sources whose photos may not be passed on: their section has `share: false`."""
         return [name for name, section in self if getattr(section, "share", True) is False]
+
+    @model_validator(mode="after")
+    def _enough_can_come(self) -> "IngestParams":
+        # The other sources may give more than per_class, or are not held to min_per_class.
+        sources, remote = {*self.sources}, {"openimages", "imagenet"}
+        held = sources & remote and sources <= {*remote, "sample"}
+        if held and self.per_class and self.per_class < self.min_per_class:
+            raise PydanticCustomError(
+                "options",
+                f"no `per_class` ({self.per_class}) below `min_per_class` ({self.min_per_class}), which could "
+                "never be reached: raise the one or lower the other",
+            )
+        return self
 
     @model_validator(mode="after")
     def _terms_are_kept(self) -> "IngestParams":

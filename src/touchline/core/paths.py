@@ -93,6 +93,11 @@ class Paths:
         return self.project / "data/fetched.jsonl"
 
     @property
+    def spare(self) -> Path:
+        """Fetched photos that are not offered at present."""
+        return self.project / "data/spare"
+
+    @property
     def openimages(self) -> Path:
         return self.project / "data/openimages"
 

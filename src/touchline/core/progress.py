@@ -44,6 +44,7 @@ class Filling:
         self._done: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
         self._megabytes = 0.0
+        self._reading = False
         self._began = self._said = time.monotonic()
 
     def done(self, label: str, megabytes: float) -> None:
@@ -51,6 +52,12 @@ class Filling:
         self._done[label] += 1
         self._megabytes = megabytes
         self._show(label)
+
+    def reading(self, is_reading: bool) -> None:
+        """Whether the source reads files of its own: meanwhile no estimate of the photos' time holds."""
+        if self._reading != is_reading:
+            self._reading = is_reading
+            self._show()
 
     def left_out(self, reason: str) -> None:
         self._left_out[reason] += 1
@@ -66,6 +73,7 @@ class Filling:
         rate = f"{done / seconds:.0f} photos/s, {self._megabytes / seconds:.1f} MB/s" if seconds > 0 else ""
         rest = sum(self._room.values()) - done
         left = f"{rest * seconds / done:.0f} s left" if done and isfinite(rest) and not over else ""
+        left = "waiting for the source's own files" if self._reading and not over else left
         out = ", ".join(f"{reason} {count:,}" for reason, count in self._left_out.most_common())
         return "; ".join(part for part in (f"{self._what}: {counts}", rate, out, left) if part)
 

@@ -1,13 +1,14 @@
 """Photos from the network into `data/photos`: many at once, each class filled in the order its source offers.
 
-What was fetched, and what is not there at all, is kept in a journal, so a run that was killed goes on where it was and
-the next one asks the network only for what is new.
+What was fetched, and for some days what was not there, is kept in a journal, so a run that was killed goes on where it
+was and the next one asks the network only for what is new.
 """
 
 import asyncio
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -16,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from touchline.core.files import Unsafe
+from touchline.core.files import Unsafe, write_bytes
 from touchline.core.params import DownloadParams
 from touchline.core.progress import filling
 from touchline.data import photos
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 
     from touchline.core.progress import Filling
 
-# Not there, and not coming back.
 _ABSENT = {404, 410}
+# Sources offer what their lists say exists: if so many, and most of those asked for, do not, the address is wrong.
+_ABSENT_AT_LEAST, _ABSENT_SHARE = 8, 0.5
+# A source that takes longer to offer more is reading files of its own.
+_SECONDS_TO_OFFER = 2.0
 # Photos written and not yet safe on disk, each with an open file.
 _UNSAFE_AT_MOST = 64
 # A photo's file; the journal is a file like any other, and must not name one elsewhere.
@@ -67,9 +71,13 @@ class Entry:
 
 
 class Journal:
-    """A file of JSON lines, only ever added to: one `Entry` a line, the last of a URL counts."""
+    """A file of JSON lines, only ever added to: one `Entry` a line, the last of a URL counts.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        absent_days: how long a photo that was not there is remembered as such.
+    """
+
+    def __init__(self, path: Path, absent_days: float = math.inf) -> None:
         self._entries: dict[str, Entry] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
@@ -77,7 +85,9 @@ class Journal:
             # A line that a killed process did not finish is no entry; what it was about is fetched again.
             with suppress(ValueError, TypeError, RecursionError):
                 entry = Entry(**json.loads(line))
-                if entry.absent or NAME.fullmatch(entry.name):
+                if entry.absent and _days_since(entry.retrieved) >= absent_days:
+                    self._entries.pop(entry.url, None)
+                elif entry.absent or NAME.fullmatch(entry.name):
                     self._entries[entry.url] = entry
         self._file = path.open("ab")
         if content and not content.endswith(b"\n"):
@@ -94,6 +104,10 @@ class Journal:
 
     def get(self, url: str) -> Entry | None:
         return self._entries.get(url)
+
+    def names(self) -> set[str]:
+        """Of the files of all photos fetched."""
+        return {entry.name for entry in self._entries.values() if not entry.absent}
 
     def add(self, *entries: Entry) -> None:
         lines = [json.dumps({key: value for key, value in asdict(entry).items() if value}) + "\n" for entry in entries]
@@ -136,6 +150,7 @@ def fill(
     room: Mapping[str, float],
     folder_of: Callable[[Candidate], Path],
     whole: Set[Path],
+    spare: Path,
     journal: Journal,
     settings: DownloadParams,
 ) -> Outcome:
@@ -149,12 +164,13 @@ def fill(
         room: photos wanted, by class; infinite where all that there are.
         folder_of: where a candidate's file goes.
         whole: files that are there and hold what their names say.
+        spare: folder of photos that were fetched and taken out of the set; one that is offered again is put back.
 
     Raises:
-        Unavailable: one request after another failed; what was fetched is kept.
+        Unavailable: one request after another failed, or most photos are not there; what was fetched is kept.
         OSError: a photo cannot be written.
     """
-    work = _Filling(offers, room, folder_of, whole, journal, settings)
+    work = _Filling(offers, room, folder_of, whole, spare, journal, settings)
     began = time.monotonic()
     with filling(room, "fetching photos") as shown:
         network(work.run(shown))
@@ -172,11 +188,14 @@ class _Filling:
         room: Mapping[str, float],
         folder_of: Callable[[Candidate], Path],
         whole: Set[Path],
+        spare: Path,
         journal: Journal,
         settings: DownloadParams,
     ) -> None:
         self._offers, self._room, self._folder_of = enumerate(offers), room, folder_of
-        self._whole, self._journal, self._settings = whole, journal, settings
+        self._whole, self._spare, self._journal, self._settings = whole, spare, journal, settings
+        # A photo may be offered under another class than before.
+        self._place_of = {path.name: path for path in whole}
         self._waiting: dict[str, deque[tuple[int, Candidate]]] = defaultdict(deque)
         # Photos that are there, and offers of which nobody knows yet: they fill the room together.
         self._taken: Counter[str] = Counter()
@@ -188,6 +207,9 @@ class _Filling:
         self._written: list[_Written] = []
         self._settling: asyncio.Task[None] | None = None
         self._failed_in_a_row = 0
+        self._asked = 0
+        # Noted in the journal at the end, unless they turn out to be a wrong address.
+        self._absent: list[Entry] = []
         self.kept: list[tuple[int, Kept]] = []
         self.outcome = Outcome()
 
@@ -200,6 +222,8 @@ class _Filling:
             ]
             try:
                 await asyncio.gather(*fetchers)
+                if not self.kept and not self.outcome.fetched:
+                    self._check_absences(1)
             finally:
                 for fetcher in fetchers:
                     fetcher.cancel()
@@ -215,12 +239,13 @@ class _Filling:
                 finally:
                     for written in self._written:
                         written.file.give_up()
+                    self._journal.add(*self._absent)
 
     async def _offers_in_turn(
         self, drawer: ThreadPoolExecutor, client: "aiohttp.ClientSession", shown: "Filling"
     ) -> None:
         """Take offer after offer until there is no more room, or nothing more to fill it with."""
-        while offer := await self._next(drawer):
+        while offer := await self._next(drawer, shown):
             number, candidate = offer
             try:
                 await self._keep(number, candidate, client, shown)
@@ -231,7 +256,7 @@ class _Filling:
                 self._undecided -= 1
                 self._changed.set()
 
-    async def _next(self, drawer: ThreadPoolExecutor) -> tuple[int, Candidate] | None:
+    async def _next(self, drawer: ThreadPoolExecutor, shown: "Filling") -> tuple[int, Candidate] | None:
         while True:
             if self._failure:
                 raise self._failure
@@ -243,7 +268,7 @@ class _Filling:
             lacking = max((self._lacks(label) for label in self._room), default=0)
             if lacking and not self._exhausted:
                 if self._drawing is None:
-                    self._draw(drawer, int(min(lacking, self._settings.connections)))
+                    self._draw(drawer, int(min(lacking, self._settings.connections)), shown)
             elif not self._undecided:
                 return None
             self._changed.clear()
@@ -252,11 +277,13 @@ class _Filling:
     def _lacks(self, label: str) -> float:
         return self._room[label] - self._taken[label]
 
-    def _draw(self, drawer: ThreadPoolExecutor, count: int) -> None:
+    def _draw(self, drawer: ThreadPoolExecutor, count: int, shown: "Filling") -> None:
         """Draw offers, never more than the class that lacks most needs at least."""
 
         def drawn(drawing: asyncio.Future[list[tuple[int, Candidate]]]) -> None:
             self._drawing = None
+            late.cancel()
+            shown.reading(False)
             self._changed.set()
             if drawing.cancelled():
                 return
@@ -267,6 +294,7 @@ class _Filling:
                     self._waiting[candidate.label].append((number, candidate))
 
         loop = asyncio.get_running_loop()
+        late = loop.call_later(_SECONDS_TO_OFFER, shown.reading, True)
         self._drawing = loop.run_in_executor(drawer, list, itertools.islice(self._offers, count))
         self._drawing.add_done_callback(drawn)
 
@@ -275,6 +303,7 @@ class _Filling:
         self.outcome.left_out[reason] += 1
         shown.left_out(reason)
         absent = isinstance(error, HttpError) and error.status in _ABSENT
+        self._check_absences(_ABSENT_AT_LEAST)
         self._failed_in_a_row = 0 if absent else self._failed_in_a_row + 1
         # Photos fail one by one; if all do, it is the network or the address.
         if self._failed_in_a_row >= max(8, self._settings.connections):
@@ -282,18 +311,30 @@ class _Filling:
                 f"{self._failed_in_a_row} photos in a row failed, the last one: {error}; what was fetched is kept"
             ) from None
 
+    def _check_absences(self, at_least: int) -> None:
+        """Raise Unavailable where what was asked for in this run is, for the most part, not there."""
+        absent = self._absent
+        # Those on the way count as there: the answer that something is not comes before a photo does.
+        if len(absent) >= at_least and len(absent) > _ABSENT_SHARE * self._asked:
+            self._absent = []
+            raise Unavailable(
+                f"{len(absent)} of {self._asked} photos asked for are not there, though their source lists them; the "
+                f"first: {absent[0].url} answers {absent[0].absent}: see `photos_url` in params.yaml"
+            ) from None
+
     async def _keep(self, number: int, candidate: Candidate, client: "aiohttp.ClientSession", shown: "Filling") -> None:
         known = self._journal.get(candidate.url)
         if known and known.absent:
             raise HttpError(candidate.url, known.absent)
-        if known and (path := self._folder_of(candidate) / known.name) in self._whole:
+        if known and self._put_back(path := self._folder_of(candidate) / known.name):
             self._done(number, Kept(candidate, path, known), shown)
             return
+        self._asked += 1
         try:
             content = await self._fetch(candidate, client)
         except HttpError as error:
             if error.status in _ABSENT:
-                self._journal.add(Entry(candidate.url, _now(), absent=error.status))
+                self._absent.append(Entry(candidate.url, _now(), absent=error.status))
             raise
         content = photos.turned(content, candidate.rotation)
         entry = described(candidate, content)
@@ -310,6 +351,19 @@ class _Filling:
             self._settling = asyncio.create_task(self._settle(shown))
         if len(self._written) >= _UNSAFE_AT_MOST:
             await asyncio.shield(self._settling)
+
+    def _put_back(self, path: Path) -> bool:
+        """Whether a photo is in its place, or could be put there from where else it is."""
+        if path in self._whole:
+            return True
+        spare = self._spare / path.name
+        with suppress(FileNotFoundError):
+            content = (self._place_of.get(path.name) or spare).read_bytes()
+            if hashlib.sha256(content).hexdigest()[:16] == path.stem:
+                write_bytes(path, content)
+                spare.unlink(missing_ok=True)
+                return True
+        return False
 
     async def _settle(self, shown: "Filling") -> None:
         while self._written:
@@ -385,6 +439,10 @@ async def _body(response: "aiohttp.ClientResponse", limit: int) -> bytes:
         if len(content) > limit:
             raise WrongContent(str(response.url), "too large")
     return bytes(content)
+
+
+def _days_since(moment: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)) / timedelta(days=1)
 
 
 def _now() -> str:

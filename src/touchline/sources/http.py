@@ -1,4 +1,4 @@
-"""Fetching over HTTP: big files that resume, streams and ranges, and the client that `fetching` takes photos with.
+"""Fetching over HTTP: big files that resume, ranges, and the client that `fetching` takes photos with.
 
 One client (aiohttp: asynchronous, and in the tree through DVC already) and one rule of what is tried again: no
 connection, a time-out, a broken body, 408, 429 and 5xx are, with growing pauses or those the server asks for; every
@@ -10,23 +10,26 @@ import asyncio
 import atexit
 import base64
 import binascii
+import errno
 import hashlib
-import io
 import itertools
+import math
 import os
 import random
 import re
+import shutil
 import threading
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import read_json, write_json
@@ -38,18 +41,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _BLOCK = 2**20
-_BLOCKS_AHEAD = 16
 _LONGEST_PAUSE = 60.0
+# Of a file: each may be gigabytes, and a login page stays one.
+_TRIES_OF_WRONG = 3
 _TRIED_AGAIN = {408, 429, 500, 502, 503, 504}
+_WORDS = {
+    401: "it wants a login",
+    403: "forbidden: a wrong path, or a proxy or firewall on the way",
+    404: "not there",
+    407: "the proxy wants a login: put it into https_proxy",
+    410: "gone",
+}
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_WAITS = 60.0
 _SECONDS_TO_PUT_AWAY = 30.0
+
+
+# When a wait for each host was last reported, by time.monotonic.
+_waits_said: dict[str, float] = {}
 
 
 class HttpError(TouchlineError):
     """A final answer that is no success: 401, 403, 404, 410 and the like."""
 
     def __init__(self, url: str, status: int) -> None:
-        super().__init__(f"{url} answers {status}")
+        super().__init__(f"{url} answers {status} ({_WORDS.get(status, 'refused')})")
         self.url, self.status = url, status
 
 
@@ -82,16 +98,28 @@ class Broken(Exception):
         self.kind, self.pause = kind, pause
 
 
+class _Wrong(Broken):
+    """An answer that is whole and not the file: a few tries are enough to tell an accident from a login page."""
+
+
 def head(url: str, settings: DownloadParams) -> int | None:
-    """Size of a remote file in bytes; None where the server does not tell or cannot be reached."""
+    """Size of a remote file in bytes; None where the server does not tell or cannot be reached.
+
+    Raises:
+        HttpError: the file is refused or not there.
+    """
 
     async def ask() -> int | None:
-        async with _shared_session().head(url, timeout=_timeout(settings), allow_redirects=True) as response:
-            return response.content_length if response.status == 200 else None
+        with as_broken():
+            async with _shared_session().head(url, timeout=_timeout(settings), allow_redirects=True) as response:
+                # 405: it answers no HEAD, which says nothing of the file.
+                if response.status in {*_TRIED_AGAIN, 405}:
+                    return None
+                if response.status != 200:
+                    raise HttpError(url, response.status)
+                return response.content_length
 
-    import aiohttp
-
-    with suppress(aiohttp.ClientError, TimeoutError):
+    with suppress(Broken):
         return network(ask())
     return None
 
@@ -116,23 +144,6 @@ def read_range(url: str, offset: int, size: int, settings: DownloadParams) -> tu
     return network(repeated(ask, url, settings))
 
 
-@contextmanager
-def stream(url: str, settings: DownloadParams, what: str = "") -> Iterator[BinaryIO]:
-    """A remote file as a readable binary file, of which a few megabytes at a time are in memory.
-
-    It goes on by range after a break. `read` raises what `to_file` raises; the length and `x-goog-hash` are checked
-    when the end is reached, so the content is trusted only once it has been read to its end.
-
-    Args:
-        what: names the file in lines of progress; empty for none.
-    """
-    remote = _Stream(_Remote(url, settings, what=what))
-    try:
-        yield io.BufferedReader(remote, _BLOCK)
-    finally:
-        remote.stop()
-
-
 def to_file(
     url: str,
     path: Path,
@@ -140,7 +151,7 @@ def to_file(
     *,
     offset: int = 0,
     size: int | None = None,
-    is_right: Callable[[bytes], bool] | None = None,
+    is_right: Callable[[bytes], bool] = lambda _: True,
     what: str = "",
 ) -> None:
     """Download a file, or `size` bytes of it from `offset`, to `path`.
@@ -149,7 +160,7 @@ def to_file(
 
     Args:
         is_right: is given the first bytes (512 or more where there are so many) and says whether this is the kind of
-            file asked for.
+            file asked for. A web page never is.
         what: names the file in lines of progress; empty for none.
 
     Raises:
@@ -159,48 +170,38 @@ def to_file(
     """
     part, facts = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remote = _Remote(url, settings, offset=offset, size=size, what=what)
+    remote = _Remote(url, settings, is_right, offset=offset, size=size, what=what)
     place = {"url": url, "offset": offset, "size": size}
     if part.exists() and facts.exists():
         with suppress(TouchlineError, KeyError, TypeError):
             known = read_json(facts)
-            # Without an ETag nobody can say whether the rest is the rest of the same file.
+            # Without an ETag there is no telling whether the rest is the rest of the same file.
             if known["place"] == place and known["etag"]:
                 remote.resume(part, known["etag"], known["total"], known["md5"])
-    if not remote.position:
-        part.unlink(missing_ok=True)
-
-    def described(answer: "_Remote") -> None:
-        write_json(facts, {"place": place, "etag": answer.etag, "total": answer.total, "md5": answer.promised_md5})
 
     async def write() -> None:
-        checked = remote.position > 0
-        start = b""
-
-        def restart() -> None:
-            nonlocal checked, start
-            file.truncate(0)
-            checked, start = False, b""
-
         with part.open("ab") as file:
-            async for block in remote.blocks(described, restart):
-                if not checked:
-                    start += block
-                    if len(start) >= 512:
-                        checked = True
-                        _check_start(url, start, is_right)
+
+            def answered() -> None:
+                file.truncate(remote.position)
+                # Said before gigabytes have come for nothing.
+                if shutil.disk_usage(part.parent).free < (remote.total or 0) - remote.position:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part))
+                write_json(facts, {"place": place, "etag": remote.etag, "total": remote.total, "md5": remote.md5})
+
+            async for block in remote.blocks(answered):
                 file.write(block)
-            if not checked:
-                _check_start(url, start, is_right)
             file.flush()
-            os.fsync(file.fileno())
+            # On a thread: gigabytes take seconds, in which photos are fetched.
+            await asyncio.to_thread(os.fsync, file.fileno())
 
     try:
         network(write())
     except WrongContent:
-        # Going on from it would only end the same way.
-        part.unlink(missing_ok=True)
-        facts.unlink(missing_ok=True)
+        # Bytes that are not of the file are no beginning; a web page in place of the rest says nothing of them.
+        if not remote.position:
+            part.unlink(missing_ok=True)
+            facts.unlink(missing_ok=True)
         raise
     part.replace(path)
     facts.unlink(missing_ok=True)
@@ -211,71 +212,74 @@ class _Remote:
     """A remote file, or `size` bytes of it from `offset`, read once from front to back.
 
     Attributes:
+        is_right: as in `to_file`.
         position: bytes read so far.
         total: bytes there are to read; known once the server has answered.
         etag: of the answer; empty where the server gives none.
-        promised_md5: of the whole file, in base64; empty where the server gives none.
+        md5: of the whole file as its server promises it, in base64; empty where it does not.
     """
 
     url: str
     settings: DownloadParams
+    is_right: Callable[[bytes], bool]
     offset: int = 0
     size: int | None = None
     what: str = ""
     position: int = 0
     total: int | None = None
     etag: str = ""
-    promised_md5: str = ""
-    _md5: Any = field(default_factory=lambda: hashlib.md5(usedforsecurity=False))
+    md5: str = ""
+    _digest: Any = field(default_factory=lambda: hashlib.md5(usedforsecurity=False))
 
-    def resume(self, part: Path, etag: str, total: int | None, promised_md5: str) -> None:
+    def resume(self, part: Path, etag: str, total: int | None, md5: str) -> None:
         """Go on after the bytes of `part`, which may be all there are; one that is longer than the file is no use."""
         if total is not None and part.stat().st_size > total:
             return
         with part.open("rb") as file:
             while block := file.read(_BLOCK):
-                self._md5.update(block)
+                self._digest.update(block)
                 self.position += len(block)
         if self.position:
-            self.etag, self.total, self.promised_md5 = etag, total, promised_md5
+            self.etag, self.total, self.md5 = etag, total, md5
 
-    async def blocks(
-        self, described: Callable[["_Remote"], object], restart: Callable[[], object] | None = None
-    ) -> AsyncGenerator[bytes, None]:
-        """The bytes from `position` on.
+    async def blocks(self, answered: Callable[[], object]) -> AsyncGenerator[bytes, None]:
+        """The bytes from `position` on, or from the first where the server does not go on.
 
         Args:
-            described: called once the server has said what the file is.
-            restart: called where the file has changed since; without it that is an error.
+            answered: called once each answer is understood; the bytes that follow belong at `position`.
         """
-        began, said, first = time.monotonic(), time.monotonic(), self.position
-        tries = 0
-        while self.total is None or self.position < self.total:
-            before = self.position
+        began, said, first, furthest = time.monotonic(), time.monotonic(), self.position, self.position
+        tries = wrong = 0
+        while True:
             try:
-                async for block in self._answer():
-                    if not block:
-                        if before and not self.position:
-                            if restart is None:
-                                raise WrongContent(self.url, "the file has changed while it was read: run again")
-                            restart()
-                        described(self)
-                        continue
-                    yield block
-                    now = time.monotonic()
-                    if self.what and now - said >= _SECONDS_BETWEEN_LINES:
-                        said = now
-                        say(self._line((self.position - first) / (now - began)))
+                if self.total is None or self.position < self.total:
+                    async for block in self._answer():
+                        if not block:
+                            answered()
+                            first = min(first, self.position)
+                            continue
+                        yield block
+                        now = time.monotonic()
+                        if self.what and now - said >= _SECONDS_BETWEEN_LINES:
+                            said = now
+                            say(self._line((self.position - first) / (now - began)))
+                if self.md5 and self.md5 != base64.b64encode(self._digest.digest()).decode():
+                    self._forget()
+                    raise _Wrong("what came does not have the MD5 its server promised")
+                return
             except Broken as error:
-                # Tries are counted anew after each byte that came: a long file may break many times.
-                tries = 0 if self.position > before else tries + 1
+                if isinstance(error, _Wrong):
+                    wrong += 1
+                    if wrong >= min(_TRIES_OF_WRONG, self.settings.tries):
+                        raise WrongContent(self.url, f"{error} ({wrong} tries)") from None
+                # Tries are counted anew after each new byte that came: a long file may break many times.
+                tries = 0 if self.position > furthest else tries + 1
+                furthest = max(furthest, self.position)
                 if tries:
                     await _pause(error, tries, self.url, self.settings)
-        if self.promised_md5 and self.promised_md5 != base64.b64encode(self._md5.digest()).decode():
-            raise WrongContent(self.url, "what came does not have the MD5 its server promised: run again")
 
     async def _answer(self) -> AsyncGenerator[bytes, None]:
-        """An empty block once the answer is understood, then its bytes; `position` is 0 again where the file is new."""
+        """An empty block once the answer is understood, then its bytes; `position` is 0 again where it starts over."""
         headers = {}
         start, end = self.offset + self.position, "" if self.size is None else self.offset + self.size - 1
         if start or end != "":
@@ -285,13 +289,23 @@ class _Remote:
             headers["If-Range"] = self.etag
         with as_broken():
             async with get(_shared_session(), self.url, self.settings, headers) as response:
+                whole = response.status == 200
+                block = b""
+                if whole or not self.position:
+                    block = await _start_of(response)
+                    # Looked at before what came earlier is given up for it.
+                    if re.search(rb"<!doctype html|<html", block[:1024], re.IGNORECASE):
+                        raise _Wrong("a web page came in its place")
+                    if not self.is_right(block):
+                        raise _Wrong("something else came in its place")
                 self._understand(response, asked_for=start if headers else None)
                 # What is done with it is out of reach of `as_broken`: a full disk is no broken answer.
                 yield b""
-                async for block in response.content.iter_chunked(_BLOCK):
-                    self._md5.update(block)
+                while block or (block := await response.content.read(_BLOCK)):
+                    self._digest.update(block)
                     self.position += len(block)
                     yield block
+                    block = b""
                 if self.total is None:
                     self.total = self.position
                 if self.position < self.total:
@@ -299,10 +313,14 @@ class _Remote:
 
     def _understand(self, response: "aiohttp.ClientResponse", asked_for: int | None) -> None:
         etag = response.headers.get("ETag", "")
-        if asked_for is not None and response.status == 200:
+        if response.status == 200:
             if self.offset or self.size is not None:
                 raise WrongContent(self.url, "the server answers a range of bytes with the whole file")
-            self.position, self._md5 = 0, hashlib.md5(usedforsecurity=False)
+            if self.position:
+                why = "the file has changed" if etag and etag != self.etag else "the server cannot resume"
+                say(f"{self.what or self.url}: starts over after {self.position / 1e6:,.0f} MB, because {why}")
+                self._forget()
+            self.total = response.content_length
         elif asked_for is not None:
             start, whole = _range_of(response)
             if start != asked_for:
@@ -311,13 +329,17 @@ class _Remote:
             # Not every server looks at If-Range.
             etag = etag or self.etag
             if self.position and (etag != (self.etag or etag) or self.total not in {None, total}):
-                raise WrongContent(self.url, "the file has changed while it was read: run again")
+                self._forget()
+                raise Broken("the file has changed while it was read")
             self.total = total
-        if response.status == 200:
-            self.total = response.content_length
         self.etag = etag
         if not self.offset and self.size is None:
-            self.promised_md5 = _goog_md5(response)
+            self.md5 = _goog_md5(response)
+
+    def _forget(self) -> None:
+        """Begin at the first byte again."""
+        self.position, self.total, self.etag, self.md5 = 0, None, "", ""
+        self._digest = hashlib.md5(usedforsecurity=False)
 
     def _line(self, rate: float) -> str:
         done = f"{self.what}: {self.position / 1e6:,.0f} MB"
@@ -327,65 +349,12 @@ class _Remote:
         return f"{done} of {self.total / 1e6:,.0f}, {rate / 1e6:.1f} MB/s, {left}"
 
 
-class _Stream(io.RawIOBase):
-    """What `stream` yields: blocks come through a short queue from the thread that runs the network."""
-
-    def __init__(self, remote: _Remote) -> None:
-        super().__init__()
-        self._queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(_BLOCKS_AHEAD)
-        self._rest = memoryview(b"")
-        self._ended = False
-        self._reading = threading.Lock()
-        self._future = asyncio.run_coroutine_threadsafe(self._pump(remote), _loop())
-
-    async def _pump(self, remote: _Remote) -> None:
-        try:
-            async with aclosing(remote.blocks(lambda _: None)) as blocks:
-                async for block in blocks:
-                    await self._queue.put(block)
-            await self._queue.put(None)
-        except asyncio.CancelledError:
-            self._wake()
-            raise
-        except Exception as error:  # it is the reader's: raised where the reading is
-            await self._queue.put(error)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._rest and not self._ended:
-            with self._reading:
-                item = network(self._queue.get())
-            if isinstance(item, Exception):
-                self._ended = True
-                raise item
-            self._ended = item is None
-            self._rest = memoryview(item or b"")
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
-
-    def stop(self) -> None:
-        self._future.cancel()
-        # A reader on another thread (pyarrow reads ahead) may be waiting for what will never come; should this process
-        # end while it is in here, it would end in an abort.
-        _loop().call_soon_threadsafe(self._wake)
-        with self._reading:
-            self._ended = True
-
-    def _wake(self) -> None:
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        # It must not take this for the end of the file.
-        self._queue.put_nowait(Unavailable("a stream was closed before its end", "closed"))
-
-
-def _check_start(url: str, start: bytes, is_right: Callable[[bytes], bool] | None) -> None:
-    if is_right and not is_right(start):
-        page = re.search(rb"<!doctype html|<html", start[:1024], re.IGNORECASE)
-        raise WrongContent(url, "a web page came in its place" if page else "something else came in its place")
+async def _start_of(response: "aiohttp.ClientResponse") -> bytes:
+    """The first 512 bytes or more of an answer, fewer only where it ends."""
+    start = b""
+    while len(start) < 512 and (block := await response.content.read(_BLOCK)):
+        start += block
+    return start
 
 
 def _range_of(response: "aiohttp.ClientResponse") -> tuple[int, int]:
@@ -431,6 +400,17 @@ def as_broken() -> Iterator[None]:
         raise Broken("timed out") from error
     except aiohttp.InvalidURL as error:
         raise TouchlineError(f"{error} is no URL: see `ingest` in params.yaml") from None
+    except aiohttp.ClientConnectorCertificateError as error:
+        reason = getattr(error.certificate_error, "verify_message", "") or one_line(error.certificate_error)
+        raise TouchlineError(
+            f"the certificate of {error.host}:{error.port} is not trusted ({reason}): where a proxy of your own "
+            "signs it, set SSL_CERT_FILE to a file with its certificate authority"
+        ) from None
+    except aiohttp.ClientSSLError as error:
+        raise TouchlineError(
+            f"{error.host}:{error.port} does not speak TLS ({one_line(error.os_error, 100)}): if it is a plain HTTP "
+            "server or proxy, write http:// in its address"
+        ) from None
     except aiohttp.ClientConnectorError as error:
         number, words = error.os_error.errno, error.os_error.strerror or str(error.os_error)
         # What asyncio writes there is its own and not the system's; a failed look-up of a name has a negative number.
@@ -472,7 +452,15 @@ async def _pause(error: Broken, tries: int, url: str, settings: DownloadParams) 
         raise Unavailable(message, error.kind) from None
     # Jitter, so that many that failed together do not come back together.
     growing = 2.0 ** (tries - 1) * random.uniform(0.75, 1.25)
-    await asyncio.sleep(min(growing if error.pause is None else error.pause + random.uniform(0, 0.1), _LONGEST_PAUSE))
+    asked_for = growing if error.pause is None else error.pause + random.uniform(0, 0.1)
+    pause = min(asked_for, _LONGEST_PAUSE)
+    host, now = urlsplit(url).netloc, time.monotonic()
+    # Not of the first second, which many a photo waits for; and many photos wait for one host.
+    if pause > 1.5 and now - _waits_said.get(host, -math.inf) >= _SECONDS_BETWEEN_WAITS:
+        _waits_said[host] = now
+        less = f", not after the {asked_for:,.0f} s it asks for" if asked_for > pause else ""
+        say(f"{host}: {error}; waiting: try {tries + 1} of {settings.tries} in {pause:.0f} s{less}")
+    await asyncio.sleep(pause)
 
 
 def _retry_after(value: str) -> float | None:

@@ -255,21 +255,13 @@ def _explained(url: str, remedy: str, param: str) -> Iterator[None]:
 
 def _fetch_tar(url: str, path: Path, download: DownloadParams, remedy: str, param: str, **part: int) -> None:
     """Download a tar, or the part of an archive that is one."""
-    came = b""
-
-    def is_tar(start: bytes) -> bool:
-        nonlocal came
-        came = start
-        return _is_tar(start)
-
     try:
         with _explained(url, remedy, param):
-            to_file(url, path, download, **part, is_right=is_tar, what=path.name)
-    except WrongContent:
-        if not came or _is_tar(came):
+            to_file(url, path, download, **part, is_right=_is_tar, what=path.name)
+    except WrongContent as error:
+        if "in its place" not in error.why:
             raise
-        kind = "a web page (a login page, as a rule)" if came.lstrip().startswith(b"<") else "something that is no tar"
-        raise TouchlineError(f"{url} gave {kind}: {remedy}") from None
+        raise TouchlineError(f"{error}, perhaps of a login: {remedy}") from None
 
 
 def _is_tar(start: bytes) -> bool:
@@ -282,12 +274,12 @@ def _is_tar(start: bytes) -> bool:
 def _from_winter21(
     params: ImageNetParams, download: DownloadParams, wnids: Sequence[str], folder: Path
 ) -> dict[str, list[_Photo]]:
-    for wnid in wnids:
-        path = folder / f"{wnid}.tar"
-        if not path.exists():
-            url = f"{params.url.rstrip('/')}/{wnid}.tar"
-            _fetch_tar(url, path, download, _by_hand([wnid], folder), "ingest.imagenet.url")
-    return {wnid: _photos_in_tar(folder / f"{wnid}.tar", wnid, download) for wnid in wnids}
+    def photos_of(wnid: str) -> list[_Photo]:
+        path, url = folder / f"{wnid}.tar", f"{params.url.rstrip('/')}/{wnid}.tar"
+        fetch = partial(_fetch_tar, url, path, download, _by_hand([wnid], folder), "ingest.imagenet.url")
+        return _photos_fetched(path, wnid, download, fetch)
+
+    return {wnid: photos_of(wnid) for wnid in wnids}
 
 
 def _planned_winter21(params: ImageNetParams, download: DownloadParams, wnid: str, folder: Path) -> Planned:
@@ -295,7 +287,8 @@ def _planned_winter21(params: ImageNetParams, download: DownloadParams, wnid: st
     if path.exists():
         return _there(f"synset {wnid}", path, path.stat().st_size)
     url = f"{params.url.rstrip('/')}/{wnid}.tar"
-    size = head(url, download)
+    with _explained(url, _by_hand([wnid], folder), "ingest.imagenet.url"):
+        size = head(url, download)
     return Planned(f"synset {wnid}", url, None if size is None else size / 1e6, "to fetch", TERMS)
 
 
@@ -323,14 +316,19 @@ def _from_ilsvrc2012(
     members = _walk_url(params.archive, folder / "index.json", wanted, download).members if wanted else {}
     missing = [wnid for wnid in wanted if f"{wnid}.tar" not in members]
     _say_missing(params, classes, set(wnids) - set(missing), where)
-    for wnid in wanted:
-        if wnid not in missing:
-            start, size = members[f"{wnid}.tar"]
-            _fetch_tar(
-                params.archive, paths[wnid], download, _ARCHIVE_BY_HAND, "ingest.imagenet.archive",
-                offset=start, size=size,
-            )  # fmt: skip
-    return {wnid: _photos_in_tar(paths[wnid], wnid, download) for wnid in wnids if wnid not in missing}
+
+    def fetch(wnid: str) -> None:
+        found = members or _walk_url(params.archive, folder / "index.json", [wnid], download).members
+        start, size = found[f"{wnid}.tar"]
+        _fetch_tar(
+            params.archive, paths[wnid], download, _ARCHIVE_BY_HAND, "ingest.imagenet.archive", offset=start, size=size
+        )
+
+    return {
+        wnid: _photos_fetched(paths[wnid], wnid, download, partial(fetch, wnid))
+        for wnid in wnids
+        if wnid not in missing
+    }
 
 
 def _planned_ilsvrc2012(params: ImageNetParams, wnids: Sequence[str], project: Path) -> list[Planned]:
@@ -485,6 +483,10 @@ def _photos_in_folder(folder: Received, wnid: str) -> list[_Photo]:
 # Tars
 
 
+class _Damaged(TouchlineError):
+    """A tar that is cut off or broken."""
+
+
 class _Part(io.RawIOBase):
     """A part of an open file, as a file of its own."""
 
@@ -511,6 +513,20 @@ class _Part(io.RawIOBase):
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
+
+
+def _photos_fetched(path: Path, wnid: str, download: DownloadParams, fetch: Callable[[], None]) -> list[_Photo]:
+    """The photos of a tar, which is fetched if it is not there, and once more if it is damaged."""
+    if not path.exists():
+        fetch()
+    try:
+        return _photos_in_tar(path, wnid, download)
+    except _Damaged as error:
+        aside = path.with_name(path.name + ".damaged")
+        path.replace(aside)
+        say(f"imagenet: {error}; it is now {aside.name}, and is fetched again")
+        fetch()
+        return _photos_in_tar(path, wnid, download)
 
 
 def _photos_in_tar(
@@ -543,9 +559,9 @@ def _photos_in_tar(
         if isinstance(error, OSError) and error.errno is not None:
             raise TouchlineError(f"{path} cannot be read ({error.strerror})") from None
         whole_name = path if size is None else f"{wnid}.tar in {path}"
-        remedy = "delete it and run again" if ours and size is None else "put a whole one in its place"
+        remedy = "run again, and it is fetched again" if ours and size is None else "put a whole one in its place"
         reason = shown(one_line(error, 120))
-        raise TouchlineError(f"{whole_name} is cut off or broken ({reason}): {remedy}") from None
+        raise _Damaged(f"{whole_name} is cut off or broken ({reason}): {remedy}") from None
     say_left_out("imagenet", path if size is None else Path(f"{path} {wnid}.tar"), left_out)
     return photos
 

@@ -1,8 +1,9 @@
 """Photos of Open Images V7, chosen by labels that people verified.
 
 Three kinds of CSV files are read for each subset: labels (which photo shows what), image info (author, licence,
-rotation) and boxes (which photos are drawings). They are streamed and filtered on the way, so memory does not grow with
-them; what is found is kept in a cache folder, and a run with the same settings asks the network for nothing.
+rotation) and boxes (which photos are drawings). They are downloaded to a cache folder, so that a killed run goes on in
+the middle of one, and filtered a block at a time, so memory does not grow with them. What is found is kept there, the
+files themselves only if so set, and a run with the same settings asks the network for nothing.
 
 Formats and places of the files: https://storage.googleapis.com/openimages/web/download_v7.html
 """
@@ -12,10 +13,12 @@ import difflib
 import hashlib
 import io
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, replace
+from glob import escape
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
@@ -27,8 +30,8 @@ from touchline.core.files import remove_partials, write_json
 from touchline.core.params import DownloadParams, OpenImagesParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.sources import Candidate, Planned, Source, at_most, http
-from touchline.sources.http import HttpError
+from touchline.sources import Candidate, Planned, Source, at_most, fetch, http
+from touchline.sources.http import HttpError, WrongContent
 
 LICENCE = "labels CC BY 4.0 (Google LLC); photos listed as CC BY 2.0, each with its author"
 BLOCK = 2**20  # bytes of a CSV file parsed at a time; no row may be longer
@@ -55,9 +58,13 @@ _INFO_COLUMNS = ("ImageID", "License", "Author", "AuthorProfileURL", "Title", "O
 # Empty and `nan` stand for "not known", which is as good as upright for all but a few.
 _ROTATIONS = {"90": 90, "180": 180, "270": 270}
 # Part of what a cached subset depends on: to be raised where the meaning of what is kept changes.
-_FORMAT = 1
+_FORMAT = 2
 
 _Row = tuple[str, ...]
+
+
+class _WrongTable(TouchlineError):
+    """A file that came whole and is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,22 @@ class _Photo:
     title: str
     landing_page: str
     rotation: int
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the files of one subset say of all photos positive for one of `mids`: enough for other wishes too.
+
+    Attributes:
+        labels: all that a photo is positive for, by its id.
+        info: its `_INFO_COLUMNS`; a photo without them is not on the server.
+        drawn: photos with a box marked as a drawing; None where the boxes were not read.
+    """
+
+    mids: list[str]
+    labels: dict[str, list[str]]
+    info: dict[str, list[str]]
+    drawn: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +121,7 @@ def candidates(
     those of an author beyond `params.max_per_author` a class.
 
     Args:
-        cache: folder for what was found, and for whole files if so set; made if missing.
+        cache: folder for what was found, and for the files it is found in; made if missing.
 
     Raises:
         ParamsError: a class without entries, an entry that is no class of Open Images, or one that stands for two.
@@ -107,7 +130,7 @@ def candidates(
     wanted = _resolved(params, classes, _class_names(params, settings, cache))
     taken: Counter[tuple[str, str]] = Counter()
     for subset in params.subsets:
-        found = _kept_subset(_subset_path(params, wanted, subset, cache))
+        found = _found(params, wanted, subset, cache)
         if found is None:
             found = _fetched(params, settings, wanted, subset, cache)
         for photo in _in_turn(_within_limit(found.photos, params.max_per_author, taken), classes):
@@ -115,7 +138,7 @@ def candidates(
                 label=photo.label,
                 source="openimages",
                 origin=f"{subset}/{photo.image}",
-                url=f"{params.photos_url.rstrip('/')}/{subset}/{photo.image}.jpg",
+                url=_photo_url(params, subset, photo.image),
                 licence=photo.licence,
                 author=photo.author,
                 author_page=photo.author_page,
@@ -139,7 +162,7 @@ def facts(params: OpenImagesParams, classes: Sequence[str], cache: Path) -> dict
     taken: Counter[tuple[str, str]] = Counter()
     known: dict[str, dict[str, int]] = {}
     for subset in params.subsets:
-        found = _kept_subset(_subset_path(params, wanted, subset, cache))
+        found = _found(params, wanted, subset, cache)
         if found is not None:
             offered = _within_limit(found.photos, params.max_per_author, taken)
             by_class = Counter(photo.label for photo in offered)
@@ -161,20 +184,21 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
     wanted = _resolved(params, classes, _class_names(params, settings, cache))
     files = []
     for subset in params.subsets:
-        path = _subset_path(params, wanted, subset, cache)
-        if _kept_subset(path) is not None:
+        path = _subset_path(params, subset, cache)
+        if _found(params, wanted, subset, cache) is not None:
             what = f"Open Images {subset}: photos found before"
             files.append(Planned(what, str(path), path.stat().st_size / 1e6, "there already", LICENCE))
             continue
         for kind, names in (("labels", _LABELS), ("image info", _INFO), ("boxes", _BOXES)):
-            if kind == "boxes" and not params.leave_out_drawings:
+            if kind == "boxes" and subset not in params.leave_out_drawings:
                 continue
             url, local = _url(params, names[subset]), _local(params, names[subset], cache)
             what = f"Open Images {subset}: {kind}"
-            if params.keep_label_files and local.exists():
+            if local.exists():
                 files.append(Planned(what, str(local), local.stat().st_size / 1e6, "there already", LICENCE))
             else:
-                size = http.head(url, settings)
+                with _explained():
+                    size = http.head(url, settings)
                 files.append(Planned(what, url, None if size is None else size / 1e6, "to fetch", LICENCE))
     return files
 
@@ -209,7 +233,7 @@ def rows_where(
                 cells = ([cell.decode(errors="replace") for cell in part.to_pylist()] for part in found.columns)
                 yield from zip(*cells, strict=True)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as error:
-        raise TouchlineError(
+        raise _WrongTable(
             f"{where} is not the table expected ({shorten(str(error), 200)}): take it away if it is a copy, "
             "or see `ingest.openimages.url`"
         ) from None
@@ -217,56 +241,119 @@ def rows_where(
 
 def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted, subset: str, cache: Path) -> _Found:
     """Read the files of `subset`, keep what was found, and say how much that is."""
+    known = _kept_facts(_subset_path(params, subset, cache))
+    if known and not wanted.labels.keys() <= {*known.mids}:
+        # What earlier wishes needed is read again with it, or each change of mind would read all files.
+        wanted_mids, known = {*wanted.labels, *known.mids}, None
+    else:
+        wanted_mids = {*wanted.labels}
+    kinds = {} if known else {"labels": _LABELS[subset], "image info": _INFO[subset]}
+    if subset in params.leave_out_drawings:
+        kinds["boxes"] = _BOXES[subset]
+    files = {kind: _local(params, name, cache) for kind, name in kinds.items()}
 
-    def rows(kind: str, name: str, column: str, values: Collection[str], columns: Sequence[str]) -> Iterator[_Row]:
-        what = f"Open Images {subset} {kind}"
-        with _opened(params, settings, name, what, cache) as (file, where):
-            yield from rows_where(file, column, values, columns, where)
+    def rows(kind: str, column: str, values: Collection[str], columns: Sequence[str]) -> Iterator[_Row]:
+        what = f"Open Images {subset}, file {[*kinds].index(kind) + 1} of {len(kinds)} ({kind})"
+        url, local = _url(params, kinds[kind]), files[kind]
+        _download(url, local, settings, _has_header, what)
+        with local.open("rb") as file:
+            yield from rows_where(file, column, values, columns, str(local) if params.keep_label_files else url)
 
-    mids = [*wanted.labels, *wanted.excluded]
-    positives, excluded = _positives(
-        rows("labels", _LABELS[subset], "LabelName", mids, ("ImageID", "LabelName", "Confidence")), wanted
-    )
-    label_of, counts = _of_one_class(positives, excluded, wanted)
-    info = {}
-    if label_of:
-        info = {row[0]: row for row in rows("image info", _INFO[subset], "ImageID", label_of, _INFO_COLUMNS)}
-    drawings = set()
-    if info and params.leave_out_drawings:
-        flags = rows("boxes", _BOXES[subset], "ImageID", info, ("ImageID", "IsDepiction"))
-        drawings = {image for image, flag in flags if flag.removesuffix(".0") == "1"}
-
-    found = _Found(tuple(_fitting(label_of, info, drawings, counts)), dict(counts))
-    content = {"photos": [list(astuple(photo)) for photo in found.photos], "counts": found.counts}
-    _keep(_subset_path(params, wanted, subset, cache), content)
+    if subset == "train" and "labels" in files and not files["labels"].exists():
+        _try_photos(params, settings, subset)
+    try:
+        facts = known or _read(sorted(wanted_mids), rows)
+        if "boxes" in kinds:
+            facts = replace(facts, drawn=_drawn(facts, rows))
+    except _WrongTable:
+        _put_away(params, files.values())  # the next run is to fetch them again
+        raise
+    _keep(_subset_path(params, subset, cache), asdict(facts))
+    _put_away(params, files.values())
+    found = _fitting_of(facts, wanted, drawings="boxes" in kinds)
     say(f"Open Images {subset}: {_summary(found, wanted)}")
     return found
 
 
-def _positives(rows: Iterator[_Row], wanted: _Wanted) -> tuple[dict[str, set[str]], set[str]]:
-    """Our classes of each image positive for one of them, and the images positive for an excluded class.
+def _try_photos(params: OpenImagesParams, settings: DownloadParams, subset: str) -> None:
+    """Raise TouchlineError where the first photos listed are refused, before gigabytes are read for nothing."""
+    with _explained():
+        try:
+            start, _ = http.read_range(_url(params, _INFO[subset]), 0, 4096, settings)
+        except WrongContent:  # no ranges here: it will show when photos are fetched
+            return
+    refusal = None
+    for image in re.findall(r"^([0-9a-f]{16}),", start.decode(errors="replace"), re.MULTILINE)[:3]:
+        try:
+            http.read_range(_photo_url(params, subset, image), 0, 1, settings)
+        except WrongContent:
+            return
+        except HttpError as error:
+            refusal = error
+        else:
+            return
+    if refusal:
+        with _explained("photos_url"):
+            raise refusal
+
+
+def _put_away(params: OpenImagesParams, files: Iterable[Path]) -> None:
+    if not params.keep_label_files:
+        for local in files:
+            local.unlink(missing_ok=True)
+
+
+def _read(mids: list[str], rows: Callable[..., Iterator[_Row]]) -> _Facts:
+    """The facts of a subset, without its drawings, from the rows of its files; a file not needed is not read."""
+    columns = ("ImageID", "LabelName", "Confidence")
+    images = {image for image, _ in _positive(rows("labels", "LabelName", mids, columns))}
+    if not images:
+        return _Facts(mids, {}, {}, None)
+    # What else they show: so that another `exclude` needs no file.
+    labels: defaultdict[str, set[str]] = defaultdict(set)
+    for image, mid in _positive(rows("labels", "ImageID", images, columns)):
+        labels[image].add(mid)
+    info = {row[0]: list(row) for row in rows("image info", "ImageID", images, _INFO_COLUMNS)}
+    return _Facts(mids, {image: sorted(found) for image, found in labels.items()}, info, None)
+
+
+def _drawn(facts: _Facts, rows: Callable[..., Iterator[_Row]]) -> list[str]:
+    flags = rows("boxes", "ImageID", facts.info, ("ImageID", "IsDepiction")) if facts.info else iter(())
+    return sorted({image for image, flag in flags if flag.removesuffix(".0") == "1"})
+
+
+def _positive(rows: Iterator[_Row]) -> Iterator[tuple[str, str]]:
+    """Image and MID of the rows that say a class is there.
 
     Args:
         rows: ImageID, LabelName and Confidence.
 
     Raises:
-        TouchlineError: a confidence is no number.
+        _WrongTable: a confidence is no number.
     """
-    positives: defaultdict[str, set[str]] = defaultdict(set)
-    excluded = set()
     for image, mid, confidence in rows:
         try:
             positive = float(confidence) > 0.5
         except ValueError:
-            raise TouchlineError(
+            raise _WrongTable(
                 f"the Open Images label of photo {image} has Confidence {confidence!r}, which is no number: "
                 "see `ingest.openimages.url`"
             ) from None
-        if positive and mid in wanted.labels:
-            positives[image].add(wanted.labels[mid])
-        elif positive:
-            excluded.add(image)
-    return positives, excluded
+        if positive:
+            yield image, mid
+
+
+def _fitting_of(facts: _Facts, wanted: _Wanted, *, drawings: bool) -> _Found:
+    """The photos that fit what is wanted; with `drawings`, drawings do not."""
+    positives = {
+        image: labels
+        for image, mids in facts.labels.items()
+        if (labels := {wanted.labels[mid] for mid in mids if mid in wanted.labels})
+    }
+    excluded = {image for image in positives if not wanted.excluded.isdisjoint(facts.labels[image])}
+    label_of, counts = _of_one_class(positives, excluded, wanted)
+    drawn = set(facts.drawn or ()) if drawings else set()
+    return _Found(tuple(_fitting(label_of, facts.info, drawn, counts)), dict(counts))
 
 
 def _of_one_class(
@@ -287,7 +374,7 @@ def _of_one_class(
 
 
 def _fitting(
-    label_of: Mapping[str, str], info: Mapping[str, _Row], drawings: Collection[str], counts: Counter[str]
+    label_of: Mapping[str, str], info: Mapping[str, Sequence[str]], drawings: Collection[str], counts: Counter[str]
 ) -> Iterator[_Photo]:
     """The images that are on the server, under a licence and no drawings; the others are added to `counts`."""
     for image, label in sorted(label_of.items()):
@@ -348,20 +435,23 @@ def _resolved(params: OpenImagesParams, classes: Sequence[str], names: Mapping[s
         if label not in params.classes:
             raise ParamsError(f"{where} is missing: list the Open Images classes that show '{label}'")
         for entry in params.classes[label]:
-            mid = _mid(entry, names, where)
+            mid = _mid(entry, names, where, params)
             if labels.setdefault(mid, label) != label:
                 raise ParamsError(f"{where}: '{entry}' also stands for '{labels[mid]}': keep it for one of them")
-    excluded = frozenset(_mid(entry, names, "ingest.openimages.exclude") for entry in params.exclude)
+    excluded = frozenset(_mid(entry, names, "ingest.openimages.exclude", params) for entry in params.exclude)
     for mid in sorted(excluded & labels.keys()):
         raise ParamsError(f"ingest.openimages.exclude: {mid} ({names[mid]}) is also listed for '{labels[mid]}'")
     return _Wanted(labels, excluded)
 
 
-def _mid(entry: str, names: Mapping[str, str], where: str) -> str:
+def _mid(entry: str, names: Mapping[str, str], where: str, params: OpenImagesParams) -> str:
     if entry in names:
         return entry
     if entry.startswith(("/m/", "/g/")):
-        raise ParamsError(f"{where}: {entry} is no class of Open Images: see {_CLASSES} there")
+        raise ParamsError(
+            f"{where}: {entry} is no class of Open Images: write the name of one, such as Rugby, or an id of the list "
+            f"{_url(params, _CLASSES)}"
+        )
     mids = [mid for mid, name in names.items() if name == entry]
     if len(mids) == 1:
         return mids[0]
@@ -369,7 +459,11 @@ def _mid(entry: str, names: Mapping[str, str], where: str) -> str:
         raise ParamsError(f"{where}: '{entry}' is the name of {' and '.join(mids)}: write one of these")
     folded = {name.casefold(): (name, mid) for mid, name in names.items()}
     near = [folded[text] for text in difflib.get_close_matches(entry.casefold(), folded, n=4)]
-    hint = "near it: " + ", ".join(f"{name} ({mid})" for name, mid in near) if near else f"see {_CLASSES} there"
+    hint = (
+        "near it: " + ", ".join(f"{name} ({mid})" for name, mid in near)
+        if near
+        else f"see the list {_url(params, _CLASSES)}"
+    )
     raise ParamsError(f"{where}: '{entry}' is no class of Open Images; {hint}")
 
 
@@ -378,9 +472,10 @@ def _class_names(params: OpenImagesParams, settings: DownloadParams, cache: Path
     path = _classes_path(params, cache)
     names = _kept(path)
     if names is None:
-        url = _url(params, _CLASSES)
-        with _answers(), http.stream(url, settings) as file:
-            content = file.read()
+        url, local = _url(params, _CLASSES), _local(params, _CLASSES, cache)
+        _download(url, local, settings, lambda start: b"," in start)
+        content = local.read_bytes()
+        local.unlink()
         try:
             rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
             # Older lists have no header.
@@ -393,38 +488,34 @@ def _class_names(params: OpenImagesParams, settings: DownloadParams, cache: Path
     return names
 
 
+def _download(
+    url: str, local: Path, settings: DownloadParams, is_right: Callable[[bytes], bool], what: str = ""
+) -> None:
+    """Download a file unless it is there; a refusal names the key to look at."""
+    if not local.exists():
+        with _explained():
+            http.to_file(url, local, settings, is_right=is_right, what=what)
+
+
 @contextmanager
-def _opened(
-    params: OpenImagesParams, settings: DownloadParams, name: str, what: str, cache: Path
-) -> Iterator[tuple[BinaryIO, str]]:
-    """A remote CSV file, or our copy of it, for reading, and where it is."""
-    url, local = _url(params, name), _local(params, name, cache)
-    with _answers():
-        if not params.keep_label_files:
-            with http.stream(url, settings, what=what) as file:
-                yield file, url
-            return
-        if not local.exists():
-            http.to_file(url, local, settings, is_right=_has_header, what=what)
-    with local.open("rb") as file:
-        yield file, str(local)
+def _explained(param: str = "url") -> Iterator[None]:
+    """A refusal, or something else in place of the file, with the key to look at."""
+    try:
+        yield
+    except (HttpError, WrongContent) as error:
+        raise TouchlineError(f"{error}: see `ingest.openimages.{param}` in params.yaml") from None
 
 
 def _has_header(start: bytes) -> bool:
     return b"ImageID" in start.split(b"\n", 1)[0]
 
 
-@contextmanager
-def _answers() -> Iterator[None]:
-    """Name the key to look at where the server has no such file."""
-    try:
-        yield
-    except HttpError as error:
-        raise TouchlineError(f"{error}: see `ingest.openimages.url` in params.yaml") from None
-
-
 def _url(params: OpenImagesParams, name: str) -> str:
     return f"{params.url.rstrip('/')}/{name}"
+
+
+def _photo_url(params: OpenImagesParams, subset: str, image: str) -> str:
+    return f"{params.photos_url.rstrip('/')}/{subset}/{image}.jpg"
 
 
 def _local(params: OpenImagesParams, name: str, cache: Path) -> Path:
@@ -437,15 +528,21 @@ def _classes_path(params: OpenImagesParams, cache: Path) -> Path:
     return cache / f"classes-{_digest([_FORMAT, _url(params, _CLASSES)])[:16]}.json"
 
 
-def _subset_path(params: OpenImagesParams, wanted: _Wanted, subset: str, cache: Path) -> Path:
-    """Named by all that the content depends on, which leaves out the limit of an author and the order of classes."""
-    chosen = [sorted(wanted.labels.items()), sorted(wanted.excluded), params.leave_out_drawings]
-    return cache / f"{subset}-{_digest([_FORMAT, _url(params, _LABELS[subset]), chosen])[:16]}.json"
+def _subset_path(params: OpenImagesParams, subset: str, cache: Path) -> Path:
+    return cache / f"{subset}-{_digest([_FORMAT, _url(params, _LABELS[subset])])[:16]}.json"
 
 
-def _kept_subset(path: Path) -> _Found | None:
+def _found(params: OpenImagesParams, wanted: _Wanted, subset: str, cache: Path) -> _Found | None:
+    """What is wanted of a subset, from what is kept of it; None where files must be read for it."""
+    facts, drawings = _kept_facts(_subset_path(params, subset, cache)), subset in params.leave_out_drawings
+    if facts is None or not wanted.labels.keys() <= {*facts.mids} or (drawings and facts.drawn is None):
+        return None
+    return _fitting_of(facts, wanted, drawings=drawings)
+
+
+def _kept_facts(path: Path) -> _Facts | None:
     kept = _kept(path)
-    return kept and _Found(tuple(_Photo(*photo) for photo in kept["photos"]), kept["counts"])
+    return kept and _Facts(**kept)
 
 
 def _keep(path: Path, value: Any) -> None:
@@ -463,6 +560,7 @@ def _kept(path: Path) -> Any:
     except (ValueError, KeyError, TypeError):
         pass
     say(f"{path} is damaged: it will be fetched again")
+    path.unlink()
     return None
 
 
@@ -476,12 +574,26 @@ def _offers(paths: Paths, params: Params) -> Iterator[Candidate]:
 
 
 def _plan(paths: Paths, params: Params) -> list[Planned]:
-    limit, settings = params.ingest.per_class, params.ingest.openimages
-    expected = None if limit is None else 0.3 * limit * len(params.classes)
-    what = f"photos, {at_most(params)}, about 0.3 MB each"
+    files = plan(params.ingest.openimages, params.ingest.download, params.classes, paths.openimages)
+    return [*files, *_planned_photos(paths, params)]
+
+
+def _planned_photos(paths: Paths, params: Params) -> Iterator[Planned]:
+    """The photos that are there, and those to fetch for as many as are wished for."""
     licence = "of each photo, CC BY 2.0 as a rule; in data/ATTRIBUTION.csv"
-    files = plan(settings, params.ingest.download, params.classes, paths.openimages)
-    return [*files, Planned(what, settings.photos_url, expected, "to fetch", licence)]
+    names: Set[str] = set()
+    if paths.journal.exists():
+        with fetch.Journal(paths.journal) as journal:
+            names = journal.names()
+    found = {label: [p for p in paths.photos.glob(f"{escape(label)}/*") if p.name in names] for label in params.classes}
+    if there := [path for of_class in found.values() for path in of_class]:
+        megabytes = sum(path.stat().st_size for path in there) / 1e6
+        yield Planned(f"{len(there):,} photos fetched before", str(paths.photos), megabytes, "there already", licence)
+    limit = params.ingest.per_class
+    lacking = None if limit is None else sum(max(0, limit - len(of_class)) for of_class in found.values())
+    if lacking != 0:
+        what, where = f"photos, {at_most(params)}, about 0.3 MB each", params.ingest.openimages.photos_url
+        yield Planned(what, where, None if lacking is None else 0.3 * lacking, "to fetch", licence)
 
 
 def _facts(paths: Paths, params: Params) -> dict[str, Any]:

@@ -5,6 +5,8 @@ run resumes, and nothing can be overwritten by something else.
 """
 
 import hashlib
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from math import inf
@@ -47,6 +49,7 @@ def run(paths: Paths, params: Params) -> None:
     import pandas as pd
 
     remove_partials(paths.photos)
+    remove_partials(paths.spare, below=False)
     rejected = _rejected_before(paths.ledger)
     taken: Counter[_Place] = Counter()
     rows: list[Sequence[object]] = []
@@ -146,12 +149,15 @@ def _by_url(
     """The same for a source whose photos are fetched by URL."""
     limit = params.ingest.per_class
     room = {label: inf if limit is None else limit - taken[label, ""] for label in params.classes}
-    with fetch.Journal(paths.journal) as journal:
+    # `make refresh` asks for what was not there too.
+    absent_days = 0.0 if os.environ.get("TOUCHLINE_REFRESH") else params.ingest.download.absent_days
+    with fetch.Journal(paths.journal, absent_days) as journal:
         outcome = fetch.fill(
             (candidate for candidate in source.offers(paths, params) if _identity(candidate) not in rejected),
             room,
             lambda candidate: paths.photos / candidate.label,
             _whole(paths.photos),
+            paths.spare,
             journal,
             params.ingest.download,
         )
@@ -225,16 +231,35 @@ def _rejected_before(ledger: Path) -> set[tuple[str, str, str]]:
     return set(zip(table["class"], table["source"], table["origin"], strict=True))
 
 
+def _rejected_names(ledger: Path) -> set[str]:
+    """Names, without their endings, of the files of photos that validation rejected."""
+    return {digest[:16] for digest in read_table(ledger, dtype=str)["sha256"]} if ledger.exists() else set()
+
+
 def _remove_unwanted(paths: Paths, wanted: Set[str]) -> None:
     """What is there and no longer offered would go on being hashed, tracked and pushed.
 
-    Only files named as `_keep` names them are ours to delete; what a person put there is named, and stays.
+    Fetched photos are put aside, for the next time they are offered; those that validation rejected are not, since
+    somebody may have asked for that. Only files named as `_keep` names them are ours to delete; what a person put there
+    is named, and stays.
     """
     foreign = []
+    rejected = _rejected_names(paths.ledger)
+    fetched: Set[str] = set()
+    if paths.journal.exists():
+        with fetch.Journal(paths.journal) as journal:
+            fetched = journal.names()
     for path in sorted(paths.photos.glob("*/*")):
         if not (path.is_file() and fetch.NAME.fullmatch(path.name)):
             foreign.append(paths.relative(path))
         elif paths.relative(path) not in wanted:
+            if path.name in fetched:
+                paths.spare.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, paths.spare / path.name)
+            else:
+                path.unlink()
+    for path in paths.spare.glob("*"):
+        if path.stem in rejected:
             path.unlink()
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""

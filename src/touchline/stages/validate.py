@@ -197,7 +197,8 @@ def class_rules(limits: ValidateParams) -> list[Rule]:
             "accepted",
             f"{limits.min_per_class:,} or more",
             lowest=limits.min_per_class,
-            remedy="add photos of it or lower validate.min_per_class",
+            remedy="run `make refresh`, which fetches others for those rejected, add photos of it, or lower "
+            "validate.min_per_class",
         )
     ]
 
@@ -216,7 +217,8 @@ def set_rules(limits: ValidateParams) -> list[Rule]:
             "rejected_share",
             f"{limits.max_rejected_share:.1%} at most",
             highest=limits.max_rejected_share,
-            remedy="mend what reports/validation.html lists or raise validate.max_rejected_share",
+            remedy="run `make refresh`, which fetches others for those rejected, mend what reports/validation.html "
+            "lists, or raise validate.max_rejected_share",
         ),
         Rule(
             "accepted photos whose source states licences but gives none",
