@@ -15,6 +15,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PYTHONUTF8 := 1
 
+# A terminal shows what is being fetched; a log stays short.
+QUIET := $(shell [ -t 2 ] || echo --quiet)
+
 # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -79,11 +82,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "touchline needs Python 3.11 to 3.13, and $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=python3.11"; exit 2; }
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned packages into $(VENV) (once)"
+	@echo "installing the pinned packages into $(VENV), once: 4 GB on disk, one to five minutes by the connection"
 # uv is pinned by the same lock; it installs this set in seconds where pip takes minutes.
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
 	@python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
-	@uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock
+	@uv pip sync $(QUIET) --compile-bytecode --require-hashes requirements.lock
 	@uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -22,7 +22,7 @@ from touchline.core.files import read_json
 _STATES = {0: "Completed", 3: "Drift", 4: "TooFew"}
 
 
-@flow(name="drift")
+@flow(name="drift", flow_run_name=project.run_name)
 def drift(folder: str | None = None) -> State:
     """Compare photos with those the champion learned from; warn where they have drifted away.
 

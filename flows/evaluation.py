@@ -1,22 +1,22 @@
 """Judges the models side by side."""
 
-import base64
+import math
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.states import State
 
 from flows import project
 from flows.project import escaped, mlflow_link, report_link
 from touchline.core import params
-from touchline.core.files import read_json
+from touchline.core.files import read_json, read_table
 from touchline.models import scores
 from touchline.report import page
 
 
-@flow(name="evaluation")
+@flow(name="evaluation", flow_run_name=project.run_name)
 def evaluation(clone: bool = False) -> State | list[State]:
     """Judge the models on the test photos; register the better one.
 
@@ -27,11 +27,20 @@ def evaluation(clone: bool = False) -> State | list[State]:
 
 
 def show_curves(workspace: Path, _: str) -> None:
-    """Accuracy and loss by epoch of every model."""
-    figure = base64.b64encode((workspace / "reports/figures/learning_curves.png").read_bytes()).decode()
-    create_image_artifact(
-        f"data:image/png;base64,{figure}", key="learning-curves", description="Accuracy and loss by epoch"
-    )
+    """Accuracy and loss of every model at the epoch whose weights were kept, and where the curves are drawn."""
+    kept = read_table(workspace / "reports/curves.csv").query("kept == 1")
+    lines = [
+        report_link("figures/learning_curves.png", "The curves, epoch by epoch"),
+        "",
+        "| model | photos | kept | accuracy | loss |",
+        "|---|---|---|---|---|",
+    ]
+    for row in kept.to_dict("records"):
+        at = f"epoch {row['epoch']:.0f}" if math.isnan(row["strength"]) else f"strength {row['strength']:g}"
+        lines.append(
+            f"| {escaped(row['model'])} | {row['subset']} | {at} | {row['accuracy']:.3f} | {row['loss']:.3f} |"
+        )
+    create_markdown_artifact("\n".join(lines), key="learning-curves", description="Accuracy and loss by epoch")
 
 
 def show_decision(workspace: Path, _: str) -> None:

@@ -11,7 +11,7 @@ from flows import project, validation
 from touchline.core.files import read_json, read_table
 
 
-@flow(name="ingestion")
+@flow(name="ingestion", flow_run_name=project.run_name)
 def ingestion(clone: bool = False) -> State | list[State]:
     """Look for new photos; validate and split again if any came.
 

@@ -6,7 +6,7 @@ from prefect.states import State
 from flows import evaluation, ingestion, project
 
 
-@flow(name="pipeline")
+@flow(name="pipeline", flow_run_name=project.run_name)
 def pipeline(
     look_for_photos: bool = False, clone: bool = False, push: bool = True, commit_to: str | None = None
 ) -> State | list[State]:

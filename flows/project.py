@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, refresh_global_settings_context
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL
-from prefect.states import Cancelled, Failed, State
+from prefect.states import Cancelled, Completed, Failed, State
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 from flows import private_folder, stages
@@ -65,7 +66,8 @@ def run(
     # Prefect's limit lets the next run begin while one that is cancelled ends, and knows nothing of runs by hand.
     with alone(), stages.ending_with_this(), _workspace(clone) as (workspace, environment):
         if overrides := changes(workspace):
-            return _ended({"experiment": _experiment(workspace, overrides, environment)})
+            experiment = {"experiment": _experiment(workspace, overrides, environment)}
+            return _ended(experiment, f"Experiment with {', '.join(overrides)}: compare it in MLflow")
         before = _champion(workspace)
         graph = stages.read_graph(workspace)
         found = stages.run(workspace, choose(graph), graph, shown, forced, environment)
@@ -74,12 +76,35 @@ def run(
             {name for name, state in found.items() if state.is_completed() and state.name != "Cached"},
             before,
         )
-        if all(state.is_completed() for state in found.values()):
-            if (push or clone) and _has_remote(workspace):
-                found["push"] = _dvc_task("push", workspace, ["push"], environment)
-            if commit_to:
-                _commit(Path.cwd(), workspace, commit_to)
-        return _ended(found)
+        done = all(state.is_completed() for state in found.values())
+        if done and (push or clone) and _has_remote(workspace):
+            found["push"] = _dvc_task("push", workspace, ["push"], environment)
+        if done and commit_to:
+            _commit(Path.cwd(), workspace, commit_to)
+        return _ended(found, _result(workspace, found))
+
+
+def run_name() -> str:
+    """What a flow run is called: its flow, what was asked for, and when: `training dropout=0.3, 2026-11-26 05:21`."""
+    context = FlowRunContext.get()
+    assert context
+    assert context.flow
+    given = context.parameters or {}
+    asked = []
+    for name, parameter in inspect.signature(context.flow.fn).parameters.items():
+        value = given.get(name, parameter.default)
+        if isinstance(value, list):
+            asked += [_short(change) for change in value]
+        elif value != parameter.default:
+            asked.append(name if value is True else f"{name}={value}")
+    when = f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"
+    return f"{context.flow.name} {' '.join(asked)}, {when}" if asked else f"{context.flow.name} {when}"
+
+
+def _short(change: str) -> str:
+    """`dropout=0.3` of `models.cnn.dropout=0.3`."""
+    key, equals, value = change.partition("=")
+    return key.rpartition(".")[2] + equals + value
 
 
 @contextmanager
@@ -97,10 +122,38 @@ def alone() -> Iterator[None]:
         lock.release()
 
 
-def _ended(states: Mapping[str, State]) -> State | list[State]:
+def _ended(states: Mapping[str, State], result: str) -> State | list[State]:
     """What the flow is to return: of states alone Prefect would only say how many have failed."""
-    why = stages.why_failed(states)
-    return Failed(message=why) if why else list(states.values())
+    if why := stages.why_failed(states):
+        return Failed(message=why)
+    if not all(state.is_completed() for state in states.values()):
+        return list(states.values())
+    # The name is what the page of a run and the list of runs show first.
+    _update_flow_run(lambda known: {"name": f"{known.name}: {result}"})
+    return Completed(message=result)
+
+
+def _result(workspace: Path, states: Mapping[str, State]) -> str:
+    """What came of a run in a line: the champion, each model's test accuracy, and what ran."""
+    found = []
+    if "register" in states and states["register"].is_completed():
+        champion = _champion(workspace)
+        models = read_json(workspace / "reports/metrics.json")["models"]
+        found = [
+            f"champion is version {champion}" if champion else "no champion",
+            "test accuracy " + ", ".join(f"{name} {scores['accuracy']:.3f}" for name, scores in models.items()),
+        ]
+    ran = [name for name, state in states.items() if state.name != "Cached"]
+    cached = len(states) - len(ran)
+    return "; ".join([*found, f"ran {', '.join(ran)}" if ran else "nothing ran", f"{cached} of {len(states)} cached"])
+
+
+def _update_flow_run(changes: Callable[[FlowRun], dict[str, Any]]) -> None:
+    """Change what Prefect shows of this run; nothing where there is no run."""
+    context = FlowRunContext.get()
+    if context and context.flow_run:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(context.flow_run.id, **changes(context.flow_run))
 
 
 def late() -> State | None:
@@ -141,10 +194,8 @@ def _tell(workspace: Path, ran: Collection[str], champion_before: int | None) ->
     """Make the flow run findable from MLflow and the other way round, and tell of a new champion."""
     trained = [name.partition("@")[2] for name in ran if name.startswith("train@")]
     tags = {f"mlflow:{name}:{read_json(workspace / f'models/{name}.json')['run_id']}" for name in trained}
-    context = FlowRunContext.get()
-    if tags and context and context.flow_run:
-        with get_client(sync_client=True) as client:
-            client.update_flow_run(context.flow_run.id, tags={*context.flow_run.tags, *tags})
+    if tags:
+        _update_flow_run(lambda known: {"tags": {*known.tags, *tags}})
     decision = _decision(workspace)
     if "register" in ran and decision and decision["promoted"] and _champion(workspace) != champion_before:
         _tell_of_champion(workspace, decision)

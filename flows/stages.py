@@ -66,9 +66,9 @@ class Graph:
     """What DVC says of a project.
 
     Attributes:
-        needs: the stages each stage needs, in an order in which they can run.
-        changed: what `dvc status` says has to run. It names only stages that are changed as they stand: what hangs on
-            them is known once they have run.
+        needs: the stages each stage needs, in an order in which they can run; without those that one of them needs.
+        changed: what `dvc status` says has to run. It names only stages that are changed as they stand: what depends
+            on them is known once they have run.
     """
 
     needs: Mapping[str, Sequence[str]]
@@ -90,7 +90,8 @@ def read_graph(workspace: Path) -> Graph:
     from dvc.repo import Repo
 
     with Repo(str(workspace), _wait_for_lock=True) as repo:
-        graph = repo.index.graph
+        # Without the edges that follow from others: a page draws each, and nothing waits longer for want of them.
+        graph = networkx.transitive_reduction(repo.index.graph)
         # DVC's own names begin with a path where the workspace is not the current folder, as in a clone.
         names = {stage.addressing: getattr(stage, "name", None) or stage.path_in_repo for stage in graph}
         needs = {

@@ -9,7 +9,7 @@ from flows import evaluation, ingestion, project
 from flows.overrides import overridden
 
 
-@flow(name="training")
+@flow(name="training", flow_run_name=project.run_name)
 def training(
     model: str = "transfer",
     backbone: str | None = None,

@@ -11,7 +11,7 @@ from flows.project import escaped, report_link
 from touchline.core.files import read_json
 
 
-@flow(name="validation")
+@flow(name="validation", flow_run_name=project.run_name)
 def validation(clone: bool = False) -> State | list[State]:
     """Validate the photos there are.
 

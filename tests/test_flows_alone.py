@@ -288,6 +288,9 @@ def test_the_graph_is_dvcs_and_up_to_takes_all_that_a_stage_needs(project):
     assert set(graph.needs) == set(projects.STAGES) == set(graph.changed)
     order = list(graph.needs)
     assert all(order.index(needed) < order.index(stage) for stage in order for needed in graph.needs[stage])
+    assert set(graph.needs["evaluate"]) == {"train@cnn", "train@transfer"} and set(graph.needs["register"]) == {
+        "evaluate"
+    }
     assert graph.up_to("split") == {"ingest", "validate", "split"}
     assert graph.up_to("features") == {"ingest", "validate", "features@pixels", "features@pooled"}
     assert graph.up_to("register") == set(projects.STAGES)
