@@ -100,6 +100,44 @@ def test_links_inside_the_folder_and_a_folder_that_is_a_link_itself_work(
     assert origins(paths, params) == ["rugby/again.jpg", *GOOD]
 
 
+def test_a_linked_album_is_followed_inside_the_folder_and_named_outside(
+    paths: Paths, params: Params, outside: Path, params_with: ParamsWith, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rugby = incoming(paths) / "rugby"
+    offer(paths, {"albums/x.jpg": photo(7)})
+    (rugby / "album").symlink_to("../albums")
+    (rugby / "own").symlink_to(outside)
+    assert origins(paths, params) == ["rugby/album/x.jpg", *GOOD]
+    said = capsys.readouterr().out
+    assert "rugby/own" in said and "ingest.follow_links: true" in said
+    follow = params_with(ingest={"sources": ["folder"], "folder": "incoming", "follow_links": True})
+    assert origins(paths, follow) == ["rugby/album/x.jpg", *GOOD[:1], "rugby/own/private.jpg", *GOOD[1:]]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "more", "../albums"])
+def test_links_in_a_circle_are_refused(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    rugby = incoming(paths) / "rugby"
+    offer(paths, {"rugby/more/b.jpg": photo(3), "albums/x.jpg": photo(4)})
+    (paths.project / "incoming/albums/back").symlink_to("../rugby")
+    (rugby / "link").symlink_to(target)
+    found = [GOOD[0], "rugby/link/x.jpg", "rugby/more/b.jpg", GOOD[1]]
+    assert origins(paths, params) == [each for each in found if "link" not in each or target == "../albums"]
+    assert "rugby/link" in capsys.readouterr().out
+
+
+def test_a_git_lfs_pointer_is_named_with_its_remedy(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    incoming(paths)
+    offer(paths, {"rugby/a.jpg": pointer, "rugby/README.md": b"# Photos\n"})
+    assert origins(paths, params) == GOOD
+    said = capsys.readouterr().out
+    assert "rugby/a.jpg (a Git LFS pointer: git lfs pull)" in said and "rugby/README.md (not an image)" in said
+
+
 @contextmanager
 def in_folder(folder: Path) -> Iterator[None]:
     before = Path.cwd()
