@@ -31,6 +31,7 @@ from flows import private_folder, stages
 from touchline.core import params
 from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import read_json
+from touchline.sources.received import check_for_dvc
 
 # A scheduled run that could not begin in time came upon another one, or the board was off: it is not made up for.
 _LATE_AFTER_SECONDS = float(os.environ.get("TOUCHLINE_LATE_AFTER", "120"))
@@ -73,6 +74,7 @@ def run(
         if overrides := changes(workspace):
             return _ended({"experiment": _experiment(workspace, overrides, environment)})
         before = _champion(workspace)
+        check_for_dvc(workspace / params.load(workspace / "params.yaml").ingest.folder)
         graph = stages.read_graph(workspace)
         found = stages.run(workspace, choose(graph), graph, shown, forced, environment)
         _tell(

@@ -16,7 +16,7 @@ from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.sources import imagenet
-from touchline.sources.received import Received
+from touchline.sources.received import Received, check_for_dvc
 from touchline.stages import ingest
 
 ParamsWith = Callable[..., Params]
@@ -125,6 +125,21 @@ def test_links_in_a_circle_are_refused(
     found = [GOOD[0], "rugby/link/x.jpg", "rugby/more/b.jpg", GOOD[1]]
     assert origins(paths, params) == [each for each in found if "link" not in each or target == "../albums"]
     assert "rugby/link" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", ["name", "link"])
+@pytest.mark.parametrize("place", ["rugby", "not used", ".hidden"])
+def test_what_dvc_could_not_read_is_named_before_it_tries(paths: Paths, odd: str, place: str) -> None:
+    folder = incoming(paths)
+    (folder / place).mkdir(exist_ok=True)
+    check_for_dvc(folder)
+    if odd == "name":
+        (folder / place / os.fsdecode(b"caf\xe9.jpg")).touch()
+    else:
+        (folder / place / "caf.jpg").symlink_to("nowhere")
+    with pytest.raises(TouchlineError, match=r"caf(\\udce9)?\.jpg") as error:
+        check_for_dvc(folder)
+    str(error.value).encode()
 
 
 def test_a_git_lfs_pointer_is_named_with_its_remedy(

@@ -166,12 +166,25 @@ def check_name(path: Path) -> None:
     try:
         path.name.encode()
     except UnicodeEncodeError:
-        raise TouchlineError(f"{path.parent} has a file whose name is not UTF-8, {path.name!a}: rename it") from None
+        raise TouchlineError(f"the name of {str(path)!a} is not UTF-8: rename it") from None
 
 
 def shown(text: str) -> str:
     """`text` without anything that a terminal or a log would obey."""
     return text.encode("unicode_escape", "surrogatepass").decode("ascii")[:120]
+
+
+def check_for_dvc(folder: Path) -> None:
+    """Refuse what DVC, which hashes the whole folder before a stage runs, would end on without naming it.
+
+    Raises:
+        TouchlineError: a name is not UTF-8, or a link leads nowhere.
+    """
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent, name) for name in [*folders, *names]):
+            check_name(path)
+            if path.is_symlink() and not path.exists():
+                raise TouchlineError(f"{shown(str(path))} is a link that leads nowhere: mend it or take it away")
 
 
 def say_left_out(source: str, where: Path, left_out: Sequence[str], most: int = 3) -> None:
