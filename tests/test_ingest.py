@@ -94,8 +94,8 @@ def test_a_split_that_comes_with_the_photos_is_kept(paths: Paths, params: Params
 def test_a_validation_folder_that_comes_with_the_photos_is_the_validation_subset(
     paths: Paths, params: Params, name: str
 ) -> None:
-    offer(paths, {f"{part}/{label}/{label}-{part}.jpg": photo(hash((part, label)) % 1000)
-                  for part in ("train", name, "test") for label in ("rugby", "soccer")})  # fmt: skip
+    places = [f"{part}/{label}" for part in ("train", name, "test") for label in ("rugby", "soccer")]
+    offer(paths, {f"{place}/a.jpg": photo(number) for number, place in enumerate(places)})
     table = ingested(paths, params)
     assert set(zip(table["origin"].str.split("/").str[0], table["subset"], strict=True)) == {
         ("train", "train"), (name, "validation"), ("test", "test"),
@@ -175,7 +175,7 @@ def test_a_manifest_gives_group_licence_and_author(paths: Paths, params: Params)
 @pytest.mark.parametrize(
     "heading, written",
     [
-        ("file,group", "rugby\\\\a.jpg"),
+        ("file,group", "rugby\\a.jpg"),
         ("file,group", "./rugby/a.jpg"),
         ("file,group", "a.jpg"),
         ("file,group", "Rugby/A.JPG"),

@@ -255,6 +255,24 @@ def test_decoding_what_is_no_photo_raises_with_its_name(tmp_path: Path, content:
         photos.read(tmp_path / "cat.jpg", 32)
 
 
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (encoded(Image.new("RGB", (64, 64)), "AVIF"), "AVIF"),
+        (b"\0\0\0\x20ftypmif1\0\0\0\0mif1avifmiaf" + bytes(99), "AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    ],
+)
+def test_files_of_kinds_that_are_not_read_are_named_with_what_to_do(tmp_path: Path, content: bytes, named: str) -> None:
+    found = measured(tmp_path, content)
+    assert named in found.error and found == measured(tmp_path, content)
+    with pytest.raises(TouchlineError, match=named):
+        photos.decode(content, 32)
+    assert photos.header(content) == photos.Header("", 0, 0)
+
+
 def test_a_photo_that_is_gone_says_how_to_get_it_back(tmp_path: Path) -> None:
     with pytest.raises(TouchlineError, match=r"gone\.jpg cannot be read .*: run `dvc checkout`"):
         photos.read(tmp_path / "gone.jpg", 32)

@@ -142,15 +142,20 @@ def test_what_dvc_could_not_read_is_named_before_it_tries(paths: Paths, odd: str
     str(error.value).encode()
 
 
-def test_a_git_lfs_pointer_is_named_with_its_remedy(
+def test_a_git_lfs_pointer_and_what_phones_take_are_named_with_their_remedy(
     paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     incoming(paths)
-    offer(paths, {"rugby/a.jpg": pointer, "rugby/README.md": b"# Photos\n"})
+    phone = b"\0\0\0\x24ftypmif1\0\0\0\0mif1heic" + bytes(40)
+    offer(paths, {"rugby/a.jpg": pointer, "rugby/IMG_1.HEIC": phone, "rugby/README.md": b"# Photos\n"})
     assert origins(paths, params) == GOOD
     said = capsys.readouterr().out
-    assert "rugby/a.jpg (a Git LFS pointer: git lfs pull)" in said and "rugby/README.md (not an image)" in said
+    assert (
+        "rugby/IMG_1.HEIC (a HEIC photo" in said
+        and "rugby/a.jpg (a Git LFS pointer: git lfs pull)" in said
+        and "rugby/README.md (not an image)" in said
+    )
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def read(content: bytes) -> Layout:
     """
     found = format_of(content)
     if not found:
-        raise Refused("not a JPEG, PNG, WebP, GIF, BMP or TIFF file")
+        raise Refused(other(content) or "not a JPEG, PNG, WebP, GIF, BMP or TIFF file")
     try:
         return _READERS[found](content)
     except (struct.error, IndexError, ZeroDivisionError):
@@ -127,6 +127,11 @@ def check_inflation(content: bytes, found: Layout) -> None:
 def format_of(content: bytes) -> str:
     """The format that the first bytes of a file say; empty where they say none of ours."""
     return next((name for name, start in _STARTS.items() if start.match(content)), "")
+
+
+def other(content: bytes) -> str:
+    """What a file of none of our formats is, and what to do, from its first 64 bytes; empty where that is unknown."""
+    return next((words for words, start in _OTHERS.items() if start.match(content)), "")
 
 
 class _Parts:
@@ -396,6 +401,17 @@ _STARTS = {
         "TIFF": rb"II\*\0|MM\0\*",
     }.items()
 }
+# ISO 14496-12 and 23008-12: a box of brands; AVIF shares some of them with HEIC.
+_OTHERS = {
+    words: re.compile(start, re.DOTALL)
+    for words, start in {
+        "an AVIF photo, which is not supported: save it as JPEG or PNG":
+            rb"\0\0\0.ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4}){0,8}avi[fs])",
+        "a HEIC photo, which is not supported: save it as JPEG or PNG":
+            rb"\0\0\0.ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)",
+        "a Git LFS pointer: git lfs pull": rb"version https://git-lfs\.github\.com/spec/",
+    }.items()
+}  # fmt: skip
 _READERS: dict[str, Callable[[bytes], Layout]] = {
     "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif, "BMP": _bmp, "TIFF": _tiff,
 }  # fmt: skip

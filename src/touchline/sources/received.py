@@ -19,7 +19,6 @@ from touchline.data import layout
 _FIRST_BYTES = 64
 # What macOS, Windows and network drives put beside photos, case ignored; hidden files are passed over anyway.
 _OF_SYSTEMS = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir"}
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 _LEADS_OUT = "a link out of the folder: if it is yours, set ingest.follow_links: true"
@@ -58,7 +57,7 @@ class Received:
                 start = file.read(_FIRST_BYTES)
             if not image or layout.format_of(start):
                 return ""
-            return "a Git LFS pointer: git lfs pull" if start.startswith(_LFS_POINTER) else "not an image"
+            return layout.other(start) or "not an image"
         except _Unfit as error:
             return str(error)
         except OSError as error:
