@@ -5,6 +5,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,7 +301,7 @@ def _calibration_panel(predictions: "pd.DataFrame", params: Params) -> Callable[
 def _calibration(axes: "Axes", predictions: "pd.DataFrame", bins: int) -> None:
     import pandas as pd
 
-    for colour, (model, part) in zip(COLOURS, predictions.groupby("model", sort=False), strict=False):
+    for colour, (model, part) in zip(cycle(COLOURS), predictions.groupby("model", sort=False), strict=False):
         binned = part.assign(right=part["class"] == part["predicted"]).groupby(
             pd.cut(part["confidence"], np.linspace(0, 1, bins + 1)), observed=True
         )
@@ -340,8 +341,10 @@ def _mistakes(
             looked = [explain.warmed(photo, heat / np.float32(255))] if heat.size else []
             axes.imshow(np.hstack([photo, *looked]))
             right = row["class"] == row["predicted"]
-            words = "right, but unsure" if right else f"taken for {row['predicted']}"
-            axes.set_title(f"{row['class']}\n{words} ({row['confidence']:.0%})", fontsize=8, fontweight="normal")
+            words = "right, but unsure" if right else f"taken for {_cut(row['predicted'], 30)}"
+            axes.set_title(
+                f"{_cut(row['class'], 40)}\n{words} ({row['confidence']:.0%})", fontsize=8, fontweight="normal"
+            )
 
 
 def _padded(cells: Iterable["Axes"], items: Iterable[Any]) -> Iterator[tuple["Axes", Any]]:
