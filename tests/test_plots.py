@@ -89,6 +89,7 @@ def page(params: Params, **changes: Any) -> str:
     answers = dict(iter(given["predictions"].groupby("model", sort=False)))
     values = {
         "params": params, "decision": "It is decided.", "better": "cnn", "named": plots.MOST_IN_A_TABLE,
+        "titles": [], "cells": lambda _: [],
         "metrics": SimpleNamespace(
             test_photos=10, models=dict.fromkeys(names, SimpleNamespace(**found)), mcnemar=[],
             baselines=SimpleNamespace(
@@ -98,7 +99,8 @@ def page(params: Params, **changes: Any) -> str:
         ),
         "speeds": {name: {"milliseconds_a_photo": 1.0} for name in names},
         "records": {
-            name: {"run_name": name, "description": name, "metrics": {"validation/accuracy": 0.8, "seconds/train": 1.0}} for name in names
+            name: {"run_name": name, "description": name,
+                   "metrics": {"validation/accuracy": 0.8, "seconds/train": 1.0}} for name in names
         },
         "split": {"photos": 10, "groups": 5, "left_out": [], "shares": {"train": 0.6, "validation": 0.2, "test": 0.2}},
         "counts": [{"class": label, "source": "folder", "train": 6, "validation": 2, "test": 2}
