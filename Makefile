@@ -26,6 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 run: setup  ## photos to a registered classifier, then a short table
 	@touchline registry sync
+	@touchline ingest --check
 	@dvc --wait-for-lock repro
 	@touchline summary
 
@@ -57,6 +58,7 @@ board: setup  ## the Prefect UI, a worker for the schedules, the MLflow UI and t
 	@python -m flows.board $(BOARD)
 
 refresh: setup  ## look for new photos where DVC cannot see them, then update everything
+	@touchline ingest --check
 	@TOUCHLINE_REFRESH=1 dvc --wait-for-lock repro --force --single-item ingest
 	@dvc --wait-for-lock repro
 	@touchline summary

@@ -83,4 +83,4 @@ def _page(report: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    drift()
+    project.by_hand(drift)

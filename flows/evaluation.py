@@ -85,4 +85,4 @@ def _mcnemar(pair: dict[str, Any]) -> str:
 SHOWN = {"evaluate": show_curves, "register": show_decision}
 
 if __name__ == "__main__":
-    evaluation()
+    project.by_hand(evaluation)

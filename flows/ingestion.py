@@ -40,4 +40,4 @@ def show_photos(workspace: Path, _: str) -> None:
 SHOWN = validation.SHOWN | {"split": show_photos}
 
 if __name__ == "__main__":
-    ingestion()
+    project.by_hand(ingestion)

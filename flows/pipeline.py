@@ -29,4 +29,4 @@ def pipeline(
 
 
 if __name__ == "__main__":
-    pipeline()
+    project.by_hand(pipeline)

@@ -3,8 +3,12 @@
 import html
 import inspect
 import os
+import re
 import secrets
 import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,11 +30,14 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 
 from flows import private_folder, stages
 from touchline.core import params
-from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import read_json
+from touchline.sources.received import check_for_dvc
 
 # A scheduled run that could not begin in time came upon another one, or the board was off: it is not made up for.
 _LATE_AFTER_SECONDS = float(os.environ.get("TOUCHLINE_LATE_AFTER", "120"))
+# A user's name and password in an address.
+_USER = r"//[^/@]*@"
 
 if not PREFECT_API_URL.value():
     # Prefect starts a temporary server, which would answer any web page and any other user of this machine.
@@ -69,6 +76,7 @@ def run(
             experiment = {"experiment": _experiment(workspace, overrides, environment)}
             return _ended(experiment, f"Experiment with {', '.join(overrides)}: compare it in MLflow")
         before = _champion(workspace)
+        check_for_dvc(workspace / params.load(workspace / "params.yaml").ingest.folder)
         graph = stages.read_graph(workspace)
         found = stages.run(workspace, choose(graph), graph, shown, forced, environment)
         _tell(
@@ -105,6 +113,33 @@ def _short(change: str) -> str:
     """`dropout=0.3` of `models.cnn.dropout=0.3`."""
     key, equals, value = change.partition("=")
     return key.rpartition(".")[2] + equals + value
+
+
+def by_hand(flow: Callable[[], object]) -> None:
+    """Run a flow from the command line; without its Prefect server it ends at once, with one line."""
+    if why := no_answer(PREFECT_API_URL.value()):
+        print(f"touchline: {why}", file=sys.stderr)
+        sys.exit(1)
+    flow()
+
+
+def no_answer(address: str | None) -> str:
+    """Why a Prefect server cannot be asked, and how to run without it; empty where it answers or none is named."""
+    if not address:
+        return ""
+    try:
+        if not address.startswith(("http://", "https://")):
+            raise ValueError("neither http nor https")
+        urllib.request.urlopen(f"{re.sub(_USER, '//', address).rstrip('/')}/health", timeout=5).close()  # noqa: S310  # nosec B310
+    except urllib.error.HTTPError:  # it answers, if only that it wants a password
+        return ""
+    except (OSError, ValueError) as error:
+        named, without = "PREFECT_API_URL in the environment", "unset PREFECT_API_URL"
+        if "PREFECT_API_URL" not in os.environ:
+            named, without = "the profile of Prefect", "`prefect config unset PREFECT_API_URL`"
+        shown = re.sub(_USER, "//***@", address)
+        return f"no Prefect server answers at {shown}, which {named} names ({one_line(error)}): start it, or {without}"
+    return ""
 
 
 @contextmanager

@@ -36,4 +36,4 @@ def training(
 SHOWN = ingestion.SHOWN | evaluation.SHOWN
 
 if __name__ == "__main__":
-    training()
+    project.by_hand(training)

@@ -45,4 +45,4 @@ def show_validation(workspace: Path, _: str) -> None:
 SHOWN = {"validate": show_validation}
 
 if __name__ == "__main__":
-    validation()
+    project.by_hand(validation)

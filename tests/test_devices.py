@@ -209,3 +209,16 @@ def test_tensorflow_takes_a_gpus_memory_as_it_needs_it() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TF_FORCE_GPU_ALLOW_GROWTH"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "true"
+
+
+def test_keras_is_set_as_the_models_need_it_whatever_the_user_s_own_settings_are(tmp_path: Path) -> None:
+    """What a person who works with PyTorch beside has in the environment and in ~/.keras."""
+    settings = {"backend": "torch", "image_data_format": "channels_first", "floatx": "float16", "epsilon": 0.01}
+    (tmp_path / ".keras").mkdir()
+    (tmp_path / ".keras/keras.json").write_text(json.dumps(settings))
+    program = "from touchline.core.tensorflow import import_tensorflow as go; go(); import keras; c = keras.config;"
+    program += "print(c.backend(), c.image_data_format(), c.floatx(), c.epsilon())"
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_HOME"}
+    environment |= {"HOME": str(tmp_path), "KERAS_BACKEND": "jax"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["tensorflow", "channels_last", "float32", "1e-07"], done.stderr

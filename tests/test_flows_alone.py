@@ -2,11 +2,14 @@
 
 import http.client
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -409,3 +412,30 @@ def test_a_message_that_cannot_be_sent_spoils_no_run(monkeypatch, caplog):
     monkeypatch.setattr(Block, "load", gone)
     flow_project.notify("version 2 is champion", "it beats version 1")
     assert "pager/gone" in caplog.text
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/api", "http://user:secret@127.0.0.1:1/api", "localhost/api"])
+def test_a_prefect_server_that_does_not_answer_is_one_line_that_names_it(address: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.pipeline"], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        env=os.environ | {"PREFECT_API_URL": address}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "PREFECT_API_URL" in done.stderr and "secret" not in done.stderr
+    assert address.rpartition("@")[2].removeprefix("http://") in done.stderr
+
+
+@pytest.mark.parametrize("status", [200, 401])
+def test_a_prefect_server_that_answers_is_used_and_without_an_address_none_is_asked(status: int) -> None:
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert flow_project.no_answer(f"http://127.0.0.1:{server.server_port}/api") == ""
+    assert flow_project.no_answer(None) == ""

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,71 @@ def test_a_split_that_comes_with_the_photos_is_kept(paths: Paths, params: Params
     assert list(table["class"]) == ["rugby", "soccer", "rugby", "soccer"]
 
 
+@pytest.mark.parametrize("name", ["valid", "val", "validation", "dev", "Val"])
+def test_a_validation_folder_that_comes_with_the_photos_is_the_validation_subset(
+    paths: Paths, params: Params, name: str
+) -> None:
+    places = [f"{part}/{label}" for part in ("train", name, "test") for label in ("rugby", "soccer")]
+    offer(paths, {f"{place}/a.jpg": photo(number) for number, place in enumerate(places)})
+    table = ingested(paths, params)
+    assert set(zip(table["origin"].str.split("/").str[0], table["subset"], strict=True)) == {
+        ("train", "train"), (name, "validation"), ("test", "test"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [["train"], ["test"], ["train", "val"], ["val"], ["val", "test"]])
+def test_a_split_without_training_or_test_photos_is_an_error(paths: Paths, params: Params, parts: list[str]) -> None:
+    offer(paths, {f"{part}/{label}/a.jpg": photo(1) for part in parts for label in ("rugby", "soccer")})
+    with pytest.raises(ParamsError, match=r"no (test|train)/"):
+        ingest.run(paths, params)
+
+
+def test_what_lies_beside_the_folders_in_use_is_named_with_its_photos(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = {f"{part}/hockey/{number}.jpg": photo(number) for part in ("train", "holdout") for number in range(3)}
+    offer(paths, extra | {"loose.jpg": photo(8)})
+    offer(paths, {f"{part}/{label}/{part}.jpg": photo(9) for part in ("train", "test") for label in params.classes})
+    assert len(ingested(paths, params)) == 4
+    said = capsys.readouterr().out
+    assert "train/hockey/ (3 photos" in said and "holdout/ (3 photos" in said and "loose.jpg" in said
+
+
+def test_what_operating_systems_put_beside_photos_is_passed_over(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    junk = ["Icon\r", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/rugby/._a.jpg", "@eaDir/a.jpg"]
+    offer(paths, {f"{folder}{name}": photo(3) for folder in ("", "rugby/") for name in junk})
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    assert list(ingested(paths, params)["origin"]) == ["rugby/a.jpg", "soccer/b.jpg"]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_line_break_in_a_name_survives_every_table(paths: Paths, params: Params) -> None:
+    names = [f"rugby/a{odd}b.jpg" for odd in ("\r", "\n", "\r\n", '"', ",", "\r,", "\u2028", "'", "\x0b")]
+    offer(paths, {"soccer/b.jpg": photo(99)} | {name: photo(number) for number, name in enumerate(names)})
+    table = ingested(paths, params)
+    assert sorted(table["origin"]) == sorted([*names, "soccer/b.jpg"])
+    assert set(table["class"]) == {"rugby", "soccer"}
+
+
+def test_a_name_that_is_not_utf_8_is_one_line_with_what_to_do(paths: Paths, params: Params) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    (paths.project / "incoming/rugby" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(photo(3))
+    with pytest.raises(TouchlineError, match=r"caf\\udce9\.jpg.*rename") as error:
+        ingest.run(paths, params)
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("classes", [["0", "1"], ["null", "true"], ["1e3", "2024-01-01"]])
+def test_classes_may_look_like_numbers_and_yaml_s_words(
+    paths: Paths, params_with: ParamsWith, classes: list[str]
+) -> None:
+    offer(paths, {f"{label}/a.jpg": photo(number) for number, label in enumerate(classes)})
+    table = ingested(paths, params_with(classes=classes, ingest={"sources": ["folder"], "folder": "incoming"}))
+    assert sorted(table["class"]) == sorted(classes)
+
+
 def test_classes_may_be_called_train_and_test(paths: Paths, params_with: ParamsWith) -> None:
     params = params_with(classes=["train", "test"], ingest={"sources": ["folder"], "folder": "incoming"})
     offer(paths, {"train/steam.jpg": photo(1), "test/tube.jpg": photo(2)})
@@ -104,6 +170,39 @@ def test_a_manifest_gives_group_licence_and_author(paths: Paths, params: Params)
     table = ingested(paths, params).set_index("class")
     assert tuple(table.loc["rugby", ["group", "licence", "author"]]) == ("007", "CC0", "Smith, J.")
     assert tuple(table.loc["soccer", ["group", "licence", "author"]]) == ("", "", "")
+
+
+@pytest.mark.parametrize(
+    "heading, written",
+    [
+        ("file,group", "rugby\\a.jpg"),
+        ("file,group", "./rugby/a.jpg"),
+        ("file,group", "a.jpg"),
+        ("file,group", "Rugby/A.JPG"),
+        ("group, file", "7, rugby/a.jpg"),
+        (" File ,Group", "rugby/a.jpg"),
+        ("\ufefffile;group", "rugby/a.jpg"),
+        ("file\tgroup", "rugby/a.jpg "),
+    ],
+)
+def test_a_manifest_is_matched_as_a_person_means_it(paths: Paths, params: Params, heading: str, written: str) -> None:
+    offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
+    between = next(sign for sign in ",;\t" if sign in heading)
+    row = written if between in written else f"{written}{between}7"
+    (paths.project / "incoming/manifest.csv").write_text(f"{heading}\n{row}\n", encoding="utf-8")
+    assert ingested(paths, params).set_index("origin").loc["rugby/a.jpg", "group"] == "7"
+
+
+def test_rows_and_photos_that_do_not_match_are_counted_and_the_first_is_named(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that two photos have is no match either."""
+    offer(paths, {f"{label}/{name}.jpg": photo(ord(name)) for label in ("rugby", "soccer") for name in "ab"})
+    rows = "gone.jpg,1\na.jpg,2\nrugby/b.jpg,3\n"
+    (paths.project / "incoming/manifest.csv").write_text(f"file,group\n{rows}")
+    assert list(ingested(paths, params)["group"]) == ["", "3", "", ""]
+    said = capsys.readouterr().out
+    assert "2 of 3 rows" in said and "gone.jpg" in said and "3 of 4 photos" in said and "rugby/a.jpg" in said
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_any_number_of_classes_and_any_names(shipped: dict[str, Any]) -> None:
         ("classes", ["rugby"], ["classes", "['rugby']", "2"]),
         ("classes", ["rugby", "Rugby"], ["classes", "['rugby', 'Rugby']", "'rugby'"]),
         ("classes", ["rugby", "field/hockey"], ["classes.1", "'field/hockey'"]),
-        ("classes", ["rugby", 7], ["classes.1", "7"]),
+        ("classes", ["rugby", 7], ["classes.1", "7", "quotes"]),
         ("models.cnn.architecture", "rnn", ["models.cnn.architecture", "'rnn'", "'cnn'", "'article'", "'head'"]),
         ("models.cnn.architecture", GONE, ["models.cnn.architecture"]),
         ("models.cnn.input", "pixel", ["models.cnn.input", "'pixel'", "pixels"]),

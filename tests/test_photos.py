@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from touchline.core.errors import TouchlineError
 from touchline.data import layout, photos
@@ -111,6 +111,78 @@ def test_sixteen_bits_a_channel_become_eight(tmp_path: Path) -> None:
     assert_colours(corners_of(photos.decode(colour, 64)), [RED] * 4, 2)
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_a_photo_that_uses_fewer_bits_than_it_has_is_as_bright(file_format: str, bits: int) -> None:
+    levels = np.linspace(0, 2**bits - 1, 64 * 64, dtype=np.uint16).reshape(64, 64)
+    pixels = photos.decode(encoded(Image.fromarray(levels), file_format), 64)
+    np.testing.assert_allclose(pixels[..., 0], levels / 2 ** (bits - 8), atol=1.01)
+
+
+def cut_out(mode: str, opacity: int) -> Image.Image:
+    """A ball and a black line on a clear ground, half of it clear green."""
+    image = Image.new("RGBA", (240, 120), (0, 0, 0, 0))
+    drawing = ImageDraw.Draw(image)
+    drawing.rectangle((120, 0, 240, 120), fill=(0, 200, 0, 0))
+    drawing.ellipse((20, 20, 100, 100), fill=(*RED, 255))
+    drawing.line((0, 10, 240, 10), fill=(0, 0, 0, 255), width=4)
+    drawing.rectangle((150, 40, 210, 100), fill=(*BLUE, opacity))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "file_format, mode, options",
+    [
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("PNG", "LA", {}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("WEBP", "RGBA", {"quality": 95}),
+        ("WEBP", "RGBA", {"lossless": True, "save_all": True, "append_images": [Image.new("RGBA", (240, 120))]}),
+        ("TIFF", "RGBA", {}),
+        ("TIFF", "RGBA", {"compression": "tiff_lzw"}),
+        ("GIF", "RGBA", {}),
+    ],
+)
+def test_a_transparent_photo_lies_on_white_whatever_its_format(
+    tmp_path: Path, file_format: str, mode: str, options: dict
+) -> None:
+    # A GIF has no half measures, and palettes made here have few.
+    image = cut_out(mode, 255 if file_format == "GIF" or mode == "P" else 128)
+    content = encoded(image, file_format, **options)
+    stored = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(stored, mask=stored)
+    expected = np.asarray(white.resize((64, 64), Image.Resampling.BOX), np.float32)
+    pixels = photos.decode(content, 64)
+    assert np.abs(pixels - expected).mean() < 3
+    np.testing.assert_allclose(pixels[60, 2], 255, atol=3)
+    # A drawing in black on a clear ground is no flat colour.
+    found = measured(tmp_path, content)
+    assert (found.error, found.width, found.height) == ("", 240, 120) and found.contrast > 20
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_transparent_photo_is_turned_upright_too(file_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = four_corners(mode="RGBA")
+    image.putpixel((239, 119), (0, 0, 0, 0))
+    content = encoded(image, file_format, exif=exif if file_format == "TIFF" else exif.tobytes())
+    image.getexif()[ORIENTATION] = orientation
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    assert layout.read(content).transparent
+    assert (photos.header(content).width, photos.header(content).height) == upright.size
+    expected = corners_of(np.asarray(upright.resize((64, 64), Image.Resampling.BOX)))
+    assert_colours(corners_of(photos.decode(content, 64)), expected)
+
+
+def test_an_opaque_photo_with_an_opacity_of_each_pixel_looks_as_without() -> None:
+    with_it, without = (encoded(scene(1).convert(mode), "PNG") for mode in ("RGBA", "RGB"))
+    np.testing.assert_array_equal(photos.decode(with_it, 128), photos.decode(without, 128))
+
+
 def test_an_mpo_is_its_first_photo(tmp_path: Path) -> None:
     second = Image.new("RGB", (240, 120), BLUE)
     content = encoded(four_corners(), "MPO", save_all=True, append_images=[second], quality=90)
@@ -182,6 +254,24 @@ def test_decoding_what_is_no_photo_raises_with_its_name(tmp_path: Path, content:
     (tmp_path / "cat.jpg").write_bytes(content)
     with pytest.raises(TouchlineError, match=r"cat\.jpg does not decode"):
         photos.read(tmp_path / "cat.jpg", 32)
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (encoded(Image.new("RGB", (64, 64)), "AVIF"), "AVIF"),
+        (b"\0\0\0\x20ftypmif1\0\0\0\0mif1avifmiaf" + bytes(99), "AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    ],
+)
+def test_files_of_kinds_that_are_not_read_are_named_with_what_to_do(tmp_path: Path, content: bytes, named: str) -> None:
+    found = measured(tmp_path, content)
+    assert named in found.error and found == measured(tmp_path, content)
+    with pytest.raises(TouchlineError, match=named):
+        photos.decode(content, 32)
+    assert photos.header(content) == photos.Header("", 0, 0)
 
 
 def test_a_photo_that_is_gone_says_how_to_get_it_back(tmp_path: Path) -> None:

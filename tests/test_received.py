@@ -16,7 +16,7 @@ from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.sources import imagenet
-from touchline.sources.received import Received
+from touchline.sources.received import Received, check_for_dvc
 from touchline.stages import ingest
 
 ParamsWith = Callable[..., Params]
@@ -98,6 +98,64 @@ def test_links_inside_the_folder_and_a_folder_that_is_a_link_itself_work(
     moved = folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(moved)
     assert origins(paths, params) == ["rugby/again.jpg", *GOOD]
+
+
+def test_a_linked_album_is_followed_inside_the_folder_and_named_outside(
+    paths: Paths, params: Params, outside: Path, params_with: ParamsWith, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rugby = incoming(paths) / "rugby"
+    offer(paths, {"albums/x.jpg": photo(7)})
+    (rugby / "album").symlink_to("../albums")
+    (rugby / "own").symlink_to(outside)
+    assert origins(paths, params) == ["rugby/album/x.jpg", *GOOD]
+    said = capsys.readouterr().out
+    assert "rugby/own" in said and "ingest.follow_links: true" in said
+    follow = params_with(ingest={"sources": ["folder"], "folder": "incoming", "follow_links": True})
+    assert origins(paths, follow) == ["rugby/album/x.jpg", *GOOD[:1], "rugby/own/private.jpg", *GOOD[1:]]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "more", "../albums"])
+def test_links_in_a_circle_are_refused(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    rugby = incoming(paths) / "rugby"
+    offer(paths, {"rugby/more/b.jpg": photo(3), "albums/x.jpg": photo(4)})
+    (paths.project / "incoming/albums/back").symlink_to("../rugby")
+    (rugby / "link").symlink_to(target)
+    found = [GOOD[0], "rugby/link/x.jpg", "rugby/more/b.jpg", GOOD[1]]
+    assert origins(paths, params) == [each for each in found if "link" not in each or target == "../albums"]
+    assert "rugby/link" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", ["name", "link"])
+@pytest.mark.parametrize("place", ["rugby", "not used", ".hidden"])
+def test_what_dvc_could_not_read_is_named_before_it_tries(paths: Paths, odd: str, place: str) -> None:
+    folder = incoming(paths)
+    (folder / place).mkdir(exist_ok=True)
+    check_for_dvc(folder)
+    if odd == "name":
+        (folder / place / os.fsdecode(b"caf\xe9.jpg")).touch()
+    else:
+        (folder / place / "caf.jpg").symlink_to("nowhere")
+    with pytest.raises(TouchlineError, match=r"caf(\\udce9)?\.jpg") as error:
+        check_for_dvc(folder)
+    str(error.value).encode()
+
+
+def test_a_git_lfs_pointer_and_what_phones_take_are_named_with_their_remedy(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    incoming(paths)
+    phone = b"\0\0\0\x24ftypmif1\0\0\0\0mif1heic" + bytes(40)
+    offer(paths, {"rugby/a.jpg": pointer, "rugby/IMG_1.HEIC": phone, "rugby/README.md": b"# Photos\n"})
+    assert origins(paths, params) == GOOD
+    said = capsys.readouterr().out
+    assert (
+        "rugby/IMG_1.HEIC (a HEIC photo" in said
+        and "rugby/a.jpg (a Git LFS pointer: git lfs pull)" in said
+        and "rugby/README.md (not an image)" in said
+    )
 
 
 @contextmanager

@@ -312,6 +312,13 @@ def test_a_given_split_is_kept_and_validation_cut_out_of_its_training_photos() -
     assert moves == []
 
 
+def test_a_validation_subset_that_is_given_is_kept_whole() -> None:
+    photos = made_up(300, groups=9)
+    photos["subset"] = ["train", "validation", "test"] * 100
+    split, _, _ = splitting.assign(photos, options(near_duplicate_bits=0))
+    assert list(split["subset"]) == list(photos["subset"])
+
+
 def test_beside_a_given_split_photos_without_one_are_for_training() -> None:
     photos = made_up(1000)
     photos["subset"] = ["", "", "train", "test"] * 250

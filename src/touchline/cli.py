@@ -115,9 +115,17 @@ def _run(name: str, entry: str = "", section: str = "") -> None:
 @app.command()
 def ingest(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be fetched, and fetch nothing")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="only look whether DVC can read the folder of photos; it would not say why")
+    ] = False,
 ) -> None:
     """Fetch photos from the sources into data/photos."""
-    if dry_run:
+    if check:
+        from touchline.sources.received import check_for_dvc
+
+        paths, params = _project()
+        check_for_dvc(paths.project / params.ingest.folder)
+    elif dry_run:
         _plan()
     else:
         _run("ingest")

@@ -514,6 +514,9 @@ def _one_line(error: ErrorDetails) -> str:
             return f"{key} is {found}; allowed: at least {error['ctx']['min_length']} of them"
         case "too_long":
             return f"{key} is {found}; allowed: at most {error['ctx']['max_length']} of them"
+        case "string_type":
+            # YAML reads 0, null and true, and dates, as something else than text.
+            return f"{key} is {found}; allowed: text, so put it in quotes"
         case "string_pattern_mismatch":
             return f"{key} is {found}; allowed: what matches {error['ctx']['pattern']}"
         case "dict_type" | "model_type" | "model_attributes_type":

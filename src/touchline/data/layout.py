@@ -30,6 +30,9 @@ _INFLATED = 8_000_000
 # Deflate cannot make more of one byte; inflating so many bytes takes a quarter of a second.
 _DEFLATE_RATIO, _UNSEEN = 1032, 128_000_000
 
+# Bytes for each pixel that Pillow holds at most while it lays a transparent photo on white.
+_BLENDED, _BLENDED_WEBP = 14, 20
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # Baseline, extended, progressive (C0 to C2), and kinds that neither cameras nor browsers use: lossless, arithmetic.
@@ -59,6 +62,8 @@ class Layout:
         samples: bytes of all samples uncompressed, where their depth and number vary: PNG and TIFF.
         per_pixel: bytes that OpenCV holds for each pixel at most while it decodes the file, as measured.
         held: bytes that decoding holds besides: coefficients of several scans, a strip, texts.
+        transparent: its pixels may be transparent, wholly or in part.
+        deep: its samples have 16 bits.
     """
 
     format: str
@@ -68,6 +73,8 @@ class Layout:
     samples: int = 0
     per_pixel: int = 6
     held: int = 0
+    transparent: bool = False
+    deep: bool = False
 
 
 def read(content: bytes) -> Layout:
@@ -78,7 +85,7 @@ def read(content: bytes) -> Layout:
     """
     found = format_of(content)
     if not found:
-        raise Refused("not a JPEG, PNG, WebP, GIF, BMP or TIFF file")
+        raise Refused(other(content) or "not a JPEG, PNG, WebP, GIF, BMP or TIFF file")
     try:
         return _READERS[found](content)
     except (struct.error, IndexError, ZeroDivisionError):
@@ -120,6 +127,11 @@ def check_inflation(content: bytes, found: Layout) -> None:
 def format_of(content: bytes) -> str:
     """The format that the first bytes of a file say; empty where they say none of ours."""
     return next((name for name, start in _STARTS.items() if start.match(content)), "")
+
+
+def other(content: bytes) -> str:
+    """What a file of none of our formats is, and what to do, from its first 64 bytes; empty where that is unknown."""
+    return next((words for words, start in _OTHERS.items() if start.match(content)), "")
 
 
 class _Parts:
@@ -196,6 +208,7 @@ def _frame(body: bytes) -> tuple[int, int, list[tuple[int, int]]]:
 def _png(content: bytes) -> Layout:
     parts, orientation, held, pixels_begun, animated = _Parts(content), 1, 0, False, False
     width, height, depth, colour = struct.unpack_from(">IIBB", content, len(_PNG) + 8)
+    transparent = colour in {4, 6}
     for kind, start, length in _chunks(content):
         parts.add()
         # The sizes are in the first chunk; readers differ in how they treat a second one of its kind.
@@ -206,12 +219,14 @@ def _png(content: bytes) -> Layout:
             raise Refused("it is cut off or damaged")
         pixels_begun |= kind == b"IDAT"
         animated |= kind == b"acTL"
+        transparent |= kind == b"tRNS" and not pixels_begun
         if kind in {b"zTXt", b"iTXt", b"iCCP"}:
             held += _INFLATED
         elif kind == b"eXIf" and not pixels_begun:
             orientation = _orientation(content[start : start + length])
     samples = width * height * {2: 3, 4: 2, 6: 4}.get(colour, 1) * depth // 8
-    return Layout("PNG", width, height, orientation, samples, 12 if animated else 6, held)
+    per_pixel = _BLENDED if transparent else 12 if animated or depth == 16 else 6
+    return Layout("PNG", width, height, orientation, samples, per_pixel, held, transparent, depth == 16)
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -227,7 +242,10 @@ def _gif(content: bytes) -> Layout:
     parts = _Parts(content)
     width, height, flags = struct.unpack_from("<HHB", content, 6)
     place = begin = 13 + _palette(flags)
+    transparent = False
     while content[place : place + 1] == b"!":
+        # Of a graphic control extension the lowest bit of its flags.
+        transparent |= content[place + 1] == 0xF9 and bool(content[place + 3] & 1)
         place += 2
         while size := content[place]:
             parts.add()
@@ -239,7 +257,10 @@ def _gif(content: bytes) -> Layout:
     if content[place : place + 1] != b",":
         raise Refused("its header is damaged")
     left, top, inner_width, inner_height = struct.unpack_from("<HHHH", content, place + 1)
-    return Layout("GIF", max(width, left + inner_width), max(height, top + inner_height), per_pixel=8)
+    # Where the first frame leaves the canvas bare, it is transparent too.
+    transparent |= (left, top, inner_width, inner_height) != (0, 0, width, height)
+    size = max(width, left + inner_width), max(height, top + inner_height)
+    return Layout("GIF", *size, per_pixel=_BLENDED if transparent else 8, transparent=transparent)
 
 
 def _palette(flags: int) -> int:
@@ -282,21 +303,30 @@ def _tiff(content: bytes) -> Layout:
         if strip.startswith(b"\xff\xd8") and _jpeg(strip).held:
             raise Refused("a TIFF of progressive JPEGs, which is not supported: save it as PNG")
     piece = wide * tall * samples * depth // 8
+    # ExtraSamples: 1 and 2 are opacity. Programs leave the tag out, too.
+    transparent = bool({1, 2} & set(tags.get(338, ()))) or (samples == 4 and tags.get(262) == [2])
+    deep = depth == 16
+    per_pixel = _BLENDED if transparent else 12 if deep else 6
     # Tiles may reach far beyond the image.
-    return Layout("TIFF", width, height, _upright(tags), across * down * piece, held=piece)
+    return Layout(
+        "TIFF", width, height, _upright(tags), across * down * piece, per_pixel, piece, transparent, deep
+    )  # fmt: skip
 
 
 def _webp(content: bytes) -> Layout:
     parts, orientation, width, height, animated, place = _Parts(content), 1, 0, 0, False, 12
+    transparent = False
     while place + 8 <= len(content):
         parts.add()
         kind, length = struct.unpack_from("<4sI", content, place)
         place += 8
         if kind == b"VP8X":
             sizes = [1 + int.from_bytes(content[place + at : place + at + 3], "little") for at in (4, 7)]
+            transparent |= bool(content[place] & 0x10)
         elif kind == b"VP8L":
             (bits,) = struct.unpack_from("<I", content, place + 1)
             sizes = [1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)]
+            transparent |= bool(bits >> 28 & 1)
         elif kind == b"VP8 ":
             sizes = [side & 0x3FFF for side in struct.unpack_from("<HH", content, place + 6)]
         else:
@@ -306,7 +336,8 @@ def _webp(content: bytes) -> Layout:
         if kind == b"EXIF":
             orientation = _orientation(content[place : place + length])
         place += length + length % 2
-    return Layout("WEBP", width, height, orientation, per_pixel=12 if animated else 8)
+    per_pixel = _BLENDED_WEBP if transparent else 12 if animated else 8
+    return Layout("WEBP", width, height, orientation, per_pixel=per_pixel, transparent=transparent)
 
 
 def _orientation(exif: bytes) -> int:
@@ -370,6 +401,17 @@ _STARTS = {
         "TIFF": rb"II\*\0|MM\0\*",
     }.items()
 }
+# ISO 14496-12 and 23008-12: a box of brands; AVIF shares some of them with HEIC.
+_OTHERS = {
+    words: re.compile(start, re.DOTALL)
+    for words, start in {
+        "an AVIF photo, which is not supported: save it as JPEG or PNG":
+            rb"\0\0\0.ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4}){0,8}avi[fs])",
+        "a HEIC photo, which is not supported: save it as JPEG or PNG":
+            rb"\0\0\0.ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)",
+        "a Git LFS pointer: git lfs pull": rb"version https://git-lfs\.github\.com/spec/",
+    }.items()
+}  # fmt: skip
 _READERS: dict[str, Callable[[bytes], Layout]] = {
     "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif, "BMP": _bmp, "TIFF": _tiff,
 }  # fmt: skip

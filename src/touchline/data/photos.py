@@ -1,8 +1,9 @@
 """Photos as files and as arrays: the only place that opens an image.
 
-Decoding is OpenCV's (fast, scaled decoding for JPEG, EXIF orientation applied); whether a file is whole is Pillow's
-word, because OpenCV fills what is missing with grey and says nothing. Neither sees a file before `layout` has found
-out what decoding it will cost: a thread that decodes cannot be stopped.
+Decoding is OpenCV's (fast, scaled decoding for JPEG, EXIF orientation applied), or Pillow's where pixels may be
+transparent: those are laid on white, as viewers show them. Whether a file is whole is Pillow's word, because OpenCV
+fills what is missing with grey and says nothing. Neither sees a file before `layout` has found out what decoding it
+will cost: a thread that decodes cannot be stopped.
 """
 
 import io
@@ -223,17 +224,57 @@ def _room(found: Layout, size: int) -> AbstractContextManager[None]:
 
 
 def _pixels(content: bytes, found: Layout, size: int) -> np.ndarray:
+    layout.check_inflation(content, found)
+    return _on_white(content, found, size) if found.transparent else _opaque(content, found, size)
+
+
+def _opaque(content: bytes, found: Layout, size: int) -> np.ndarray:
     import cv2
 
-    layout.check_inflation(content, found)
     flags = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+    full = cv2.IMREAD_COLOR | (cv2.IMREAD_ANYDEPTH if found.deep else 0)
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags.get(_factor(found, size), cv2.IMREAD_COLOR))
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags.get(_factor(found, size), full))
     except cv2.error as error:
         raise Refused(one_line(error, 120)) from None
     if image is None:
-        raise Refused("no photo that OpenCV reads")
-    return cv2.cvtColor(_squash(image, size), cv2.COLOR_BGR2RGB)
+        raise Refused("not an image that OpenCV reads")
+    return cv2.cvtColor(_squash(_eight_bits(image), size), cv2.COLOR_BGR2RGB)
+
+
+def _eight_bits(image: np.ndarray) -> np.ndarray:
+    """Samples of 16 bits as 8; those of cameras and scanners use 10, 12 or 14 of them."""
+    if image.dtype != np.uint16:
+        return image
+    used = int(image.max()).bit_length()
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if used <= bits)
+    return (image >> (bits - 8)).astype(np.uint8)
+
+
+def _on_white(content: bytes, found: Layout, size: int) -> np.ndarray:
+    """What a viewer shows of a transparent photo. By Pillow: of each format it reads opacity as the format has it."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(io.BytesIO(content), formats=[found.format]) as image:
+            image.load()
+            shown = Image.new("RGB", image.size, "white")
+            # One that is RGBA already is not copied.
+            stored = image if image.mode == "RGBA" else image.convert("RGBA")
+            shown.paste(stored, mask=stored)
+    except Exception as error:  # Pillow's readers raise many kinds on hostile bytes
+        raise Refused(_in_words(error)) from None
+    del image, stored
+    # Pillow itself turns a TIFF upright.
+    return _turned(_squash(np.asarray(shown), size), 1 if found.format == "TIFF" else found.orientation)
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A square stored with an EXIF orientation, upright."""
+    if orientation in {5, 6, 7, 8}:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if orientation in {3, 4, 7, 8} else 1, :: -1 if orientation in {2, 3, 6, 7} else 1].copy()
 
 
 def _not_whole(content: bytes, found: Layout) -> str:
@@ -241,7 +282,7 @@ def _not_whole(content: bytes, found: Layout) -> str:
     # A WebP is read whole or not at all by OpenCV too, and Pillow would hold a large one five times over.
     if found.format == "WEBP":
         return ""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     # Our own limits decide what is a bomb; Pillow's would only warn or raise somewhere else.
     Image.MAX_IMAGE_PIXELS = None
@@ -251,11 +292,16 @@ def _not_whole(content: bytes, found: Layout) -> str:
             # A JPEG decoded at a fraction of its size is still read to its last byte, in a third of the time.
             image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
             image.load()
-    except UnidentifiedImageError:  # whose message holds an address in memory
-        return "its header is damaged"
     except Exception as error:  # Pillow's readers raise many kinds on hostile bytes; all of them mean "not whole"
-        return one_line(error, 120)
+        return _in_words(error)
     return ""
+
+
+def _in_words(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    # Its message holds an address in memory.
+    return "its header is damaged" if isinstance(error, UnidentifiedImageError) else one_line(error, 120)
 
 
 def _squash(image: np.ndarray, size: int) -> np.ndarray:

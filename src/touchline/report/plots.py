@@ -1,8 +1,11 @@
 """Figures of a run: files in `reports/figures` for MLflow and DVC, SVG for the report."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from touchline.models import explain
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
@@ -25,7 +29,20 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _CURVES = {"accuracy": "share of photos", "loss": "nats a photo"}
 _THUMBNAIL = 160
 _PHOTOS_A_CLASS = 6
-_PANEL = (4.6, 3.2)  # inches
+_PANEL, _SQUARE = (4.6, 3.2), (4.6, 4.6)  # inches
+# With more classes a table of all pairs cannot be read: a heat map of fixed size is drawn, and pairs are listed.
+MOST_IN_A_TABLE = 8
+_MOST_NAMED = 40
+_MOST_CURVES = len(COLOURS)
+_MOST_SHOWN = 48
+_WRAPPED = 16  # characters
+# Fonts that have what matplotlib's own lacks, in the order in which they are asked where the machine has them.
+_MORE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS", "PingFang SC",
+    "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans",
+    "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Emoji", "Symbola", "Segoe UI Emoji", "Unifont",
+)  # fmt: skip
 _STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -84,7 +101,7 @@ def svgs(params: Params, tables: Mapping[str, "pd.DataFrame"]) -> dict[str, list
         tables: predictions, curves, roc.
 
     Returns:
-        By kind (curves, roc, calibration), one figure after the other.
+        By kind (curves, roc, calibration; with many classes confusion), one figure after the other.
     """
     curves = tables["curves"].groupby("model", sort=False)
     kinds: dict[str, list[Callable[[Axes], None]]] = {
@@ -92,8 +109,18 @@ def svgs(params: Params, tables: Mapping[str, "pd.DataFrame"]) -> dict[str, list
         "roc": _roc_panels(tables["roc"]),
         "calibration": [_calibration_panel(tables["predictions"], params)],
     }
+    if len(params.classes) > MOST_IN_A_TABLE:
+        answers = tables["predictions"].groupby("model", sort=False)
+        kinds["confusion"] = [
+            partial(_heat, of_model=part, classes=params.classes, title=f"{name}: share of each true class")
+            for name, part in answers
+        ]
     return {
-        kind: [svg(panel, f"{kind}-{number}") for number, panel in enumerate(panels)] for kind, panels in kinds.items()
+        kind: [
+            svg(panel, f"{kind}-{number}", _SQUARE if kind == "confusion" else _PANEL)
+            for number, panel in enumerate(panels)
+        ]
+        for kind, panels in kinds.items()
     }
 
 
@@ -105,28 +132,42 @@ def random_photos(split: "pd.DataFrame", params: Params, most: int = _PHOTOS_A_C
         yield members.sample(min(most, len(members)), random_state=params.split.seed)
 
 
-def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Iterable[str]) -> None:
-    figure.set_size_inches(7, 0.8 + 0.5 * len(list(classes)))
+def _class_counts(figure: "Figure", split: "pd.DataFrame", classes: Sequence[str]) -> None:
+    figure.set_size_inches(7, min(0.8 + 0.5 * len(classes), 12))
     axes = figure.subplots()
-    left = np.zeros(len(list(classes)))
+    left, places = np.zeros(len(classes)), range(len(classes))
+    found = split.groupby(["class", "subset"]).size()
     for colour, subset in zip(COLOURS, SUBSETS, strict=False):
-        counts = np.array([((split["subset"] == subset) & (split["class"] == label)).sum() for label in classes])
-        bars = axes.barh(list(classes), counts, left=left, color=colour, label=subset)
-        axes.bar_label(bars, labels=[f"{count:,}" for count in counts], label_type="center", color="white")
+        counts = np.array([int(found.get((label, subset), 0)) for label in classes])
+        bars = axes.barh(places, counts, left=left, color=colour, label=subset)
+        if len(classes) <= _MOST_NAMED // 2:
+            axes.bar_label(bars, labels=[f"{count:,}" for count in counts], label_type="center", color="white")
         left += counts
+    _name(axes.yaxis, classes)
     axes.set(title="Photos by class and subset", xlabel="photos")
     axes.invert_yaxis()
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _random_photos(figure: "Figure", split: "pd.DataFrame", params: Params, workspace: Path) -> None:
+    if len(params.classes) > MOST_IN_A_TABLE:
+        columns, count = 8, min(len(params.classes), _MOST_SHOWN)
+        figure.set_size_inches(1.5 * columns, 1.75 * -(-count // columns))
+        cells = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
+        of_all = f" of {count} of {len(params.classes)} classes" if count < len(params.classes) else " of each class"
+        named = zip(params.classes[:count], random_photos(split, params, 1), strict=False)
+        for axes, (label, chosen) in _padded(cells, named):
+            axes.set_title(_wrapped(label), fontsize=8)
+            for path in chosen["path"]:
+                axes.imshow(photos.read(workspace / path, _THUMBNAIL))
+        figure.suptitle(f"A photo{of_all}, drawn at random", x=0.01, ha="left", fontweight="bold")
+        return
     figure.set_size_inches(1.5 * _PHOTOS_A_CLASS, 1.75 * len(params.classes))
-    grid = figure.subplots(len(params.classes), _PHOTOS_A_CLASS, squeeze=False)
-    for row, label, chosen in zip(grid, params.classes, random_photos(split, params), strict=True):
-        for axes, path in _padded(row, chosen["path"]):
+    parts = figure.subfigures(len(params.classes), 1, squeeze=False)[:, 0]
+    for part, label, chosen in zip(parts, params.classes, random_photos(split, params), strict=True):
+        part.suptitle(_wrapped(label, 80), x=0.01, ha="left", fontsize=10, fontweight="bold")
+        for axes, path in _padded(part.subplots(1, _PHOTOS_A_CLASS, squeeze=False)[0], chosen["path"]):
             axes.imshow(photos.read(workspace / path, _THUMBNAIL))
-        row[0].set_title(label, fontsize=10)
-    figure.suptitle("Photos drawn at random", x=0.01, ha="left", fontweight="bold")
 
 
 def _learning_curves(figure: "Figure", curves: "pd.DataFrame") -> None:
@@ -158,26 +199,52 @@ def _curve(axes: "Axes", of_model: "pd.DataFrame", value: str) -> None:
 
 def _confusion(figure: "Figure", predictions: "pd.DataFrame", classes: list[str]) -> None:
     models = list(dict.fromkeys(predictions["model"]))
-    side = max(2.6, 0.9 * len(classes))
+    side = 7 if len(classes) > MOST_IN_A_TABLE else max(2.6, 0.9 * len(classes))
     figure.set_size_inches((side + 0.9) * len(models), side + 0.6)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        counts, shares = confusion(predictions[predictions["model"] == model], classes)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        of_model = predictions[predictions["model"] == model]
+        _heat(axes, of_model, classes, model)
+        if len(classes) > MOST_IN_A_TABLE:
+            continue
+        counts, shares = confusion(of_model, classes)
         for (row, column), count in np.ndenumerate(counts):
             share = shares[row, column]
-            axes.text(
-                column,
-                row,
-                f"{count}\n{share:.0%}",
-                ha="center",
-                va="center",
-                color="white" if share > 0.5 else "black",
-            )
-        places = range(len(classes))
-        axes.set(title=model, xlabel="predicted", ylabel="true class")
-        axes.set_xticks(places, classes)
-        axes.set_yticks(places, classes, rotation=90, va="center")
-        axes.spines[:].set_visible(False)
+            colour = "white" if share > 0.5 else "black"
+            axes.text(column, row, f"{count}\n{share:.0%}", ha="center", va="center", color=colour)
+
+
+def _heat(axes: "Axes", of_model: "pd.DataFrame", classes: list[str], title: str) -> None:
+    _, shares = confusion(of_model, classes)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(title=title, xlabel="predicted", ylabel="true class")
+    _name(axes.xaxis, classes, rotation=90 if len(classes) > MOST_IN_A_TABLE // 2 else 0)
+    _name(axes.yaxis, classes)
+    axes.spines[:].set_visible(False)
+
+
+def _name(axis: "Axis", classes: Sequence[str], rotation: int = 0) -> None:
+    """Put the names of classes at an axis; of many, each so many-th."""
+    step = -(-len(classes) // _MOST_NAMED)
+    many = len(classes) > MOST_IN_A_TABLE
+    labels = [_cut(label, 24) if many else _wrapped(label) for label in classes[::step]]
+    axis.set_ticks(range(0, len(classes), step), labels, rotation=rotation, fontsize=6 if many else 10)
+
+
+def _wrapped(label: str, width: int = _WRAPPED) -> str:
+    return textwrap.fill(_cut(label, 4 * width), width)
+
+
+def _cut(label: str, most: int) -> str:
+    return label if len(label) <= most else f"{label[: most - 3]}..."
+
+
+def most_confused(of_model: "pd.DataFrame", most: int = 20) -> list[dict[str, Any]]:
+    """The pairs of true class and answer with the most mistakes: class, predicted, photos and their share of class."""
+    wrong = of_model[of_model["class"] != of_model["predicted"]]
+    pairs = wrong.groupby(["class", "predicted"]).size().rename("photos").reset_index()
+    pairs["share"] = pairs["photos"] / pairs["class"].map(of_model["class"].value_counts())
+    ordered = pairs.sort_values(["photos", "share", "class", "predicted"], ascending=[False, False, True, True])
+    return ordered.head(most).to_dict("records")
 
 
 def confusion(of_model: "pd.DataFrame", classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -199,15 +266,32 @@ def _roc_panels(roc: "pd.DataFrame") -> list[Callable[["Axes"], None]]:
 
 
 def _roc(axes: "Axes", roc: "pd.DataFrame", title: str) -> None:
-    for number, ((model, label), part) in enumerate(roc.groupby(["model", "class"], sort=False)):
-        area = np.trapezoid(part["true_positive_rate"], part["false_positive_rate"])
-        axes.plot(
-            part["false_positive_rate"], part["true_positive_rate"], color=COLOURS[number % len(COLOURS)],
-            label=f"{model}, {label}: area {area:.3f}",
-        )  # fmt: skip
+    curves = list(roc.groupby(["model", "class"], sort=False))
+    places = np.linspace(0, 1, 201)
+    if len(curves) > _MOST_CURVES:
+        of_each = [_at(places, part) for _, part in curves]
+        axes.plot(places, np.transpose(of_each), color="grey", linewidth=0.5, alpha=0.5)
+        axes.plot([], [], color="grey", linewidth=0.5, label=f"each of {len(curves)} classes")
+        mean = np.mean(of_each, axis=0)
+        label = f"mean of the classes: area {np.mean([_area(part) for _, part in curves]):.3f}"
+        axes.plot(places, mean, color=COLOURS[0], label=label)
+    else:
+        for colour, ((model, label), part) in zip(COLOURS, curves, strict=False):
+            axes.plot(
+                part["false_positive_rate"], part["true_positive_rate"], color=colour,
+                label=f"{model}, {_wrapped(label, 40)}: area {_area(part):.3f}",
+            )  # fmt: skip
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":", label="chance")
     axes.set(title=title, xlabel="false positive rate", ylabel="true positive rate")
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
+
+
+def _at(places: np.ndarray, curve: "pd.DataFrame") -> np.ndarray:
+    return np.interp(places, curve["false_positive_rate"], curve["true_positive_rate"])
+
+
+def _area(curve: "pd.DataFrame") -> float:
+    return float(np.trapezoid(curve["true_positive_rate"], curve["false_positive_rate"]))
 
 
 def _calibration_panel(predictions: "pd.DataFrame", params: Params) -> Callable[["Axes"], None]:
@@ -217,7 +301,7 @@ def _calibration_panel(predictions: "pd.DataFrame", params: Params) -> Callable[
 def _calibration(axes: "Axes", predictions: "pd.DataFrame", bins: int) -> None:
     import pandas as pd
 
-    for colour, (model, part) in zip(COLOURS, predictions.groupby("model", sort=False), strict=False):
+    for colour, (model, part) in zip(cycle(COLOURS), predictions.groupby("model", sort=False), strict=False):
         binned = part.assign(right=part["class"] == part["predicted"]).groupby(
             pd.cut(part["confidence"], np.linspace(0, 1, bins + 1)), observed=True
         )
@@ -257,8 +341,10 @@ def _mistakes(
             looked = [explain.warmed(photo, heat / np.float32(255))] if heat.size else []
             axes.imshow(np.hstack([photo, *looked]))
             right = row["class"] == row["predicted"]
-            words = "right, but unsure" if right else f"taken for {row['predicted']}"
-            axes.set_title(f"{row['class']}\n{words} ({row['confidence']:.0%})", fontsize=8, fontweight="normal")
+            words = "right, but unsure" if right else f"taken for {_cut(row['predicted'], 30)}"
+            axes.set_title(
+                f"{_cut(row['class'], 40)}\n{words} ({row['confidence']:.0%})", fontsize=8, fontweight="normal"
+            )
 
 
 def _padded(cells: Iterable["Axes"], items: Iterable[Any]) -> Iterator[tuple["Axes", Any]]:
@@ -277,11 +363,11 @@ def _in_a_row(figure: "Figure", panels: list[Callable[["Axes"], None]]) -> None:
         panel(axes)
 
 
-def svg(panel: Callable[["Axes"], None], prefix: str) -> str:
+def svg(panel: Callable[["Axes"], None], prefix: str, inches: tuple[float, float] = _PANEL) -> str:
     """A panel as an `<svg>` element, in the page's own colours; its ids begin with `prefix`, for a page has several."""
 
     def fill(figure: "Figure") -> None:
-        figure.set_size_inches(*_PANEL)
+        figure.set_size_inches(*inches)
         panel(figure.subplots())
 
     buffer = io.StringIO()
@@ -304,7 +390,9 @@ def _save(fill: Callable[["Figure"], None], target: Any, **options: Any) -> None
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | {"font.family": _fonts()}), warnings.catch_warnings():
+        # Where no font has a letter, its place stays a box: the page has the name in the reader's own fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure()
         FigureCanvasAgg(figure)
         fill(figure)
@@ -312,3 +400,10 @@ def _save(fill: Callable[["Figure"], None], target: Any, **options: Any) -> None
         for text in figure.findobj(Text):
             text.set_parse_math(False)
         figure.savefig(target, **options)
+
+
+@cache
+def _fonts() -> list[str]:
+    from matplotlib.font_manager import get_font_names
+
+    return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in set(get_font_names()))]

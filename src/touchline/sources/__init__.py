@@ -29,7 +29,7 @@ class Candidate:
         author, author_page: who made it; empty where unknown.
         title, landing_page: what its author calls it, and the page to look at; empty where unknown.
         group: photos of one group are kept on one side of the split; empty where unknown.
-        subset: `train` or `test` where the source comes with a split that is to be kept, else empty.
+        subset: `train`, `validation` or `test` where the source comes with a split that is to be kept, else empty.
         rotation: degrees counter-clockwise (0, 90, 180, 270) that turn the photo upright.
     """
 

@@ -137,9 +137,11 @@ def _with_subsets(photos: "pd.DataFrame", pairs: list[tuple[int, int]], params: 
     # Photos that come with a split, or beside named test groups, have their test subset already.
     if not (given.ne("").any() or params.test_groups):
         test = _carve(grouped, params.test_share, params, salt="test")
-    rest = grouped if params.validation_by_group else _grouped(photos, pairs, by_group=False)
-    validation = _carve(rest[~test], params.validation_share, params, salt="validation")
-    validation = validation.reindex(photos.index, fill_value=False)
+    validation = given.eq("validation") & ~test
+    if not validation.any():
+        rest = grouped if params.validation_by_group else _grouped(photos, pairs, by_group=False)
+        validation = _carve(rest[~test], params.validation_share, params, salt="validation")
+        validation = validation.reindex(photos.index, fill_value=False)
     return grouped.assign(subset=np.select([test, validation], ["test", "validation"], "train"))
 
 
