@@ -5,6 +5,7 @@ The test photos are not looked at here.
 
 import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -35,7 +36,7 @@ from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos
-from touchline.data.feature_store import Arrays
+from touchline.data.feature_store import Arrays, Stream
 from touchline.models import architectures, engines, heads
 from touchline.models.augmentation import augment
 
@@ -51,6 +52,8 @@ OnEpoch = Callable[[dict[str, float]], None]
 # The rows of chosen photos, given their positions; what is random in them comes from the generator.
 MakeRows = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _DVC_EXPERIMENT, _PREFECT_FLOW_RUN = "touchline.dvc_experiment", "touchline.prefect_flow_run"
+# Numbers of features that a head is fitted to in memory, where scikit-learn takes several copies: 26,000 rows of 1,280.
+_HELD = 2**25
 # Training photos on which OpenVINO is held against Keras.
 _COMPARED = 32
 METRICS = {
@@ -374,25 +377,46 @@ def _fit_head(
         The head fitted to the training photos, which is what validation judges; the number of its row of the history;
         and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
     """
-    rows, first = arrays[both.digests], len(train.labels)
-    if not np.isfinite(rows).all():
-        raise Diverged(f"{arrays.folder} holds numbers that are none: delete it and run `dvc repro`")
+    first = len(train.labels)
+    rows, training, validating = _rows_of_head(arrays, both.digests, first)
     weights = heads.balance(train.labels, train.groups, params.balance)
     losses = heads.cross_validated(
-        rows[:first], train.labels, train.groups, weights, params.strengths, params.folds, params.seed
+        training, train.labels, train.groups, weights, params.strengths, params.folds, params.seed
     )
     kept = int(np.argmin(losses))
-    fitted = list(heads.path(rows[:first], train.labels, weights, params.strengths))
+    fitted = list(heads.path(training, train.labels, weights, params.strengths))
     for strength, loss, head in zip(params.strengths, losses, fitted, strict=True):
         row = {"strength": strength, "cross_validation/loss": round(loss, 6)}
-        for subset, part in (("train", slice(first)), ("validation", slice(first, None))):
-            probabilities = head.probabilities(rows[part])
-            right = probabilities.argmax(axis=1) == both.labels[part]
-            row[f"{subset}/loss"] = round(heads.log_loss(both.labels[part], probabilities), 6)
+        for subset, part, labels in (
+            ("train", training, train.labels),
+            ("validation", validating, both.labels[first:]),
+        ):
+            probabilities = head.probabilities(part)
+            right = probabilities.argmax(axis=1) == labels
+            row[f"{subset}/loss"] = round(heads.log_loss(labels, probabilities), 6)
             row[f"{subset}/accuracy"] = round(float(right.mean()), 6)
         remember(row)
     weights = heads.balance(both.labels, both.groups, params.balance)
     return fitted[kept], kept, next(heads.path(rows, both.labels, weights, [params.strengths[kept]]))
+
+
+def _rows_of_head(arrays: Arrays, digests: Sequence[str], first: int) -> list[np.ndarray | Stream]:
+    """All rows, the `first` of them, and the others: in memory, or read piece by piece where they are many.
+
+    Raises:
+        Diverged: they hold numbers that are none.
+    """
+    parts = (slice(None), slice(first), slice(first, None))
+    if len(digests) * math.prod(arrays.row_shape) > _HELD:
+        rows: list[np.ndarray | Stream] = [arrays.stream(digests[part]) for part in parts]
+        finite = all(np.isfinite(batch).all() for _, batch in rows[0])
+    else:
+        held = arrays[digests]
+        rows = [held[part] for part in parts]
+        finite = bool(np.isfinite(held).all())
+    if not finite:
+        raise Diverged(f"{arrays.folder} holds numbers that are none: delete it and run `dvc repro`")
+    return rows
 
 
 @dataclass(frozen=True)
