@@ -1,6 +1,6 @@
 """What looking at photos costs: the table of one run, on this machine, with the champion of a project.
 
-    python benchmarks/engine.py --project DIR --photos DIR [--only predict,many,serve,features,engines] [--rounds 3]
+    python benchmarks/engine.py --project DIR --photos DIR [--only predict,many,files,...] [--rounds 3]
 
 DIR of `--project` has a champion (`make run` makes one). Every row uses the command line alone, so the same file
 measures older versions of the code: put that version's `src` first on PYTHONPATH. Seconds are those of the clock;
@@ -8,10 +8,14 @@ processor seconds and memory are what the system counted for the process and tho
 
 - predict: `touchline predict` of one photo, the whole command.
 - many: the same of `--count` links to the photos.
+- files: 2,000 links to the photos beside Keras's own pipeline with the same network: benchmarks/predict.py.
 - serve: `touchline serve`, from its start to its first answer, its memory after it, and seconds of an answer with one
   and with eight clients.
 - features: `touchline features pooled` of all photos of the project, in a copy of its folder, twice: with nothing
   stored, and once more after the stored rows were deleted.
+- run: `dvc repro` from nothing in a copy of the project's folder, what `make run` does after installation.
+- stages: each stage at 1,000 and 3,000 drawn photos, and with --large at 10,000: benchmarks/pipeline.py.
+- head: a head on 10,000 and 100,000 rows, and with --large on 1,000,000: benchmarks/head.py.
 - engines: the champion exported to other formats and run in one process, in turns, on the same photos, 32 at a time.
 """
 
@@ -29,12 +33,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import psutil
 
+from touchline.core import stage
+from touchline.core.paths import Paths
+
 TOUCHLINE = [sys.executable, "-m", "touchline.cli"]
-ROWS = ("predict", "many", "serve", "features", "engines")
+ROWS = ("predict", "many", "files", "serve", "features", "run", "stages", "head", "engines")
 BATCH = 32
 ANSWERS = 100
 
@@ -45,6 +53,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1205)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="10,000 photos and 1,000,000 rows too: 6 GB of disk")
     parser.add_argument("--only", default=",".join(ROWS), help="some of these rows, separated by commas")
     options = parser.parse_args()
     project = options.project.resolve()
@@ -84,6 +93,23 @@ def many(project: Path, found: list[Path], options: argparse.Namespace) -> None:
             Path(folder, f"{number:06}.jpg").symlink_to(found[number % len(found)])
         command = [*TOUCHLINE, "predict", "--format", "csv", folder]
         say(f"predict, {options.count:,} photos", [run(command, project) for _ in range(options.rounds)])
+
+
+def beside(script: str, *arguments: str) -> None:
+    """Another file of this folder, whose lines are a part of the table."""
+    subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments], check=True)
+
+
+def files(project: Path, _: object, options: argparse.Namespace) -> None:
+    beside("predict.py", "--photos", str(options.photos), "--model", str(project / "models/transfer.keras"))
+
+
+def stages(*given: Any) -> None:
+    beside("pipeline.py", "memory", "--photos", "1000", "3000", *(["10000"] if given[-1].large else []))
+
+
+def head(*given: Any) -> None:
+    beside("head.py", "--rows", "10000", "100000", *(["1000000"] if given[-1].large else []))
 
 
 def serve(project: Path, found: list[Path], options: argparse.Namespace) -> None:
@@ -132,14 +158,33 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+def copied(project: Path, folder: str, *left_out: str) -> Path:
+    copy = Path(folder, "project")
+    wanted = shutil.ignore_patterns(".git", "cache", "mlflow", "features", "models", "reports", ".venv", *left_out)
+    shutil.copytree(project, copy, ignore=wanted, symlinks=True)
+    return copy
+
+
 def features(project: Path, *_: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "project")
-        wanted = shutil.ignore_patterns(".git", "cache", "mlflow", "features", "models", "reports", ".venv")
-        shutil.copytree(project, copy, ignore=wanted, symlinks=True)
+        copy = copied(project, folder)
         for what in ("first", "second"):
             shutil.rmtree(copy / "data/features", ignore_errors=True)
             say(f"features pooled, {what} run", [run([*TOUCHLINE, "features", "pooled"], copy)])
+
+
+def make_run(project: Path, *_: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(project, folder, "photos", "*.csv", "dvc.lock", "tmp")
+        shutil.copy(project / "data/decisions.csv", copy / "data")
+        # The package keeps models and reports under names that are left out above.
+        shutil.copytree(project / "src", copy / "src", dirs_exist_ok=True)
+        dvc = [sys.executable, "-m", "dvc"]
+        run([*dvc, "config", "--local", "core.no_scm", "true"], copy)
+        say("dvc repro", [run([*dvc, "repro"], copy)])
+        costs = stage.costs(Paths(copy, copy))
+        for name, cost in costs.items():
+            print(f"    {name}: {cost['seconds']:.1f} s, {cost['peak_megabytes']:.0f} MB", flush=True)
 
 
 def engines(project: Path, found: list[Path], options: argparse.Namespace) -> None:
@@ -198,7 +243,10 @@ def engines(project: Path, found: list[Path], options: argparse.Namespace) -> No
             )
 
 
-MEASURE = {"predict": predict, "many": many, "serve": serve, "features": features, "engines": engines}
+MEASURE = {
+    "predict": predict, "many": many, "files": files, "serve": serve, "features": features, "run": make_run,
+    "stages": stages, "head": head, "engines": engines,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

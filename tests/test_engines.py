@@ -278,6 +278,35 @@ def test_predict_with_a_local_champion_imports_no_heavy_package(
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+TELEMETRY = """
+import sys
+from pathlib import Path
+import numpy as np
+connected = []
+sys.addaudithook(lambda event, arguments: connected.append(arguments) if event == "socket.connect" else None)
+from touchline.models import engines
+engines.with_openvino(Path(sys.argv[1])).forward(np.zeros((2, 32, 32, 3), np.uint8))
+print("openvino" in sys.modules, connected)
+"""
+
+
+@pytest.mark.parametrize("program", ["import openvino", TELEMETRY], ids=["OpenVINO alone", "Touchline"])
+def test_openvino_reports_nothing_where_its_telemetry_is_installed(
+    model_file: Path, tmp_path: Path, program: str
+) -> None:
+    mark = tmp_path / "imported"
+    (tmp_path / "openvino_telemetry").mkdir()
+    (tmp_path / "openvino_telemetry" / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model_file.with_suffix(".openvino"))], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    # By itself OpenVINO takes it up, so the second case can fail.
+    assert mark.exists() == (program != TELEMETRY)
+    if program == TELEMETRY:
+        assert done.stdout.split(maxsplit=1) == ["True", "[]\n"], done.stderr
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """A tracking server of MLflow's on loopback, with artifacts of its own."""

@@ -53,6 +53,21 @@ def pieces(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
 
 
+def test_rows_are_streamed_as_they_lie_each_with_its_place_in_what_was_asked_for(tmp_path: Path) -> None:
+    known = digests(*range(20))
+    feature_store.update(tmp_path, SETTINGS, known, Computer())
+    wanted = [known[17], known[3], known[11], known[3]]
+    stream = Arrays(tmp_path).stream(wanted)
+    assert len(stream) == 4
+    for _ in range(2):  # as often as one likes
+        found = np.zeros((4, 2, 3), np.uint16)
+        for positions, rows in stream:
+            found[positions] = rows
+        np.testing.assert_array_equal(found, np.stack([row(digest) for digest in wanted]))
+    with pytest.raises(TouchlineError):
+        Arrays(tmp_path).stream(digests(99))
+
+
 def test_rows_come_back_in_the_order_asked_for(tmp_path: Path) -> None:
     wanted = digests(*range(20))
     assert feature_store.update(tmp_path, SETTINGS, wanted, Computer()) == 20

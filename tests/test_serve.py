@@ -37,7 +37,7 @@ from touchline.models.classifier import Classifier
 from touchline.models.engines import Network
 from touchline.models.inference import BATCH, ModelFiles
 
-# As the README has them; 260 is the side of the photos that the shipped champion takes.
+# As the README has them; 320 is the side of the photos that the shipped champion takes.
 SERVE = "touchline serve"
 ASK = "curl --data-binary @photo.jpg http://127.0.0.1:8000/predict"
 ASK_IN_A_FORM = "curl -F file=@photo.jpg http://127.0.0.1:8000/predict"
@@ -48,7 +48,7 @@ MLFLOW_SERVE = (
 )
 MLFLOW_JSON = (
     'python -c "import json, pathlib, touchline.data.photos as p; '
-    "print(json.dumps({'inputs': [p.read(pathlib.Path('photo.jpg'), 260).tolist()]}))\" > photo.json"
+    "print(json.dumps({'inputs': [p.read(pathlib.Path('photo.jpg'), 320).tolist()]}))\" > photo.json"
 )
 MLFLOW_ASK = "curl -H 'Content-Type: application/json' -d @photo.json http://127.0.0.1:5001/invocations"
 
@@ -677,7 +677,7 @@ def test_one_photo_has_one_answer_wherever_it_is_asked(project: projects.Project
         )  # fmt: skip
         with urllib.request.urlopen(request) as answer:
             invoked = json.load(answer)["predictions"]
-        command = f"{MLFLOW_JSON.replace('260', str(side))} && {MLFLOW_ASK.replace('curl', 'curl -s')}"
+        command = f"{MLFLOW_JSON.replace('320', str(side))} && {MLFLOW_ASK.replace('curl', 'curl -s')}"
         alone = json.loads(elsewhere.run("bash", "-c", command.replace("5001", str(ports[1]))))["predictions"]
 
         # A second server on the same port is refused in a line that names the port and the option.

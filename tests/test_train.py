@@ -447,6 +447,19 @@ def test_a_head_is_the_same_each_time(trained_head: Trained, planted_features: P
     np.testing.assert_array_equal(head_of(again).weights, head_of(trained_head).weights)
 
 
+def test_a_head_of_more_rows_than_are_held_is_the_same(
+    trained_head: Trained, planted_features: PlantedFeatures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_HELD", 0)
+    streamed = planted_features.fit(HEAD)
+    rows = planted_features.arrays[planted_features.validation.digests]
+    found, expected = (head_of(each).probabilities(rows) for each in (streamed, trained_head))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert (head_of(streamed).weights != head_of(trained_head).weights).any()  # another solver made them
+    for after, before in zip(streamed.history, trained_head.history, strict=True):
+        assert after == pytest.approx(before, abs=2e-3)
+
+
 def test_balance_changes_what_a_head_learns(trained_head: Trained, planted_features: PlantedFeatures) -> None:
     # Of the first class, one in four is left.
     chosen = [number for number, label in enumerate(planted_features.train.labels) if label == 1 or number % 8 == 0]

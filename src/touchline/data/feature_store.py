@@ -6,6 +6,7 @@ the rows there are, are kept. Pieces are read memory-mapped, so an array may be 
 """
 
 import hashlib
+import itertools
 import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from touchline.core import ports
 from touchline.core.errors import TouchlineError
 from touchline.core.files import RENEW, read_json, remove_partials, replacing, write_json, write_text
 
@@ -42,6 +44,8 @@ class Arrays:
     @cached_property
     def _places(self) -> dict[str, tuple["_Piece", int]]:
         places: dict[str, tuple[_Piece, int]] = {}
+        # A mapped piece keeps its file open: 262,144 photos would be the usual limit of 1,024.
+        ports.allow_open_files(len(_pieces(self.folder)) + 512)
         for path in _pieces(self.folder):
             try:
                 piece = _Piece.open(path)
@@ -50,22 +54,63 @@ class Arrays:
                 raise TouchlineError(f"{path} or its .txt is torn: {RENEW}") from None
         return places
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of each row; of none where nothing is stored."""
+        return next((piece.rows.shape[1:] for piece, _ in self._places.values()), ())
+
+    def _found(self, digests: Sequence[str]) -> list[tuple["_Piece", int]]:
+        try:
+            return [self._places[digest] for digest in digests]
+        except KeyError as error:
+            raise TouchlineError(
+                f"{self.folder} has no row for photo {error.args[0][:16]}: run `dvc repro` (it is older than the split)"
+            ) from None
+
     def __getitem__(self, digests: Sequence[str]) -> np.ndarray:
         """The rows of `digests`, copied into memory in that order: shape (len(digests), *row).
 
         Raises:
             TouchlineError: a photo is not in the array, or a piece is torn.
         """
-        try:
-            places = [self._places[digest] for digest in digests]
-        except KeyError as error:
-            raise TouchlineError(
-                f"{self.folder} has no row for photo {error.args[0][:16]}: run `dvc repro` (it is older than the split)"
-            ) from None
+        places = self._found(digests)
         found = np.stack([piece.rows[number] for piece, number in places])
         for piece, _ in places:
             piece.release()
         return found
+
+    def stream(self, digests: Sequence[str]) -> "Stream":
+        """The rows of `digests`, to be read piece by piece; raises as reading them at once does."""
+        places = self._found(digests)
+        order = sorted(range(len(places)), key=lambda position: (id(places[position][0]), places[position][1]))
+        parts = []
+        for _, group in itertools.groupby(order, key=lambda position: id(places[position][0])):
+            positions = list(group)
+            numbers = np.array([places[position][1] for position in positions])
+            parts.append((places[positions[0]][0], numbers, np.array(positions)))
+        return Stream(parts, len(places))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows of chosen photos, as often as they are asked for: a piece is mapped while it is looked at.
+
+    Attributes:
+        parts: of each piece the numbers of the rows wanted, and the positions in the list of photos they belong to.
+        count: of all rows.
+    """
+
+    parts: list[tuple["_Piece", np.ndarray, np.ndarray]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions, and the rows that belong to them."""
+        for piece, numbers, positions in self.parts:
+            yield positions, piece.rows[numbers]
+            piece.release()
 
 
 @dataclass(frozen=True)

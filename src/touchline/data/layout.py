@@ -259,8 +259,8 @@ def _gif(content: bytes) -> Layout:
     left, top, inner_width, inner_height = struct.unpack_from("<HHHH", content, place + 1)
     # Where the first frame leaves the canvas bare, it is transparent too.
     transparent |= (left, top, inner_width, inner_height) != (0, 0, width, height)
-    size = max(width, left + inner_width), max(height, top + inner_height)
-    return Layout("GIF", *size, per_pixel=_BLENDED if transparent else 8, transparent=transparent)
+    width, height = max(width, left + inner_width), max(height, top + inner_height)
+    return Layout("GIF", width, height, per_pixel=_BLENDED if transparent else 8, transparent=transparent)
 
 
 def _palette(flags: int) -> int:

@@ -3,6 +3,7 @@
 A model is whole: an RGB photo of uint8 goes in, class probabilities come out; scaling is inside.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +24,16 @@ from touchline.core.params import (
 )
 from touchline.core.progress import say
 from touchline.data import photos
-from touchline.data.feature_store import Arrays
+from touchline.data.feature_store import Arrays, Stream
 from touchline.models import heads, training
 from touchline.models.heads import Head
 from touchline.models.training import Labelled, OnEpoch, Task, Trained
 
 if TYPE_CHECKING:
     import keras
+
+# Numbers of features that a head is fitted to in memory, where scikit-learn takes several copies: 26,000 rows of 1,280.
+_HELD = 2**25
 
 
 def cnn(params: CnnParams, image_size: int, classes: int) -> "keras.Model":
@@ -158,25 +162,46 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
         The head fitted to the training photos, which is what validation judges; the number of its row of the history;
         and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
     """
-    rows, first = task.arrays[both.digests], len(task.train.labels)
-    if not np.isfinite(rows).all():
-        raise Diverged(f"{task.arrays.folder} holds numbers that are none: delete it and run `dvc repro`")
+    first = len(task.train.labels)
+    rows, learned, judged = _rows_of_head(task.arrays, both.digests, first)
     weights = heads.balance(task.train.labels, task.train.groups, params.balance)
     losses = heads.cross_validated(
-        rows[:first], task.train.labels, task.train.groups, weights, params.strengths, params.folds, params.seed
+        learned, task.train.labels, task.train.groups, weights, params.strengths, params.folds, params.seed
     )
     kept = int(np.argmin(losses))
-    fitted = list(heads.path(rows[:first], task.train.labels, weights, params.strengths))
+    fitted = list(heads.path(learned, task.train.labels, weights, params.strengths))
     for strength, loss, head in zip(params.strengths, losses, fitted, strict=True):
         row = {"strength": strength, "cross_validation/loss": round(loss, 6)}
-        for subset, part in (("train", slice(first)), ("validation", slice(first, None))):
-            probabilities = head.probabilities(rows[part])
-            right = probabilities.argmax(axis=1) == both.labels[part]
-            row[f"{subset}/loss"] = round(heads.log_loss(both.labels[part], probabilities), 6)
+        for subset, part, labels in (
+            ("train", learned, task.train.labels),
+            ("validation", judged, both.labels[first:]),
+        ):
+            probabilities = head.probabilities(part)
+            right = probabilities.argmax(axis=1) == labels
+            row[f"{subset}/loss"] = round(heads.log_loss(labels, probabilities), 6)
             row[f"{subset}/accuracy"] = round(float(right.mean()), 6)
         task.remember(row)
     weights = heads.balance(both.labels, both.groups, params.balance)
     return fitted[kept], kept, next(heads.path(rows, both.labels, weights, [params.strengths[kept]]))
+
+
+def _rows_of_head(arrays: Arrays, digests: Sequence[str], first: int) -> list[np.ndarray | Stream]:
+    """All rows, the `first` of them, and the others: in memory, or read piece by piece if there are many.
+
+    Raises:
+        Diverged: some of their numbers are not finite.
+    """
+    parts = (slice(None), slice(first), slice(first, None))
+    if len(digests) * math.prod(arrays.row_shape) > _HELD:
+        rows: list[np.ndarray | Stream] = [arrays.stream(digests[part]) for part in parts]
+        finite = all(np.isfinite(batch).all() for _, batch in rows[0])
+    else:
+        held = arrays[digests]
+        rows = [held[part] for part in parts]
+        finite = bool(np.isfinite(held).all())
+    if not finite:
+        raise Diverged(f"{arrays.folder} holds numbers that are none: delete it and run `dvc repro`")
+    return rows
 
 
 def _fine_tune(model: "keras.Model", params: HeadParams, task: Task) -> int | None:

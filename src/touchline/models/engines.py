@@ -11,14 +11,18 @@ OpenVINO's own format. Its outputs:
 """
 
 import ctypes
+import functools
 import hashlib
 import os
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,22 +134,10 @@ def with_openvino_files(xml: Path) -> Network:
 
 
 def _compiled(xml: bytes, weights: bytes) -> Network:
-    import openvino
+    openvino = _openvino()
 
-    # A photo a request and a request a core: as many photos a second as batches of 32 give on idle cores, twice as many
-    # where other programs take a part of them, and a third of the memory. OpenVINO's cache of compiled networks
-    # (CACHE_DIR) is left off: it saves 0.07 s of processor time a start and takes 19 MB for each network.
-    # Pinned to cores, as OpenVINO would have them, threads wait for theirs where other programs work: beside 20 busy
-    # programs a photo took 562 ms instead of 462.
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT", "ENABLE_CPU_PINNING": False,
-    }  # fmt: skip
-    if parallel.at_worker():
-        settings["INFERENCE_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"]
     core = openvino.Core()
     network = core.read_model(xml, weights)
-    compiled = core.compile_model(network, "CPU", settings)
-    requests = openvino.AsyncInferQueue(compiled)
     found: dict[tuple[int, str], np.ndarray] = {}
 
     def keep(request: Any, wanted: tuple[int, tuple[str, ...]]) -> None:
@@ -153,12 +145,27 @@ def _compiled(xml: bytes, weights: bytes) -> Network:
         for name in names:
             found[number, name] = request.get_tensor(name).data.copy()
 
-    requests.set_callback(keep)
+    @functools.cache
+    def requests(hint: str) -> Any:
+        # OpenVINO's cache of compiled networks (CACHE_DIR) is left off: it saves 0.07 s of processor time a start and
+        # takes 19 MB for each network.
+        # Pinned to cores, as OpenVINO would have them, threads wait for theirs where other programs work: beside 20
+        # busy programs a photo took 562 ms instead of 462.
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": hint, "ENABLE_CPU_PINNING": False}
+        if parallel.at_worker():
+            settings["INFERENCE_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"]
+        queue = openvino.AsyncInferQueue(core.compile_model(network, "CPU", settings))
+        queue.set_callback(keep)
+        return queue
 
     def ask(images: np.ndarray, *names: str) -> list[np.ndarray]:
+        # One photo: all cores work on it. Several: a photo a request and a request a core, which on idle cores gives as
+        # many photos a second as batches of 32, twice as many where other programs take a part of them, and takes a
+        # third of the memory.
+        queue = requests("LATENCY" if len(images) == 1 else "THROUGHPUT")
         for number in range(len(images)):
-            requests.start_async({0: images[number : number + 1]}, (number, names))
-        requests.wait_all()
+            queue.start_async({0: images[number : number + 1]}, (number, names))
+        queue.wait_all()
         return [np.concatenate([found.pop((number, name)) for number in range(len(images))]) for name in names]
 
     def heat(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -175,6 +182,14 @@ def _compiled(xml: bytes, weights: bytes) -> Network:
         lambda images: ask(images, "rows")[0],
         heat if "evidence" in names else None,
     )
+
+
+def _openvino() -> ModuleType:
+    # Where the package openvino-telemetry is installed, the import of OpenVINO would report itself over the network.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python's own way to make an import fail
+    import openvino
+
+    return openvino
 
 
 def class_activation(logits: np.ndarray, evidence: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -211,12 +226,11 @@ def convert(model: "keras.Model", path: Path) -> None:
 
 def serialize(model: "keras.Model", xml: Path) -> None:
     """Write a Keras model in OpenVINO's format: `xml`, and the weights beside it in a `.bin`."""
-    import openvino
+    openvino = _openvino()
 
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder), _outputs(model))
         try:
-            # Not `openvino.convert_model`, which would send telemetry if the package for it is installed.
             network = openvino.Core().read_model(folder)
             openvino.serialize(network, str(xml), str(xml.with_suffix(".bin")))
         except RuntimeError as error:
@@ -307,7 +321,14 @@ def cached(name: str, make: "Callable[[], keras.Model]", what: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, SUFFIX) as draft:
             convert(make(), draft)
+    with suppress(OSError):  # a cache that this user may only read
+        path.touch()  # `touchline clean` tells by it what is used no more
     return path
+
+
+def cached_files() -> list[Path]:
+    """The network files in this user's cache."""
+    return sorted(cache().glob(f"*{SUFFIX}"))
 
 
 def cache() -> Path:
