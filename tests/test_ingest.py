@@ -151,8 +151,8 @@ def test_classes_may_look_like_numbers_and_yaml_s_words(
     paths: Paths, params_with: ParamsWith, classes: list[str]
 ) -> None:
     offer(paths, {f"{label}/a.jpg": photo(number) for number, label in enumerate(classes)})
-    table = ingested(paths, params_with(classes=classes, ingest={"sources": ["folder"], "folder": "incoming"}))
-    assert sorted(table["class"]) == sorted(classes)
+    ingest.run(paths, params_with(classes=classes, ingest={"sources": ["folder"], "folder": "incoming"}))
+    assert sorted(files.read_table(paths.photos_table)["class"]) == sorted(classes)
 
 
 def test_classes_may_be_called_train_and_test(paths: Paths, params_with: ParamsWith) -> None:
