@@ -88,23 +88,27 @@ def fitted(folder: Path, rows: int, what: str) -> dict[str, object]:
     """Seconds, peak megabytes, strength and weights (for scaled rows) of a fit."""
     from touchline.core import params
     from touchline.data.feature_store import Arrays
-    from touchline.models import heads
-    from touchline.stages import train
+    from touchline.models import architectures, heads
+    from touchline.models.training import Labelled, Task
 
-    photos = train.Labelled(
+    photos = Labelled(
         [digest(number) for number in range(rows)],
         [Path()] * rows,
         labels_of(rows),
         [str(n % 997) for n in range(rows)],
     )
     cut = round(rows * (1 - VALIDATION_SHARE))
-    learned = train.Labelled(photos.digests[:cut], photos.files[:cut], photos.labels[:cut], photos.groups[:cut])
+    parts = [
+        Labelled(photos.digests[part], photos.files[part], photos.labels[part], photos.groups[part])
+        for part in (slice(cut), slice(cut, None))
+    ]
     project = Path(__file__).resolve().parent.parent
-    wanted = params.load(project / "params.yaml").models["transfer"]
-    history: list[dict[str, float]] = []
+    loaded = params.load(project / "params.yaml")
+    wanted = loaded.models["transfer"]
+    task = Task(loaded.features[wanted.input], Arrays(folder), *parts, project, lambda _: None)
     began = time.perf_counter()
     if what == "ours":
-        _, kept, head = train._fit_head(wanted, Arrays(folder), learned, photos, history.append)
+        _, kept, head = architectures._fit_head(wanted, task, photos)
         strength = wanted.strengths[kept]
         seconds = time.perf_counter() - began
         total = squares = 0.0

@@ -159,6 +159,7 @@ class Littered:
             root / "data/features/unnamed/0123456789abcdef.npy",
             root / ".dvc/tmp/exps/standalone/tmpkilled/data/split.csv",
             root / "exports/old.tflite",
+            Path(os.environ["TOUCHLINE_CACHE"], "old.openvino"),
         ]
         self.staying = [
             root / f"models/.partial-{os.getpid()}-0123456789ab.keras",
@@ -167,12 +168,13 @@ class Littered:
             root / "data/fetched.jsonl",
             root / "data/incoming/rugby/mine.jpg",
             root / "exports/young.tflite",
+            Path(os.environ["TOUCHLINE_CACHE"], "young.openvino"),
             root / "exports/notes of mine.txt",
         ]
         for path in [*self.going, *self.staying]:
             write_text(path, "content")
-        for name in ("old.tflite", "notes of mine.txt"):
-            os.utime(root / "exports" / name, (LONG_AGO.timestamp(), LONG_AGO.timestamp()))
+        for old in (self.going[-1], self.going[-2], root / "exports/notes of mine.txt"):
+            os.utime(old, (LONG_AGO.timestamp(), LONG_AGO.timestamp()))
 
     def check_clean(self) -> None:
         """All that was to go is gone, and nothing else."""

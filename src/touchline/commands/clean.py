@@ -23,6 +23,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.data import feature_store
+from touchline.models import engines
 from touchline.tracking import sync
 
 
@@ -99,6 +100,10 @@ def _ours(paths: Paths, params: Params, before: datetime, days: int) -> Iterator
     old = [path for path in exported if path.stat().st_mtime < before.timestamp()]
     why = f"written more than {days} days ago; `touchline export` writes them again"
     yield _files("exported models", old, why, _delete)
+
+    networks = [path for path in engines.cached_files() if path.stat().st_mtime < before.timestamp()]
+    why = f"in {engines.cache()}, not used for {days} days; made again on the next use"
+    yield _files("network files in your cache", networks, why, _delete)
 
     experiments = paths.project / ".dvc/tmp/exps"
     copies = [*experiments.glob("tmp*"), *experiments.glob("standalone/tmp*")]
