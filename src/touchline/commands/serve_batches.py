@@ -32,7 +32,7 @@ class Batches:
     def __init__(self, classifier: Classifier, params: Params, most: int, most_bytes: int) -> None:
         self._classifier, self._params = classifier, params
         self._most, self._most_bytes = most, most_bytes
-        self._forward = classifier.network.forward
+        self._forward = classifier.forward
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
         self.photos = 0
 
@@ -81,7 +81,7 @@ class Batches:
         try:
             # Shielded: an answer that nobody waits for any more must not break off the batch it is in.
             found = await asyncio.shield(probabilities)
-            return Answer.of(found, self._classifier.classes, self._params.predict.min_confidence)
+            return self._classifier.answer(found, self._params.predict)
         except TouchlineError as error:
             return HTTPException(500, str(error))
 

@@ -140,16 +140,19 @@ def _adam(params: ArticleParams, _: int) -> "keras.optimizers.Optimizer":
 def _train_head(params: HeadParams, task: Task) -> Trained:
     """A head on a frozen backbone, and, if so set, the backbone's last blocks with it."""
     assert isinstance(task.features, BackboneFeatures)  # params lets a head have no other
+    from touchline.models import backbones
+
     both = Labelled.together(task.train, task.validation)
+    imagenet = partial(backbones.imagenet, task.features, task.project)
     head, kept, whole_head = _fit_head(params, task, both)
     if params.fine_tune.blocks:
         build = partial(transfer, head, task.features, task.project)
         model = training.built(build, params.fine_tune.batch_size, task.devices)
         tuned = _fine_tune(model, params, task)
         if tuned is not None:
-            return Trained(lambda: training.finished(model, build), task.history, tuned, task.train)
+            return Trained(lambda: training.finished(model, build), task.history, tuned, task.train, None, imagenet)
     whole = partial(transfer, whole_head, task.features, task.project)
-    return Trained(whole, task.history, kept, both)
+    return Trained(whole, task.history, kept, both, lambda _: task.arrays[both.digests].astype(np.float32), imagenet)
 
 
 def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int, Head]:
