@@ -43,7 +43,7 @@ _COMPARED = 32
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
-    """Write `models/<name>.keras`, `.openvino`, `.reference.npz` and `.json` and `reports/history/<name>.csv`, and log the run."""
+    """Write `models/<name>.*`: keras, openvino, reference.npz and json; and the history; and log the run."""
     import pandas as pd
 
     from touchline.tracking import runs
