@@ -16,7 +16,7 @@ from touchline.core import files, params
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.data import terms
-from touchline.models import classifier, engines
+from touchline.models import classifier, engines, unknown
 from touchline.models.reference import NEIGHBOURS, Reference
 from touchline.stages import train
 from touchline.tracking import open_store, registered
@@ -215,3 +215,30 @@ def test_a_handful_of_photos_is_enough(photos: int) -> None:
     names = [str(number) for number in range(photos)]
     reference = Reference.of(np.eye(5, dtype=np.float32)[:photos], ["a"] * photos, names, names)
     assert np.isfinite(reference.own).all() and np.isfinite(reference.similarity(np.ones((1, 5)))).all()
+
+
+def judged(project: Paths, folder: Path) -> tuple[Any, Any]:
+    """The model, and its similarities of two test photos, a red and a green one, and of the photos in a folder."""
+    model = classifier.resolve(project, params.load(project.workspace / "params.yaml"), "cnn")
+    test = pd.DataFrame({"path": ["red.png", "green.png"], "class": CLASSES})
+    images = np.array([np.full((SIDE, SIDE, 3), colour, np.uint8) for colour in (COLOURS["red"], GREEN)])
+    others = unknown.foreign(folder, model, 60)
+    return model, unknown.similarities("cnn", model, test, model.forward(images), others)
+
+
+def test_what_a_reference_is_worth(project: Paths, tmp_path: Path) -> None:
+    photo(tmp_path / "others/a/green.png", GREEN)
+    photo(tmp_path / "others/blue.png", COLOURS["blue"])
+    files.write_text(tmp_path / "others/README.md", "not an image")
+    model, table = judged(project, tmp_path / "others")
+    assert table["subset"].value_counts().to_dict() == {"training": 40, "test": 2, "something else": 2}
+    found = unknown.worth(table, model.reference.threshold(0.05), CLASSES)
+    assert found["unknown"] == {"red": 0, "blue": 1} and found["photos"] == {"red": 1, "blue": 1}
+    assert (found["others"], found["caught"]) == (2, 0.5) and 0 < found["roc_auc"] < 1
+    assert "caught" not in unknown.worth(table[table["subset"] != "something else"], 0.9, CLASSES)
+
+
+def test_a_folder_that_holds_no_photo_is_named(project: Paths, tmp_path: Path) -> None:
+    files.write_text(tmp_path / "others/README.md", "not an image")
+    with pytest.raises(TouchlineError, match="others"):
+        judged(project, tmp_path / "others")
