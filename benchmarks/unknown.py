@@ -10,6 +10,9 @@ out-of-fold where it looks at the head, else in-sample.
 
 Of each method, and for random and by-group splits: AUROC of test photos against each kind, the share of test photos
 that is kept, and the share of each kind that is caught. Means over the splits.
+
+Then the other way: half of the photos of something else are a class of their own. Of the rest, and of the test photos,
+the shares that are put into it; once with all kinds to learn from, and once without the kind that is asked about.
 """
 
 import argparse
@@ -194,7 +197,7 @@ def shipped(imagenet: ImageNet | None) -> Method:
     def fit(training: Training) -> Fitted:
         names = [str(number) for number in training.rows]
         rows = training.top
-        reference = Reference.of(rows[training.rows], names, names, list(training.groups), imagenet)
+        reference = Reference.of(rows[training.rows], list(training.labels.astype(str)), names, imagenet)
         return reference.own, lambda chosen: reference.similarity(rows[chosen])
 
     return fit
@@ -207,7 +210,7 @@ def methods(layers: dict[str, np.ndarray], imagenet: ImageNet | None) -> Iterato
     yield "GEN", of_probabilities(lambda found: -((found * (1 - found)).clip(1e-12) ** 0.1).sum(1))
     for method in (energy, react, scale, she, mahalanobis, residual, vim):
         yield method.__name__, in_sample(method)
-    for k in (1, NEIGHBOURS, 20):
+    for k in (1, 5, NEIGHBOURS):
         yield f"kNN, k={k}", nearest(top, k)
     for name in list(layers)[:-1]:
         yield f"kNN, {name}", nearest(layers[name], NEIGHBOURS)
@@ -249,6 +252,31 @@ def layers_of(files: list[Path], features: BackboneFeatures) -> dict[str, np.nda
     rows = [part for _, part in inference.answers(forward, images)]
     cuts = np.cumsum([each.shape[-1] for each in pooled])[:-1]
     return dict(zip(found, np.split(np.concatenate(rows), cuts, axis=1), strict=True))
+
+
+def as_a_class(cut: list[tuple[bool, Training, np.ndarray]], kinds: np.ndarray, others: np.ndarray) -> Iterator[str]:
+    """Lines of a table: shares of photos that a head with a class of its own for something else puts into it."""
+    for by_group in (False, True):
+        for name in np.unique(kinds):
+            for what in ("with it", "without it"):
+                found = []
+                for _, training, test in (each for each in cut if each[0] == by_group):
+                    learned = np.arange(len(others)) % 2 == 0
+                    learned &= True if what == "with it" else kinds != name
+                    rows = np.concatenate([training.rows, others[learned]])
+                    labels = np.concatenate([training.labels, np.full(learned.sum(), training.labels.max() + 1)])
+                    groups = np.concatenate([training.groups, np.full(learned.sum(), "something else")])
+                    weights = heads.balance(labels, groups, "group")
+                    head = next(heads.path(training.top[rows], labels, weights, [STRENGTH]))
+                    asked = others[(np.arange(len(others)) % 2 == 1) & (kinds == name)]
+                    called = [
+                        float((head.probabilities(training.top[each]).argmax(1) == labels.max()).mean())
+                        for each in (asked, test)
+                    ]
+                    found.append(called)
+                if found:
+                    caught, lost = np.mean(found, axis=0)
+                    yield f"| {'by group' if by_group else 'random'} | {name}, {what} | {caught:.3f} | {lost:.3f} |"
 
 
 def main() -> None:
@@ -298,6 +326,9 @@ def main() -> None:
                 numbers = " | ".join(f"{value:.3f}" for value in np.mean(rows, axis=0))
                 each = ", ".join(f"{row[len(names)]:.2f}" for row in rows)
                 print(f"| {name} | {'by group' if by_group else 'random'} ({each} kept) | {numbers} |", flush=True)
+    print("\n| split | learned from | caught | test photos lost |\n|---|---|---|---|")
+    for line in as_a_class(cut, kinds, others):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.data import terms
 from touchline.models import classifier, engines, unknown
-from touchline.models.reference import NEIGHBOURS, Reference
+from touchline.models.reference import NEIGHBOURS, ImageNet, Reference
 from touchline.stages import train
 from touchline.tracking import open_store, registered
 
@@ -193,8 +193,8 @@ def test_a_reference_keeps_what_is_rare_and_the_same_bytes(tmp_path: Path) -> No
     rows = np.abs(random.normal([1, 0, 0], 0.01, (200, 3)))
     rows[7] = [0, 0, 1]
     names = [f"{number:03}" for number in range(200)]
-    reference = Reference.of(rows, ["a"] * 200, names, names, most=10)
-    assert "007" in reference.digests and reference.features.shape == (10, 3) and len(reference.own) == 200
+    reference = Reference.of(rows, ["a"] * 200, names, most=20)
+    assert "007" in reference.digests and reference.features.shape == (20, 3) and len(reference.own) == 20
     for name in ("first.npz", "second.npz"):
         reference.save(tmp_path / name)
     assert files.sha256(tmp_path / "first.npz") == files.sha256(tmp_path / "second.npz")
@@ -202,18 +202,35 @@ def test_a_reference_keeps_what_is_rare_and_the_same_bytes(tmp_path: Path) -> No
     assert loaded.digests == reference.digests and loaded.threshold(0.05) == reference.threshold(0.05)
 
 
-def test_photos_of_one_group_do_not_vouch_for_each_other_alone() -> None:
-    rows = np.eye(4, dtype=np.float32).repeat(10, axis=0)
-    names = [str(number) for number in range(40)]
-    apart = Reference.of(rows, ["a"] * 40, names, names)
-    together = Reference.of(rows, ["a"] * 40, names, np.arange(4).repeat(10).astype(str))
-    assert apart.threshold(0.5) == pytest.approx(1) and together.threshold(0.5) == pytest.approx(0.5)
+def test_a_class_of_few_photos_is_not_unknown() -> None:
+    rows = np.array([[1.0, 0.0]] * 100 + [[0.0, 1.0]] * 8)
+    names = [str(number) for number in range(108)]
+    reference = Reference.of(rows, ["many"] * 100 + ["few"] * 8, names)
+    assert reference.similarity(np.array([[0.0, 1.0]]))[0] == pytest.approx(1)
+
+
+def test_imagenets_classes_count_beside_the_features(tmp_path: Path) -> None:
+    """Two photos of nearly the same features, of which ImageNet's layer says different things."""
+    weights = np.array([[0, 0], [-400, 400], [0, 0]], np.float32)
+    imagenet = ImageNet(weights, np.zeros((1, 2), np.float32))
+    rows = np.tile([1.0, 0.0, 0.5], (10, 1))
+    rows[:, 1] = 0.25
+    asked = np.array([[1.0, 0.25, 0.5], [1.0, 0.2, 0.5]])
+    names = [str(number) for number in range(10)]
+    tilted = ImageNet(weights, np.array([[45.0, -45.0]], np.float32) * 2)
+    plain, both = (Reference.of(rows, ["a"] * 10, names, known) for known in (None, tilted))
+    assert plain.similarity(asked)[1] > 0.99 and both.similarity(asked)[1] < 0.7 < both.similarity(asked)[0]
+    assert imagenet.probabilities(asked.astype(np.float32)).sum(axis=1) == pytest.approx(1)
+    both.save(tmp_path / "cnn.reference.npz")
+    np.testing.assert_allclose(
+        Reference.load(tmp_path / "cnn.reference.npz").similarity(asked), both.similarity(asked), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("photos", [1, NEIGHBOURS])
 def test_a_handful_of_photos_is_enough(photos: int) -> None:
     names = [str(number) for number in range(photos)]
-    reference = Reference.of(np.eye(5, dtype=np.float32)[:photos], ["a"] * photos, names, names)
+    reference = Reference.of(np.eye(5, dtype=np.float32)[:photos], ["a"] * photos, names)
     assert np.isfinite(reference.own).all() and np.isfinite(reference.similarity(np.ones((1, 5)))).all()
 
 

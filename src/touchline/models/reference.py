@@ -1,12 +1,16 @@
 """A model's reference: its training photos as the model sees them, by which a photo of something else is told.
 
 Similarity is the cosine of the features of two photos, and that of a photo to the training photos is its similarity to
-the fifth nearest of them (Sun et al., 2022, https://arxiv.org/abs/2204.06507). What lies further from all training
+the twentieth nearest of them (Sun et al., 2022, https://arxiv.org/abs/2204.06507). What lies further from the training
 photos than nearly all of these lie from each other is something else, whatever the probabilities: softmax divides one
 among the classes and has none left for anything else.
+
+Where the backbone's weights still have the layer that tells ImageNet's classes, its probabilities count too: which of
+1,000 classes a photo resembles changes less from one source of photos to the next than the features do.
 """
 
 import zipfile
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +22,15 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import RENEW, replacing
 
 SUFFIX = ".reference.npz"
-# The nearest training photos that count. One alone may be a stray: a wrong label, or a photo of something else.
-NEIGHBOURS = 5
-# Rows kept. At 1,280 channels these are 13 MB, and a photo is compared with them in 3 ms.
+# The nearest training photos that count. One alone may be a stray: a wrong label, or a photo of something else. From 5
+# to 20, results differ little; see benchmarks/unknown.py.
+NEIGHBOURS = 20
+# Rows kept. At 1,280 channels these are 13 MB.
 MOST = 5000
 # How much ImageNet's classes count beside the features, 1; see benchmarks/unknown.py.
 _IMAGENET = 1.5
-_BATCH = 1024
+# Training photos looked at for each row kept, and rows compared at a time.
+_DRAWN, _BATCH = 10, 1024
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class Reference:
         features: what its last layer is given of each, float16, shape (n, channels).
         labels: the class of each, n of them.
         digests: sha256 of each photo.
-        own: how similar the training photos, kept or not, are to the others: float32, shape (photos,), ascending.
+        own: how similar training photos, kept or not, are to the others: float32, in ascending order; of very many,
+            evenly chosen ones.
     """
 
     features: np.ndarray
@@ -87,32 +94,35 @@ class Reference:
         features: np.ndarray,
         labels: Sequence[str],
         digests: Sequence[str],
-        groups: Sequence[str],
         imagenet: ImageNet | None = None,
         most: int = MOST,
     ) -> "Reference":
         """That of training photos.
 
         Args:
-            features: float32, shape (n, channels). labels, digests, groups: n of each.
+            features: float32, shape (n, channels). labels, digests: n of each.
             imagenet: of the backbone, if its weights have it.
             most: rows to keep; see `covering`.
         """
-        stored = features.astype(np.float16)
+        # Of very many a part covers as well.
+        drawn = np.sort(np.random.default_rng(0).permutation(len(features))[: _DRAWN * most])
+        labels, digests = ([each[number] for number in drawn] for each in (labels, digests))
+        stored = features[drawn].astype(np.float16)
         rows = _described(stored, imagenet)
         chosen = covering(rows, most)
         kept = rows[chosen]
-        numbers = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
         own = np.empty(len(rows), np.float32)
         for at in range(0, len(rows), _BATCH):
             part = np.arange(at, min(at + _BATCH, len(rows)))
-            found = rows[part] @ kept.T
-            own[part] = _own(found, part[:, None] == chosen, numbers[part][:, None] == numbers[chosen])
+            # Each photo among the others: it is not its own neighbour.
+            found = np.where(part[:, None] == chosen, -1, rows[part] @ kept.T)
+            own[part] = _similarity(found, _neighbours([labels[number] for number in chosen]))
         return cls(
             stored[chosen],
             [labels[number] for number in chosen],
             [digests[number] for number in chosen],
-            np.sort(own),
+            # Of very many photos, as many of the sorted numbers say as much.
+            np.sort(own)[np.linspace(0, len(own) - 1, min(len(own), most)).round().astype(int)],
             imagenet,
         )
 
@@ -146,7 +156,7 @@ class Reference:
 
     def similarity(self, features: np.ndarray) -> np.ndarray:
         """Of photos, features of shape (n, channels), to the training photos: float32, shape (n,), -1 to 1."""
-        return _similarity(self.similarities(features))
+        return _similarity(self.similarities(features), self._neighbours)
 
     def threshold(self, share: float) -> float:
         """The similarity that a share of the training photos does not reach among the others."""
@@ -172,6 +182,10 @@ class Reference:
         ]
 
     @cached_property
+    def _neighbours(self) -> int:
+        return _neighbours(self.labels)
+
+    @cached_property
     def _rows(self) -> np.ndarray:
         return _described(self.features, self.imagenet)
 
@@ -183,10 +197,13 @@ def covering(rows: np.ndarray, most: int) -> np.ndarray:
     """
     if len(rows) <= most:
         return np.arange(len(rows))
-    chosen, nearest = [0], rows @ rows[0]
+    # A random projection keeps the distances well enough, and stays in the processor's cache.
+    short = rows @ np.random.default_rng(0).normal(size=(rows.shape[1], min(rows.shape[1], 64))).astype(np.float32)
+    short /= np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
+    chosen, nearest = [0], short @ short[0]
     while len(chosen) < most:
         chosen.append(int(nearest.argmin()))
-        nearest = np.maximum(nearest, rows @ rows[chosen[-1]])
+        nearest = np.maximum(nearest, short @ short[chosen[-1]])
     return np.sort(chosen)
 
 
@@ -205,18 +222,11 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
-def _similarity(similarities: np.ndarray) -> np.ndarray:
-    """To the fifth nearest of the rows, or to the last where there are fewer."""
-    place = min(NEIGHBOURS, similarities.shape[1])
-    return -np.partition(-similarities, place - 1, axis=1)[:, place - 1]
+def _similarity(similarities: np.ndarray, neighbours: int) -> np.ndarray:
+    """To the last of so many nearest rows."""
+    return -np.partition(-similarities, neighbours - 1, axis=1)[:, neighbours - 1]
 
 
-def _own(similarities: np.ndarray, same: np.ndarray, together: np.ndarray) -> np.ndarray:
-    """How similar training photos are to the others: half-way between all others and those of other groups.
-
-    A new photo comes from a source like those known, but from none of them. Where groups are few and large, leaving
-    out a whole one may leave out a class, so the threshold would be far too low; with all others it would be too high.
-    """
-    others = _similarity(np.where(same, -1, similarities))
-    apart = _similarity(np.where(together, -1, similarities))
-    return np.where(apart > -1, (others + apart) / 2, others)
+def _neighbours(labels: Sequence[str]) -> int:
+    """How many of the nearest training photos count: at most half of a class, so that small classes have some."""
+    return max(1, min(NEIGHBOURS, min(Counter(labels).values()) // 2))

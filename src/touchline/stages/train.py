@@ -171,7 +171,7 @@ def _write(trained: Trained, path: Path, classes: Sequence[str]) -> dict[str, st
         raise Diverged(f"{path.stem}: what its last layer is given of the training photos holds NaN or infinity")
     reference = path.with_suffix(SUFFIX)
     labels = [classes[label] for label in learned_from.labels]
-    Reference.of(seen, labels, learned_from.digests, learned_from.groups, trained.imagenet()).save(reference)
+    Reference.of(seen, labels, learned_from.digests, trained.imagenet()).save(reference)
     files = {"model": path, "openvino": openvino, "reference": reference}
     return {f"{name}_sha256": sha256(file) for name, file in files.items()}
 
