@@ -19,7 +19,7 @@ from touchline.data import terms
 from touchline.models import classifier, engines, unknown
 from touchline.models.reference import NEIGHBOURS, ImageNet, Reference
 from touchline.stages import train
-from touchline.tracking import open_store, registered
+from touchline.tracking import registered, registry, runs
 
 NAME = "rugby-soccer"
 COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230)}
@@ -164,13 +164,13 @@ def test_similar_photos_are_of_their_class_and_may_be_shown(project: Paths, tmp_
 
 
 def test_a_registered_version_brings_its_reference(project: Paths, tmp_path: Path) -> None:
-    store = open_store(Paths(tmp_path, tmp_path), NAME)
-    run_id = store.start("cnn", {}, {}, {"name": "split", "digest": "0", "source": "-", "counts": {}})
-    store.finish(run_id, model_path=project.models / "cnn.keras", image_size=SIDE, classes=CLASSES, training_photos=[],
-                 metrics={})  # fmt: skip
-    store.register(NAME, run_id, {}, "")
+    store = runs.open_store(Paths(tmp_path, tmp_path), NAME)
+    run_id = runs.start(store, "cnn", {}, {}, {"name": "split", "digest": "0", "source": "-", "counts": {}})
+    path = project.models / "cnn.keras"
+    runs.finish(store, run_id, model_path=path, image_size=SIDE, classes=CLASSES, training_photos=[], metrics={})
+    registry.register(store, NAME, run_id, {}, "")
     [version] = registered.versions(Paths(tmp_path, tmp_path), NAME)
-    for stored in (registered.model(Paths(tmp_path, tmp_path), version), store.model(run_id)):
+    for stored in (registered.model(Paths(tmp_path, tmp_path), version), runs.model(store, run_id)):
         found = classifier.with_reference(classifier.from_stored(stored, "version 1", "openvino"))
         assert found.reference and len(found.reference.digests) == 40
     stored.reference.write_bytes(b"something else")
