@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from models import Photos
+from models import Ours, Photos, Split
 
 from touchline.core.params import BackboneFeatures
 from touchline.core.tensorflow import import_tensorflow
 from touchline.models import backbones, engines, heads, inference
 from touchline.models.heads import Head
 from touchline.models.reference import NEIGHBOURS, ImageNet, Reference
+from touchline.models.training import seen
 from touchline.stages.features import pixels
 
 SHARE = 0.05
@@ -203,6 +204,25 @@ def shipped(imagenet: ImageNet | None) -> Method:
     return fit
 
 
+def of_cnn(photos: Photos, files: list[Path], folder: Path) -> Method:
+    """The reference of the simple network, trained anew for each split: its features differ from split to split."""
+    ours = Ours(photos, folder, "fast", "cnn")
+    images = list(pixels(files, ours.features.image_size))
+
+    def fit(training: Training) -> Fitted:
+        random = np.random.default_rng(0).permutation(training.rows)
+        cut = len(random) // 5
+        path, _ = ours.trained(Split(random[cut:], random[:cut], random[:0], by_group=False))
+        network = inference.ModelFiles.at(path).network(engines.TENSORFLOW)
+        rows = seen(network, images)
+        learned = np.sort(random[cut:])
+        labels = list(photos.labels[learned].astype(str))
+        reference = Reference.of(rows[learned], labels, [str(number) for number in learned])
+        return reference.own, lambda chosen: reference.similarity(rows[chosen])
+
+    return fit
+
+
 def methods(layers: dict[str, np.ndarray], imagenet: ImageNet | None) -> Iterator[tuple[str, Method]]:
     top, root = layers["top"], np.sqrt(np.maximum(layers["top"], 0))
     highest = of_probabilities(lambda probabilities: probabilities.max(1))
@@ -288,6 +308,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="efficientnet_lite2")
     parser.add_argument("--image-size", type=int, default=260)
     parser.add_argument("--test-groups", nargs="*", default=[])
+    parser.add_argument("--cnn", action="store_true", help="only the simple network, which is trained for each split")
     parser.add_argument("--cache", type=Path, help="layers of all photos, read if it exists, else written")
     chosen = parser.parse_args()
     photos = Photos.of(chosen.photos)
@@ -295,11 +316,11 @@ def main() -> None:
     with (chosen.others / "manifest.csv").open(newline="") as table:
         foreign = list(csv.DictReader(table))
     kinds = np.array([row["kind"] for row in foreign])
+    files = photos.files + [chosen.others / row["file"] for row in foreign]
     if chosen.cache and chosen.cache.is_file():
         with np.load(chosen.cache) as stored:
             layers = dict(stored)
     else:
-        files = photos.files + [chosen.others / row["file"] for row in foreign]
         layers = layers_of(files, features)
         if chosen.cache:
             np.savez(chosen.cache, **layers)
@@ -310,7 +331,11 @@ def main() -> None:
     names = sorted(set(kinds))
     columns = [f"AUROC {name}" for name in names] + ["kept"] + [f"caught {name}" for name in names]
     print("| method | split | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
-    for name, method in methods(layers, imagenet):
+    asked_for = methods(layers, imagenet)
+    if chosen.cnn:
+        folder = tempfile.TemporaryDirectory()
+        asked_for = iter([("Touchline, simple network", of_cnn(photos, files, Path(folder.name)))])
+    for name, method in asked_for:
         found: dict[bool, list[list[float]]] = {False: [], True: []}
         for by_group, training, test in cut:
             own, score = method(training)
@@ -326,6 +351,8 @@ def main() -> None:
                 numbers = " | ".join(f"{value:.3f}" for value in np.mean(rows, axis=0))
                 each = ", ".join(f"{row[len(names)]:.2f}" for row in rows)
                 print(f"| {name} | {'by group' if by_group else 'random'} ({each} kept) | {numbers} |", flush=True)
+    if chosen.cnn:
+        return
     print("\n| split | learned from | caught | test photos lost |\n|---|---|---|---|")
     for line in as_a_class(cut, kinds, others):
         print(line, flush=True)
