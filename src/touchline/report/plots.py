@@ -326,7 +326,7 @@ def _calibration(axes: "Axes", predictions: "pd.DataFrame", bins: int) -> None:
 
 def _similarity(axes: "Axes", of_model: "pd.DataFrame", name: str) -> None:
     """How similar photos of each subset are to the training photos: shares of them, over 30 bins."""
-    bins = np.linspace(min(0.0, of_model["similarity"].min()), 1, 31).tolist()
+    bins = np.linspace(min(0.9, of_model["similarity"].min()), 1, 31).tolist()
     for colour, (subset, part) in zip(COLOURS, of_model.groupby("subset", sort=False), strict=False):
         weights = np.full(len(part), 1 / len(part))
         axes.hist(part["similarity"], bins, weights=weights, histtype="step", color=colour, linewidth=1.5, label=subset)
