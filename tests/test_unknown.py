@@ -194,7 +194,7 @@ def test_a_reference_keeps_what_is_rare_and_the_same_bytes(tmp_path: Path) -> No
     rows[7] = [0, 0, 1]
     names = [f"{number:03}" for number in range(200)]
     reference = Reference.of(rows, ["a"] * 200, names, most=20)
-    assert "007" in reference.digests and reference.features.shape == (20, 3) and len(reference.own) == 20
+    assert "007" in reference.digests and reference.rows.shape == (20, 3) and len(reference.own) == 20
     for name in ("first.npz", "second.npz"):
         reference.save(tmp_path / name)
     assert files.sha256(tmp_path / "first.npz") == files.sha256(tmp_path / "second.npz")

@@ -181,7 +181,8 @@ class Models:
         except TouchlineError as error:
             raise TouchlineError(f"this file cannot be judged: {str(error).removeprefix('photo ')}") from None
         row = classifier.forward(photo)[0]
-        answer, picture = classifier.answer(row, self._params.predict), ""
+        [similarity] = classifier.similarities(row[None])
+        answer, picture = classifier.answer(row, similarity, self._params.predict), ""
         if loaded.explainer:
             heat = loaded.explainer(photo, np.array([classifier.classes.index(answer.guess)]))[0]
             picture = _picture(content, heat)

@@ -240,7 +240,8 @@ def _answered(
             max_megapixels=params.validate_.max_megapixels, keep=explain,
         )  # fmt: skip
         for batch, rows in parallel.spread(work, found, scheduler, BATCH, reads):
-            made = [classifier.answer(row, params.predict) for row in rows]
+            similar = classifier.similarities(rows)
+            made = [classifier.answer(*each, params.predict) for each in zip(rows, similar, strict=True)]
             readable = [(path, image) for (path, _), image in batch if image is not None]
             drawn = iter(draw(readable, made, rows) if draw and readable else ())
             said = iter(made)

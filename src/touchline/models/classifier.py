@@ -64,25 +64,31 @@ class Classifier:
         """What makes of photos the rows that `answer` takes: probabilities and, behind them, features if they count."""
         return self.network.described if self.reference and self.network.described else self.network.forward
 
-    def answer(self, row: np.ndarray, params: PredictParams) -> "Answer":
-        """What the row of a photo comes to: of `forward`, float32, shape (classes,) or (classes + channels,).
+    def similarities(self, rows: np.ndarray) -> np.ndarray | list[None]:
+        """How similar photos are to the training photos, by their rows; None each where the model does not tell."""
+        return self.reference.similarity(rows[:, len(self.classes) :]) if self.reference else [None] * len(rows)
+
+    def answer(self, row: np.ndarray, similar: float | None, params: PredictParams) -> "Answer":
+        """What the row of a photo comes to.
+
+        Args:
+            row: of `forward`, float32, shape (classes,) or (classes + channels,).
+            similar: what `similarities`, which is quickest for many at once, has for it.
 
         Raises:
             TouchlineError: its numbers are none, as those of a model whose training went wrong.
         """
-        probabilities, features = np.split(row, [len(self.classes)])
+        probabilities = row[: len(self.classes)]
         best = int(probabilities.argmax())
         confidence = float(probabilities[best])
         if not np.isfinite(row).all():
             raise TouchlineError("the model answers with no numbers: train it anew, or name another with --model")
         label = self.classes[best] if confidence >= params.min_confidence else UNSURE
         similarity = percentile = None
-        if self.reference and params.unknown_share is not None:
-            similarity = float(self.reference.similarity(features[None])[0])
-            percentile = round(self.reference.percentile(similarity), 1)
-            if similarity < self.reference.threshold(params.unknown_share):
+        if self.reference and similar is not None and params.unknown_share is not None:
+            similarity, percentile = round(float(similar), 4), round(self.reference.percentile(similar), 1)
+            if similar < self.reference.threshold(params.unknown_share):
                 label = UNKNOWN
-            similarity = round(similarity, 4)
         rounded = [round(float(value), 6) for value in probabilities]
         of_each = dict(zip(self.classes, rounded, strict=True))
         return Answer(label, self.classes[best], rounded[best], of_each, similarity, percentile)

@@ -25,7 +25,7 @@ SUFFIX = ".reference.npz"
 # The nearest training photos that count. One alone may be a stray: a wrong label, or a photo of something else. From 5
 # to 20, results differ little; see benchmarks/unknown.py.
 NEIGHBOURS = 20
-# Rows kept. At 1,280 channels these are 13 MB.
+# Rows kept. At 1,280 channels and ImageNet's 1,000 classes these are 23 MB.
 MOST = 5000
 # How much ImageNet's classes count beside the features, 1; see benchmarks/unknown.py.
 _IMAGENET = 1.5
@@ -75,14 +75,14 @@ class Reference:
     """Training photos as a model sees them.
 
     Attributes:
-        features: what its last layer is given of each, float16, shape (n, channels).
+        rows: what they are compared by, of unit length, float16, shape (n, channels); see `_described`.
         labels: the class of each, n of them.
         digests: sha256 of each photo.
         own: how similar training photos, kept or not, are to the others: float32, in ascending order; of very many,
             evenly chosen ones.
     """
 
-    features: np.ndarray
+    rows: np.ndarray
     labels: Sequence[str]
     digests: Sequence[str]
     own: np.ndarray
@@ -107,8 +107,7 @@ class Reference:
         # Of very many a part covers as well.
         drawn = np.sort(np.random.default_rng(0).permutation(len(features))[: _DRAWN * most])
         labels, digests = ([each[number] for number in drawn] for each in (labels, digests))
-        stored = features[drawn].astype(np.float16)
-        rows = _described(stored, imagenet)
+        rows = _described(features[drawn], imagenet)
         chosen = covering(rows, most)
         kept = rows[chosen]
         own = np.empty(len(rows), np.float32)
@@ -118,7 +117,7 @@ class Reference:
             found = np.where(part[:, None] == chosen, -1, rows[part] @ kept.T)
             own[part] = _similarity(found, _neighbours([labels[number] for number in chosen]))
         return cls(
-            stored[chosen],
+            kept.astype(np.float16),
             [labels[number] for number in chosen],
             [digests[number] for number in chosen],
             # Of very many photos, as many of the sorted numbers say as much.
@@ -137,13 +136,13 @@ class Reference:
             with np.load(path, allow_pickle=False) as stored:
                 imagenet = ImageNet(stored["weights"], stored["bias"]) if "weights" in stored else None
                 labels, digests = stored["labels"].tolist(), stored["digests"].tolist()
-                return cls(stored["features"], labels, digests, stored["own"], imagenet)
+                return cls(stored["rows"], labels, digests, stored["own"], imagenet)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             raise TouchlineError(f"{path} is not a readable reference: {RENEW}") from None
 
     def save(self, path: Path) -> None:
         """Write it as a file: of the same photos the same bytes."""
-        content = {"features": self.features, "own": self.own}
+        content = {"rows": self.rows, "own": self.own}
         content |= {"labels": np.array(self.labels, dtype=str), "digests": np.array(self.digests, dtype=str)}
         if self.imagenet:
             content |= {"weights": self.imagenet.weights.astype(np.float16), "bias": self.imagenet.bias}
@@ -152,7 +151,7 @@ class Reference:
 
     def similarities(self, features: np.ndarray) -> np.ndarray:
         """Of photos, features of shape (n, channels), to each row kept: float32, shape (n, rows), -1 to 1."""
-        return _described(features, self.imagenet) @ self._rows.T
+        return _described(features, self.imagenet) @ self._exact.T
 
     def similarity(self, features: np.ndarray) -> np.ndarray:
         """Of photos, features of shape (n, channels), to the training photos: float32, shape (n,), -1 to 1."""
@@ -186,8 +185,9 @@ class Reference:
         return _neighbours(self.labels)
 
     @cached_property
-    def _rows(self) -> np.ndarray:
-        return _described(self.features, self.imagenet)
+    def _exact(self) -> np.ndarray:
+        # NumPy multiplies float16 slowly.
+        return self.rows.astype(np.float32)
 
 
 def covering(rows: np.ndarray, most: int) -> np.ndarray:
