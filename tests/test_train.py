@@ -450,7 +450,7 @@ def test_a_head_is_the_same_each_time(trained_head: Trained, planted_features: P
 def test_a_head_of_more_rows_than_are_held_is_the_same(
     trained_head: Trained, planted_features: PlantedFeatures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_HELD", 0)
+    monkeypatch.setattr(architectures, "_HELD", 0)
     streamed = planted_features.fit(HEAD)
     rows = planted_features.arrays[planted_features.validation.digests]
     found, expected = (head_of(each).probabilities(rows) for each in (streamed, trained_head))

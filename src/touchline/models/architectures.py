@@ -26,6 +26,7 @@ from touchline.core.progress import say
 from touchline.data import photos
 from touchline.data.feature_store import Arrays, Stream
 from touchline.models import heads, training
+from touchline.models.engines import Network
 from touchline.models.heads import Head
 from touchline.models.training import Labelled, OnEpoch, Task, Trained
 
@@ -152,7 +153,11 @@ def _train_head(params: HeadParams, task: Task) -> Trained:
         if tuned is not None:
             return Trained(lambda: training.finished(model, build), task.history, tuned, task.train, None, imagenet)
     whole = partial(transfer, whole_head, task.features, task.project)
-    return Trained(whole, task.history, kept, both, lambda _: task.arrays[both.digests].astype(np.float32), imagenet)
+
+    def seen(_: Network, chosen: np.ndarray) -> np.ndarray:
+        return task.arrays[training.pick(both.digests, chosen)].astype(np.float32)
+
+    return Trained(whole, task.history, kept, both, seen, imagenet)
 
 
 def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int, Head]:

@@ -30,7 +30,7 @@ MOST = 5000
 # How much ImageNet's classes count beside the features, 1; see benchmarks/unknown.py.
 _IMAGENET = 1.5
 # Training photos looked at for each row kept, and rows compared at a time.
-_DRAWN, _BATCH = 10, 1024
+_DRAWN, _BATCH = 4, 1024
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,7 @@ class Reference:
             imagenet: of the backbone, if its weights have it.
             most: rows to keep; see `covering`.
         """
-        # Of very many a part covers as well.
-        drawn = np.sort(np.random.default_rng(0).permutation(len(features))[: _DRAWN * most])
-        labels, digests = ([each[number] for number in drawn] for each in (labels, digests))
-        rows = _described(features[drawn], imagenet)
+        rows = _described(features, imagenet)
         chosen = covering(rows, most)
         kept = rows[chosen]
         own = np.empty(len(rows), np.float32)
@@ -188,6 +185,11 @@ class Reference:
     def _exact(self) -> np.ndarray:
         # NumPy multiplies float16 slowly.
         return self.rows.astype(np.float32)
+
+
+def drawn(photos: int, most: int = MOST) -> np.ndarray:
+    """Positions of the photos to make a reference of: of very many a part covers as well."""
+    return np.sort(np.random.default_rng(0).permutation(photos)[: _DRAWN * most])
 
 
 def covering(rows: np.ndarray, most: int) -> np.ndarray:

@@ -94,7 +94,8 @@ class Trained:
             `cross_validation/loss`.
         kept: the number of the row whose weights were kept; its validation metrics are the model's.
         learned_from: the photos it was fitted to.
-        seen: gives these as the last layer of the finished network is given them; see `seen`. None: by their files.
+        seen: gives some of these, by their positions, as the last layer of the finished network is given them; see
+            `seen`. None: by their files.
         imagenet: gives what tells ImageNet's classes by these, if the backbone's weights have it.
     """
 
@@ -102,7 +103,7 @@ class Trained:
     history: list[dict[str, float]]
     kept: int
     learned_from: Labelled
-    seen: Callable[[Network], np.ndarray] | None = None
+    seen: Callable[[Network, np.ndarray], np.ndarray] | None = None
     imagenet: Callable[[], ImageNet | None] = lambda: None
 
     @cached_property
@@ -181,9 +182,11 @@ def network(
         rows = Rows(augmented, lambda chosen: task.arrays[pick(task.validation.digests, chosen)])
         fit(model, rows, params, task, params.seed, optimizer)
         kept = least_loss(task.history) if params.patience else len(task.history) - 1
-        images = (task.arrays[[digest]][0] for digest in task.train.digests)
-        whole = partial(finished, model, make)
-        return Trained(whole, task.history, kept, task.train, lambda network: seen(network, images))
+
+        def seen_by(network: Network, chosen: np.ndarray) -> np.ndarray:
+            return seen(network, (task.arrays[[digest]][0] for digest in pick(task.train.digests, chosen)))
+
+        return Trained(lambda: finished(model, make), task.history, kept, task.train, seen_by)
 
     return trained
 

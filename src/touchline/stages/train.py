@@ -29,7 +29,7 @@ from touchline.data import photos
 from touchline.data.feature_store import Arrays
 from touchline.models import architectures, engines, training
 from touchline.models.architectures import train as fit
-from touchline.models.reference import SUFFIX, Reference
+from touchline.models.reference import SUFFIX, Reference, drawn
 from touchline.models.training import Labelled, Trained
 
 if TYPE_CHECKING:
@@ -164,14 +164,17 @@ def _write(trained: Trained, path: Path, classes: Sequence[str]) -> dict[str, st
                 f"{path.stem}: OpenVINO's probabilities differ from Keras's by {difference:.2g} on {len(images)} "
                 f"training photos, and {engines.TOLERANCE:g} is allowed: another precision or architecture may help"
             )
-    learned_from = trained.learned_from
-    read = partial(photos.read, size=networks[1].side)
-    seen = (trained.seen or partial(training.seen, images=parallel.in_order(read, learned_from.files)))(networks[1])
+    learned_from, chosen = trained.learned_from, drawn(len(trained.learned_from.files))
+    if trained.seen:
+        seen = trained.seen(networks[1], chosen)
+    else:
+        read = partial(photos.read, size=networks[1].side)
+        seen = training.seen(networks[1], parallel.in_order(read, training.pick(learned_from.files, chosen)))
     if not np.isfinite(seen).all():
         raise Diverged(f"{path.stem}: what its last layer is given of the training photos holds NaN or infinity")
+    labels = [classes[learned_from.labels[number]] for number in chosen]
     reference = path.with_suffix(SUFFIX)
-    labels = [classes[label] for label in learned_from.labels]
-    Reference.of(seen, labels, learned_from.digests, trained.imagenet()).save(reference)
+    Reference.of(seen, labels, training.pick(learned_from.digests, chosen), trained.imagenet()).save(reference)
     files = {"model": path, "openvino": openvino, "reference": reference}
     return {f"{name}_sha256": sha256(file) for name, file in files.items()}
 
