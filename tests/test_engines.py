@@ -171,8 +171,8 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its network file and its record, as training writes them."""
     path = tmp_path_factory.mktemp("models") / "cnn.keras"
     draw(path.parent / "photo.png", "red")
-    trained = train.Trained(planted, [], 0, SimpleNamespace(files=[path.parent / "photo.png"]))
-    files.write_json(path.with_suffix(".json"), {"classes": CLASSES, **train._write(trained, path)})
+    trained = train.Trained(planted, [], 0, train.Labelled(["a"], [path.parent / "photo.png"], np.zeros(1, int), ["a"]))
+    files.write_json(path.with_suffix(".json"), {"classes": CLASSES, **train._write(trained, path, CLASSES)})
     return path
 
 
@@ -187,9 +187,14 @@ def test_training_refuses_a_network_file_that_answers_otherwise(
         return engines.Network(network.engine, network.input_shape, network.output_shape, forward)
 
     monkeypatch.setattr(engines, "with_openvino", off)
-    trained = train.Trained(planted, [], 0, SimpleNamespace(files=[model_file.parent / "photo.png"]))
+    trained = train.Trained(
+        planted,
+        [],
+        0,
+        SimpleNamespace(files=[model_file.parent / "photo.png"], labels=[0], digests=["a"], groups=["a"]),
+    )
     with pytest.raises(TouchlineError, match="OpenVINO"):
-        train._write(trained, tmp_path / "cnn.keras")
+        train._write(trained, tmp_path / "cnn.keras", CLASSES)
     assert list(tmp_path.glob("*.openvino")) == []
 
 

@@ -199,9 +199,10 @@ def made_model(paths: Paths, name: str) -> None:
     """The files that `train` leaves of a model, as far as their names and the record go."""
     model = paths.models / f"{name}.keras"
     files.write_text(model, f"the model {name}")
-    openvino = model.with_suffix(".openvino")
-    files.write_text(openvino, f"the network {name}")
-    digests = {"model_sha256": files.sha256(model), "openvino_sha256": files.sha256(openvino)}
+    digests = {"model_sha256": files.sha256(model)}
+    for kind, suffix in {"openvino": ".openvino", "reference": ".reference.npz"}.items():
+        files.write_text(model.with_suffix(suffix), f"the {kind} of {name}")
+        digests[f"{kind}_sha256"] = files.sha256(model.with_suffix(suffix))
     files.write_json(model.with_suffix(".json"), {"model": name, **digests})
     files.write_text(paths.reports / f"history/{name}.csv", "epoch\n0\n")
 
@@ -240,6 +241,7 @@ def test_what_no_run_recorded_as_its_own_is_not_deleted(paths: Paths, params_wit
     assert there(paths) == own | {
         "models/cnn.keras",
         "models/cnn.openvino",
+        "models/cnn.reference.npz",
         "models/cnn.json",
         "reports/history/cnn.csv",
     }

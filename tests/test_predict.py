@@ -239,7 +239,8 @@ def test_a_table_shows_each_class_and_json_and_csv_agree_with_it(ask: Ask, somew
     table = ask(somewhere, form="table").bytes.decode()
     assert all(text in table for text in ("photo", "label", "confidence", *CLASSES, "unsure", str(somewhere / "a.jpg")))
     rows = list(csv.DictReader(io.StringIO(ask(somewhere, form="csv").bytes.decode())))
-    assert list(rows[0]) == ["photo", "label", "guess", "confidence", "probability:red", "probability:blue"]
+    probabilities = ["probability:red", "probability:blue"]
+    assert list(rows[0]) == ["photo", "label", "guess", "confidence", *probabilities, "similarity", "percentile"]
     for row, found in zip(rows, ask(somewhere).rows, strict=True):
         assert [row["photo"], row["label"], row["guess"]] == [found["photo"], found["label"], found["guess"]]
         assert float(row["confidence"]) == found["confidence"]
@@ -287,7 +288,7 @@ def test_answers_come_while_photos_are_still_to_be_read(ask: Ask, somewhere: Pat
     for number in range(400):
         draw(somewhere / f"{number:03}.png", "red", (8, 8))
     read_at_answer: list[int] = []
-    read, of = classifier.pixels, classifier.Answer.of
+    read, of = classifier.pixels, classifier.Classifier.answer
     count = iter(range(10_000))
     done = [0]
 
@@ -300,7 +301,7 @@ def test_answers_come_while_photos_are_still_to_be_read(ask: Ask, somewhere: Pat
         return of(*arguments)
 
     monkeypatch.setattr(predict, "pixels", reading)
-    monkeypatch.setattr(classifier.Answer, "of", answering)
+    monkeypatch.setattr(classifier.Classifier, "answer", answering)
     assert len(ask(somewhere).rows) == 400
     # A batch, and what waits decoded: never all.
     assert max(had - number for number, had in enumerate(read_at_answer)) <= 3 * BATCH

@@ -196,7 +196,7 @@ def test_a_photo_is_answered_whatever_its_content_type(serve: Callable[..., Serv
     for kind in ("image/jpeg", "application/octet-stream", "application/x-www-form-urlencoded", "text/plain"):
         status, said, headers = served.predict(jpeg(), Content_Type=kind)
         assert status == 200 and headers["content-type"] == "application/json"
-        assert list(said) == ["label", "guess", "confidence", "probabilities", "model"]
+        assert list(said) == ["label", "guess", "confidence", "probabilities", "similarity", "percentile", "model"]
         assert (said["label"], said["guess"], said["model"]) == ("red", "red", "a planted model")
         assert list(said["probabilities"]) == CLASSES and said["confidence"] == said["probabilities"]["red"] > 0.9
     _, said, _ = served.predict(jpeg((120, 120, 120)))

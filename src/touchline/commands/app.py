@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _MAX_MEGABYTES = 20
 # Pixels of the longer side of what is shown of a photo.
-_SIDE = 480
+_SIDE, _SMALL = 480, 160
 # Models in memory, photos of each class to try, requests that wait, sessions (each remembers its last photo).
 _LOADED, _EXAMPLES, _WAITING, _SESSIONS = 4, 3, 16, 32
 # Seconds: how often uploads are looked through, how old they grow, and how long one may take.
@@ -75,6 +75,9 @@ _STYLE = """
 .answer .label { font-size: 1.9rem; font-weight: 700; line-height: 1.2; margin: .25rem 0 .5rem }
 .answer .label.unsure { color: #b45309 }
 .dark .answer .label.unsure { color: #fbbf24 }
+.answer .similar { display: flex; gap: .5rem; margin: .4rem 0 1rem }
+.answer .similar figure { flex: 1; max-width: 10rem }
+.answer .similar img { height: 6rem; object-fit: cover }
 .answer .label small { font-size: 1rem; font-weight: 400 }
 .answer dl { margin: 0 0 1rem }
 .answer dl > div { margin: .4rem 0 }
@@ -107,11 +110,13 @@ class Said:
     Attributes:
         model: what people call it.
         picture: what it looked at, a JPEG in base64; empty for a model that cannot be explained.
+        similar: the training photos that it resembles most, each a JPEG in base64, and their classes.
     """
 
     model: str
     answer: Answer
     picture: str
+    similar: Sequence[tuple[str, str]] = ()
 
 
 class Models:
@@ -175,14 +180,15 @@ class Models:
             photo = pixels(content, classifier.side, self._params.validate_.max_megapixels)[None]
         except TouchlineError as error:
             raise TouchlineError(f"this file cannot be judged: {str(error).removeprefix('photo ')}") from None
-        answer = Answer.of(
-            classifier.network.forward(photo)[0], classifier.classes, self._params.predict.min_confidence
-        )
-        picture = ""
+        row = classifier.forward(photo)[0]
+        [similarity] = classifier.similarities(row[None])
+        answer, picture = classifier.answer(row, similarity, self._params.predict), ""
         if loaded.explainer:
             heat = loaded.explainer(photo, np.array([classifier.classes.index(answer.guess)]))[0]
             picture = _picture(content, heat)
-        return Said(classifier.name, answer, picture)
+        files = terms.files(self._paths, self._params)
+        similar = [(jpeg(thumbnail(files[each.sha256], _SMALL)), each.label) for each in classifier.nearest(row, files)]
+        return Said(classifier.name, answer, picture, similar)
 
     def warm(self) -> None:
         """Load the first model, so that what is wrong with it is said before a page is there."""
@@ -440,7 +446,10 @@ def _picture(content: bytes, heat: np.ndarray) -> str:
 
 
 def _card(said: Said) -> str:
-    return html.render("answer.html", error="", name=said.model, answer=said.answer, picture=said.picture)
+    return html.render(
+        "answer.html", error="", name=said.model, answer=said.answer, picture=said.picture,
+        similar=said.similar,
+    )  # fmt: skip
 
 
 def _title(params: Params) -> str:

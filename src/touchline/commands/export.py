@@ -97,6 +97,7 @@ def run(paths: Paths, params: Params, wanted: str, form: str, output: Path | Non
     _show(f"{classifier.name} as {form}", timed)
     equal = int((found.argmax(axis=1) == expected.argmax(axis=1)).sum())
     print(f"{what}: largest difference of a probability {difference:.1e}, equal labels {equal} of {len(images)}")
+    print("photos of something else are not told from the classes: exports have no reference to the training photos")
     print(f"written: {paths.relative(output.absolute())}")
 
 
@@ -198,6 +199,7 @@ def _about(classifier: Classifier) -> dict[str, Any]:
         "image_size": side,
         "input": f"uint8 RGB, turned upright, the whole photo squashed to {side} x {side}",
         "model": classifier.name,
+        "unknown": "not told: exports have no reference to the training photos",
         "weights_sha256": digest.hexdigest(),
     }
 

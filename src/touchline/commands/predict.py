@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +28,11 @@ from touchline.core.files import no_formula, replacing, write_bytes
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.data import photos
+from touchline.data import photos, terms
 from touchline.models import engines
 from touchline.models import explain as explaining
-from touchline.models.classifier import UNSURE, Answer, Classifier, NotAnImage, pixels, resolve
-from touchline.models.engines import Forward
+from touchline.models.classifier import UNKNOWN, UNSURE, Answer, Classifier, NotAnImage, pixels, resolve
+from touchline.models.engines import Forward, Network
 from touchline.models.inference import BATCH, Row, answers, load_model
 
 STDIN = "-"
@@ -108,7 +108,7 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
         results.flush()
         left_out = counts.pop("", 0)
         if (total or 2) > 1:
-            labels = [label for label in dict.fromkeys([*classifier.classes, UNSURE]) if counts[label]]
+            labels = [label for label in dict.fromkeys([*classifier.classes, UNSURE, UNKNOWN]) if counts[label]]
             said = ", ".join(f"{label} {counts[label]:,}" for label in labels) or "none"
             print(f"{classifier.name}: {said}" + (f"; {left_out:,} other files left out" if left_out else ""))
     if failed:
@@ -182,15 +182,15 @@ def _judged(
         keep: whether the pixels are wanted afterwards.
     """
     read = partial(_read, folder=folder, side=side, max_megapixels=max_megapixels)
-    for batch, probabilities in answers(forward, parallel.in_order(read, found)):
-        yield (batch if keep else [(what, None) for what, _ in batch]), probabilities
+    for batch, rows in answers(forward, parallel.in_order(read, found)):
+        yield (batch if keep else [(what, None) for what, _ in batch]), rows
 
 
 @contextmanager
 def _forward(paths: Paths, classifier: Classifier, scheduler: str, engine: str) -> Iterator[tuple[Forward, list[Path]]]:
     """What asks the model, here or on the workers of a cluster; and the file that these need for it."""
     if not scheduler:
-        yield classifier.network.forward, []
+        yield classifier.forward, []
         return
     # Workers may not reach the store; of its own name, so that no worker takes the model of another run for this one.
     source = classifier.files.file(engine)
@@ -198,19 +198,18 @@ def _forward(paths: Paths, classifier: Classifier, scheduler: str, engine: str) 
     with replacing(file, file.suffix) as temporary:
         shutil.copyfile(source, temporary)
     try:
-        yield partial(_ask, file), [file]
+        yield partial(_ask, file, described=classifier.reference is not None), [file]
     finally:
         file.unlink(missing_ok=True)
 
 
-def _ask(file: Path, images: np.ndarray) -> np.ndarray:
-    return parallel.kept(_loaded, file)(images)
+def _ask(file: Path, images: np.ndarray, *, described: bool) -> np.ndarray:
+    network = parallel.kept(_loaded, file)
+    return (network.described if described and network.described else network.forward)(images)
 
 
-def _loaded(file: Path) -> Forward:
-    if file.suffix == engines.SUFFIX:
-        return engines.with_openvino(file).forward
-    return engines.with_tensorflow(load_model(file)).forward
+def _loaded(file: Path) -> Network:
+    return engines.with_openvino(file) if file.suffix == engines.SUFFIX else engines.with_tensorflow(load_model(file))
 
 
 def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[tuple[Path, str | None]]:
@@ -233,17 +232,18 @@ def _answered(
     paths: Paths, classifier: Classifier, params: Params, found: Iterable[Found], *, explain: bool
 ) -> Iterator[tuple[Answer | str | None, Path]]:
     """The answer for each photo, or why there is none; None for another file that lies about in a folder."""
-    draw = _overlays(classifier) if explain else None
+    draw = _overlays(classifier, terms.files(paths, params)) if explain else None
     scheduler = parallel.scheduler(params)
     with _forward(paths, classifier, scheduler, params.compute.engine) as (forward, reads):
         work = partial(
             _judged, forward=forward, folder=Path.cwd(), side=classifier.side,
             max_megapixels=params.validate_.max_megapixels, keep=explain,
         )  # fmt: skip
-        for batch, probabilities in parallel.spread(work, found, scheduler, BATCH, reads):
-            made = [Answer.of(each, classifier.classes, params.predict.min_confidence) for each in probabilities]
+        for batch, rows in parallel.spread(work, found, scheduler, BATCH, reads):
+            similar = classifier.similarities(rows)
+            made = [classifier.answer(*each, params.predict) for each in zip(rows, similar, strict=True)]
             readable = [(path, image) for (path, _), image in batch if image is not None]
-            drawn = iter(draw(readable, made) if draw and readable else ())
+            drawn = iter(draw(readable, made, rows) if draw and readable else ())
             said = iter(made)
             for (path, error), _ in batch:
                 if error == "":
@@ -256,12 +256,18 @@ def _answered(
                     yield error, path
 
 
-def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]], list[Answer]], Iterator[str]]:
-    """What draws the heat maps of a batch beside its photos, and says of each why that failed, or nothing."""
+def _overlays(
+    classifier: Classifier, shown_photos: Mapping[str, Path]
+) -> Callable[[list[tuple[Path, np.ndarray]], list[Answer], np.ndarray], Iterator[str]]:
+    """What draws the heat maps of a batch beside its photos, and says of each why that failed, or nothing.
+
+    Args:
+        shown_photos: training photos that may stand beside them, by digest.
+    """
     explainer = classifier.explainer()
 
-    def draw(of: tuple[Path, Answer, np.ndarray]) -> str:
-        path, answer, heat = of
+    def draw(of: tuple[Path, Answer, np.ndarray, np.ndarray]) -> str:
+        path, answer, heat, row = of
         target = path.with_name(path.name + OVERLAY)
         guess = f"{answer.guess} {answer.confidence:.0%}"
         try:
@@ -269,20 +275,20 @@ def _overlays(classifier: Classifier) -> Callable[[list[tuple[Path, np.ndarray]]
                 with target.open("rb") as file:
                     if not explaining.is_overlay(file.read(_FIRST_BYTES)):
                         return f"{shown(target)} is no overlay of ours, and stays"
-            caption = guess if answer.label == answer.guess else f"{UNSURE} ({guess})"
-            write_bytes(target, explaining.overlay(path.read_bytes(), heat, caption))
+            caption = guess if answer.label == answer.guess else f"{answer.label} ({guess})"
+            similar = [(shown_photos[each.sha256], each.label) for each in classifier.nearest(row, shown_photos)]
+            write_bytes(target, explaining.overlay(path.read_bytes(), heat, caption, similar))
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise
             return f"no overlay beside it ({error.strerror})"
         return ""
 
-    def batch(readable: list[tuple[Path, np.ndarray]], answers: list[Answer]) -> Iterator[str]:
+    def batch(readable: list[tuple[Path, np.ndarray]], answers: list[Answer], rows: np.ndarray) -> Iterator[str]:
         labels = np.array([classifier.classes.index(answer.guess) for answer in answers])
         heats = explainer(np.stack([image for _, image in readable]), labels)
-        return parallel.in_order(
-            draw, [(path, answer, heat) for (path, _), answer, heat in zip(readable, answers, heats, strict=True)]
-        )
+        paths = (path for path, _ in readable)
+        return parallel.in_order(draw, list(zip(paths, answers, heats, rows, strict=True)))
 
     return batch
 
@@ -294,11 +300,13 @@ def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tup
 
     table = Table()
     table.add_column("photo", overflow="fold")
-    for name in ("label", "confidence", *classes):
+    for name in ("label", "confidence", *classes, "similarity", "percentile"):
         table.add_column(Text(name), justify="left" if name == "label" else "right")
     for path, answer in answers:
-        label = Text(answer.label, style="yellow" if answer.label == UNSURE else "bold")
-        numbers = (f"{value:.3f}" for value in (answer.confidence, *answer.probabilities.values()))
+        label = Text(answer.label, style="yellow" if answer.label in (UNSURE, UNKNOWN) else "bold")
+        numbers = [f"{value:.3f}" for value in (answer.confidence, *answer.probabilities.values())]
+        if answer.similarity is not None:
+            numbers += [f"{answer.similarity:.3f}", f"{answer.percentile:.1f}"]
         table.add_row(Text(shown(path)), label, *numbers)
     # Where nobody looks at it, no line is folded: rich would take 80 columns.
     Console(file=results, width=None if results.isatty() else 10_000).print(table)
@@ -316,10 +324,11 @@ def _write_csv(results: IO[str], classes: Sequence[str], answers: Iterable[tuple
         csv.writer(line).writerow(values)
         results.write(line.getvalue().removesuffix("\r\n") + "\n")
 
-    write(["photo", "label", "guess", "confidence", *(no_formula(f"probability:{name}") for name in classes)])
+    probabilities = (no_formula(f"probability:{name}") for name in classes)
+    write(["photo", "label", "guess", "confidence", *probabilities, "similarity", "percentile"])
     for path, answer in answers:
         names = [no_formula(text) for text in (str(path), answer.label, answer.guess)]
-        write([*names, answer.confidence, *answer.probabilities.values()])
+        write([*names, answer.confidence, *answer.probabilities.values(), answer.similarity, answer.percentile])
 
 
 _WRITERS = {"table": _write_table, "json": _write_json, "csv": _write_csv}

@@ -59,10 +59,14 @@ class Limits:
 class Prediction(BaseModel):
     """What the model says of the photo, as touchline predict has it."""
 
-    label: str = Field(description="the guess, or unsure where its confidence is too low")
+    label: str = Field(
+        description="the guess, unsure where its confidence is too low, or unknown where the photo is of something else"
+    )
     guess: str = Field(description="the likeliest class")
     confidence: float = Field(description="the guess's probability")
     probabilities: dict[str, float] = Field(description="of each class")
+    similarity: float | None = Field(description="to the training photos, -1 to 1; null where the model cannot tell")
+    percentile: float | None = Field(description="how many of a hundred training photos are less similar to the others")
     model: str = Field(description="whose answer it is")
 
 

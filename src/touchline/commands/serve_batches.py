@@ -16,6 +16,8 @@ from touchline.models.classifier import Answer, Classifier, pixels
 from touchline.models.inference import BATCH
 
 _log = logging.getLogger(__name__)
+# What the model makes of a photo, and how similar that is to its training photos.
+_Judged = tuple[np.ndarray, float | None]
 
 
 class Batches:
@@ -32,8 +34,7 @@ class Batches:
     def __init__(self, classifier: Classifier, params: Params, most: int, most_bytes: int) -> None:
         self._classifier, self._params = classifier, params
         self._most, self._most_bytes = most, most_bytes
-        self._forward = classifier.network.forward
-        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[_Judged]]] = asyncio.Queue()
         self.photos = 0
 
     @asynccontextmanager
@@ -76,17 +77,21 @@ class Batches:
             decoded = await loop.run_in_executor(self._decoders, self._pixels, photo)
         except TouchlineError as error:
             return HTTPException(422, str(error).removeprefix("photo "))
-        probabilities = loop.create_future()
-        self._waiting.put_nowait((decoded, probabilities))
+        judged = loop.create_future()
+        self._waiting.put_nowait((decoded, judged))
         try:
             # Shielded: an answer that nobody waits for any more must not break off the batch it is in.
-            found = await asyncio.shield(probabilities)
-            return Answer.of(found, self._classifier.classes, self._params.predict.min_confidence)
+            row, similarity = await asyncio.shield(judged)
+            return self._classifier.answer(row, similarity, self._params.predict)
         except TouchlineError as error:
             return HTTPException(500, str(error))
 
     def _pixels(self, photo: bytes) -> np.ndarray:
         return pixels(photo, self._classifier.side, self._params.validate_.max_megapixels)
+
+    def _judge(self, images: np.ndarray) -> list[_Judged]:
+        rows = self._classifier.forward(images)
+        return list(zip(rows, self._classifier.similarities(rows), strict=True))
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
@@ -96,11 +101,11 @@ class Batches:
                 batch.append(self._waiting.get_nowait())
             images = np.stack([decoded for decoded, _ in batch])
             try:
-                found = await loop.run_in_executor(self._asker, self._forward, images)
+                found = await loop.run_in_executor(self._asker, self._judge, images)
             except Exception:  # whatever it is, it is the answer to these photos, and the next are asked about
                 _log.exception("the model failed")
-                for _, probabilities in batch:
-                    probabilities.set_exception(TouchlineError("the model failed: the server's log says how"))
+                for _, judged in batch:
+                    judged.set_exception(TouchlineError("the model failed: the server's log says how"))
             else:
-                for (_, probabilities), row in zip(batch, found, strict=True):
-                    probabilities.set_result(row)
+                for (_, judged), each in zip(batch, found, strict=True):
+                    judged.set_result(each)

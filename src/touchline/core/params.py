@@ -356,6 +356,7 @@ class HeadParams(ModelParams):
 class EvaluateParams(Section):
     calibration_bins: Annotated[int, Field(ge=2, le=100)]
     gallery: Annotated[int, Field(ge=0, le=200)]
+    unknown_folder: str
     baselines_seed: Seed
 
 
@@ -374,6 +375,7 @@ class ComputeParams(Section):
 
 class PredictParams(Section):
     min_confidence: Fraction
+    unknown_share: Share | None
 
 
 class DriftParams(Section):

@@ -26,6 +26,7 @@ from touchline.core.progress import say
 from touchline.data import photos
 from touchline.data.feature_store import Arrays, Stream
 from touchline.models import heads, training
+from touchline.models.engines import Network
 from touchline.models.heads import Head
 from touchline.models.training import Labelled, OnEpoch, Task, Trained
 
@@ -140,16 +141,23 @@ def _adam(params: ArticleParams, _: int) -> "keras.optimizers.Optimizer":
 def _train_head(params: HeadParams, task: Task) -> Trained:
     """A head on a frozen backbone, and, if so set, the backbone's last blocks with it."""
     assert isinstance(task.features, BackboneFeatures)  # params lets a head have no other
+    from touchline.models import backbones
+
     both = Labelled.together(task.train, task.validation)
+    imagenet = partial(backbones.imagenet, task.features, task.project)
     head, kept, whole_head = _fit_head(params, task, both)
     if params.fine_tune.blocks:
         build = partial(transfer, head, task.features, task.project)
         model = training.built(build, params.fine_tune.batch_size, task.devices)
         tuned = _fine_tune(model, params, task)
         if tuned is not None:
-            return Trained(lambda: training.finished(model, build), task.history, tuned, task.train)
+            return Trained(lambda: training.finished(model, build), task.history, tuned, task.train, None, imagenet)
     whole = partial(transfer, whole_head, task.features, task.project)
-    return Trained(whole, task.history, kept, both)
+
+    def seen(_: Network, chosen: np.ndarray) -> np.ndarray:
+        return task.arrays[training.pick(both.digests, chosen)].astype(np.float32)
+
+    return Trained(whole, task.history, kept, both, seen, imagenet)
 
 
 def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int, Head]:

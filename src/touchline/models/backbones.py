@@ -20,16 +20,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import sha256
 from touchline.core.params import BackboneFeatures
 from touchline.core.tensorflow import import_tensorflow
 from touchline.models import engines, torch_weights
 from touchline.models.engines import Network
+from touchline.models.reference import ImageNet
 
 if TYPE_CHECKING:
     import keras
-    import numpy as np
 
 
 def build(features: BackboneFeatures, project: Path) -> "keras.Model":
@@ -92,6 +94,26 @@ def network(features: BackboneFeatures, project: Path, engine: str) -> Network:
         return engines.with_tensorflow(make())
     known = [features.backbone, features.image_size, features.views, features.alpha, identity(features, project)]
     return engines.with_openvino(engines.cached(json.dumps(known), make, " and ".join(features.backbone)))
+
+
+def imagenet(features: BackboneFeatures, project: Path) -> "ImageNet | None":
+    """The layer that tells ImageNet's 1,000 classes by the backbone's pooled map, and that `build` leaves away.
+
+    Returns:
+        None where a backbone's weights come without that layer, as all of `keras.applications` do.
+
+    Raises:
+        ParamsError, TouchlineError: as `build`.
+    """
+    if not set(features.backbone) <= set(_LITES):
+        return None
+    read = [
+        torch_weights.read(_lite_file(name, features, project), features.weights_sha256 or _LITES[name].sha256)
+        for name in features.backbone
+    ]
+    return ImageNet(
+        np.concatenate([each["_fc.weight"].T for each in read]), np.stack([each["_fc.bias"] for each in read])
+    )
 
 
 def identity(features: BackboneFeatures, project: Path) -> str:

@@ -5,8 +5,8 @@ module, so that one photo has one answer.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,19 +15,21 @@ import numpy as np
 
 from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import read_json
-from touchline.core.params import Params
+from touchline.core.params import Params, PredictParams
 from touchline.core.paths import Paths
+from touchline.core.progress import say
 from touchline.data import photos
 from touchline.models import explain
-from touchline.models.engines import Explain, Network
+from touchline.models.engines import Explain, Forward, Network
 from touchline.models.inference import ModelFiles
+from touchline.models.reference import Reference, Similar
 
 if TYPE_CHECKING:
     import keras
 
     from touchline.tracking.runs import StoredModel
 
-UNSURE = "unsure"
+UNSURE, UNKNOWN = "unsure", "unknown"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Classifier:
         classes: what the probabilities are of, in their order.
         name: what people call it: `rugby-soccer version 3`, `models/cnn.keras`.
         files: where it lies.
+        reference: what photos of something else are told by; None where the model has none, or it is switched off.
     """
 
     network: Network
     classes: list[str]
     name: str
     files: ModelFiles
+    reference: Reference | None = None
 
     @property
     def side(self) -> int:
@@ -54,6 +58,44 @@ class Classifier:
     def model(self) -> "keras.Model":
         """The Keras model, whose first use starts TensorFlow."""
         return self.files.load()
+
+    @property
+    def forward(self) -> Forward:
+        """What makes of photos the rows that `answer` takes: probabilities and, behind them, features if they count."""
+        return self.network.described if self.reference and self.network.described else self.network.forward
+
+    def similarities(self, rows: np.ndarray) -> np.ndarray | list[None]:
+        """How similar photos are to the training photos, by their rows; None each where the model does not tell."""
+        return self.reference.similarity(rows[:, len(self.classes) :]) if self.reference else [None] * len(rows)
+
+    def answer(self, row: np.ndarray, similar: float | None, params: PredictParams) -> "Answer":
+        """What the row of a photo comes to.
+
+        Args:
+            row: of `forward`, float32, shape (classes,) or (classes + channels,).
+            similar: what `similarities`, which is quickest for many at once, has for it.
+
+        Raises:
+            TouchlineError: its numbers are none, as those of a model whose training went wrong.
+        """
+        probabilities = row[: len(self.classes)]
+        best = int(probabilities.argmax())
+        confidence = float(probabilities[best])
+        if not np.isfinite(row).all():
+            raise TouchlineError("the model answers with no numbers: train it anew, or name another with --model")
+        label = self.classes[best] if confidence >= params.min_confidence else UNSURE
+        similarity = percentile = None
+        if self.reference and similar is not None and params.unknown_share is not None:
+            similarity, percentile = round(float(similar), 4), round(self.reference.percentile(similar), 1)
+            if similar < self.reference.threshold(params.unknown_share):
+                label = UNKNOWN
+        rounded = [round(float(value), 6) for value in probabilities]
+        of_each = dict(zip(self.classes, rounded, strict=True))
+        return Answer(label, self.classes[best], rounded[best], of_each, similarity, percentile)
+
+    def nearest(self, row: np.ndarray, among: Collection[str], count: int = 3) -> list[Similar]:
+        """The training photos that the photo of a row resembles most; see `Reference.nearest`."""
+        return self.reference.nearest(row[len(self.classes) :], count, among) if self.reference else []
 
     def explainer(self) -> Explain:
         """What tells where in photos the model found a class; without gradients where those are not needed.
@@ -69,31 +111,21 @@ class Answer:
     """What a model says of one photo.
 
     Attributes:
-        label: the guess, or `unsure` where its confidence is too low.
+        label: the guess; `unknown` where the photo is too unlike the training photos, else `unsure` where the
+            guess's confidence is too low.
         guess: the likeliest class.
         confidence: its probability.
         probabilities: of each class.
+        similarity: to the training photos, -1 to 1; None where the model does not tell it, see `Reference`.
+        percentile: how many of a hundred training photos are less similar to the others.
     """
 
     label: str
     guess: str
     confidence: float
     probabilities: dict[str, float]
-
-    @classmethod
-    def of(cls, probabilities: np.ndarray, classes: Sequence[str], min_confidence: float) -> "Answer":
-        """The answer that float32 `probabilities`, shape (classes,), come to.
-
-        Raises:
-            TouchlineError: they are no numbers, as those of a model whose training went wrong.
-        """
-        best = int(probabilities.argmax())
-        confidence = float(probabilities[best])
-        if not np.isfinite(confidence):
-            raise TouchlineError("the model answers with no numbers: train it anew, or name another with --model")
-        label = classes[best] if confidence >= min_confidence else UNSURE
-        rounded = [round(float(value), 6) for value in probabilities]
-        return cls(label, classes[best], rounded[best], dict(zip(classes, rounded, strict=True)))
+    similarity: float | None = None
+    percentile: float | None = None
 
 
 class NotAnImage(TouchlineError):
@@ -125,7 +157,15 @@ def resolve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
             f"{found.name} takes {side} and answers {answers}: not square RGB photos in and {len(found.classes)} "
             "probabilities out"
         )
-    return found
+    return found if params.predict.unknown_share is None else with_reference(found)
+
+
+def with_reference(found: Classifier) -> Classifier:
+    """A model with its reference, if it has one; else it is said."""
+    reference = found.files.read_reference() if found.network.described else None
+    if reference is None:
+        say(f"{found.name} has no reference to training photos, so it calls no photo `unknown`: `make run` makes one")
+    return replace(found, reference=reference)
 
 
 def _from_file(path: Path, paths: Paths, engine: str) -> Classifier:
@@ -163,8 +203,9 @@ def _from_store(paths: Paths, params: Params, wanted: str) -> Classifier:
 def from_stored(stored: "StoredModel", name: str, engine: str) -> Classifier:
     """The model of the store that people call `name`."""
     files = ModelFiles(
-        stored.file, stored.model_sha256, stored.openvino, stored.openvino_sha256, "`make run` logs a model again"
-    )
+        stored.file, stored.model_sha256, stored.openvino, stored.openvino_sha256, "`make run` logs a model again",
+        stored.reference, stored.reference_sha256,
+    )  # fmt: skip
     return Classifier(files.network(engine), stored.classes, name, files)
 
 

@@ -5,6 +5,7 @@ network has a second file for OpenVINO, `<name>.openvino`: a zip archive of `net
 OpenVINO's own format. Its outputs:
 
 - `rows`: what the network makes of photos, float32, shape (n, width).
+- `features`, of networks that end in one dense layer with softmax: what that layer is given, shape (n, channels).
 - `logits` and `evidence`, of networks that end in a mean over all places and one dense layer with softmax: the logits,
   shape (n, classes), and what each place of the last feature map adds to them, shape (n, height, width, classes). The
   mean of the evidence over all places, plus the bias, is the logits: the class activation map of Zhou et al. (2016).
@@ -46,7 +47,7 @@ TOLERANCE = 1e-5
 SUFFIX = ".openvino"
 _XML, _BIN = "network.xml", "network.bin"
 # Part of the names of files in the cache: raise it when the outputs of a network file change.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Network:
         input_shape: of photos, None for any number: (None, side, side, 3).
         output_shape: of rows: (None, width).
         forward: photos, uint8 RGB, to rows, float32.
+        described: photos to rows with the features behind them, float32, shape (n, width + channels); None where the
+            network has no such features, or its file is from before there were any.
         heat: where in photos the network found a class, as `explain.explainer` tells it; None where it takes gradients.
     """
 
@@ -66,6 +69,7 @@ class Network:
     output_shape: tuple[int | None, ...]
     forward: Forward
     heat: Explain | None = None
+    described: Forward | None = None
 
     @property
     def side(self) -> int:
@@ -100,18 +104,20 @@ def with_tensorflow(model: "keras.Model", photos_first: int = 1) -> Network:
     Args:
         photos_first: how many it is tried on, so that the first batch of so many waits for nothing.
     """
+    import keras
     import tensorflow as tf
 
-    # One signature for all batches: TensorFlow would build its graph anew for the last, smaller one.
-    signature = [_photo(model)]
-    run = tf.function(lambda images: model(images, training=False), input_signature=signature)
-    run(tf.zeros((photos_first, *model.input_shape[1:]), tf.uint8))
-    return Network(
-        named(TENSORFLOW),
-        model.input_shape,
-        model.output_shape,
-        lambda images: run(tf.constant(images)).numpy(),
-    )
+    def runner(model: "keras.Model") -> Forward:
+        # One signature for all batches: TensorFlow would build its graph anew for the last, smaller one.
+        signature = [_photo(model)]
+        run = tf.function(lambda images: model(images, training=False), input_signature=signature)
+        return lambda images: run(tf.constant(images)).numpy()
+
+    forward, described = runner(model), None
+    forward(np.zeros((photos_first, *model.input_shape[1:]), np.uint8))
+    if head := _head(model):
+        described = runner(keras.Model(model.inputs, keras.layers.Concatenate()([model.output, head.input])))
+    return Network(named(TENSORFLOW), model.input_shape, model.output_shape, forward, described=described)
 
 
 def with_openvino(path: Path) -> Network:
@@ -181,6 +187,7 @@ def _compiled(xml: bytes, weights: bytes) -> Network:
         given,
         lambda images: ask(images, "rows")[0],
         heat if "evidence" in names else None,
+        (lambda images: np.hstack(ask(images, "rows", "features"))) if "features" in names else None,
     )
 
 
@@ -269,31 +276,39 @@ def _outputs(model: "keras.Model") -> Callable[[Any], Mapping[str, Any]]:
     import keras
     import tensorflow as tf
 
-    maps = _averaged_map(model)
-    if maps is None:
+    head = _head(model)
+    if head is None:
         return lambda photo: {"rows": model(photo, training=False)}
-    head = model.layers[-1]
+    maps = _averaged_map(head)
+    if maps is None:
+        both = keras.Model(model.inputs, [model.output, head.input])
+        return lambda photo: dict(zip(("rows", "features"), both(photo, training=False), strict=True))
     whole = keras.Model(model.inputs, [head.input, maps])
 
     def outputs(photo: Any) -> Mapping[str, Any]:
         pooled, last = whole(photo, training=False)
         logits = tf.matmul(pooled, head.kernel) + (head.bias if head.use_bias else 0.0)
         evidence = tf.tensordot(last, head.kernel, 1)
-        return {"rows": tf.nn.softmax(logits), "logits": logits, "evidence": evidence}
+        return {"rows": tf.nn.softmax(logits), "features": pooled, "logits": logits, "evidence": evidence}
 
     return outputs
 
 
-def _averaged_map(model: "keras.Model") -> Any:
-    """The feature map (a symbolic tensor) of a network that ends in its mean over all places and one dense layer with
-    softmax, of several views the first; None for any other network.
-    """
+def _head(model: "keras.Model") -> "keras.layers.Dense | None":
+    """The dense layer with softmax that a network ends in; None where it ends otherwise."""
     import keras
-    from keras import layers
 
     head = model.layers[-1]
-    if not isinstance(head, layers.Dense) or head.activation is not keras.activations.softmax:
-        return None
+    ends_so = isinstance(head, keras.layers.Dense) and head.activation is keras.activations.softmax
+    return head if ends_so else None
+
+
+def _averaged_map(head: "keras.layers.Dense") -> Any:
+    """The feature map (a symbolic tensor) whose mean over all places a network's last layer is given, of several views
+    the first; None where it is given something else.
+    """
+    from keras import layers
+
     tensor = head.input
     while True:
         layer, node, _ = tensor._keras_history

@@ -1,6 +1,7 @@
 """Where in a photo a model found its class: Grad-CAM heat maps, and photos with the heat drawn over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 # Pixels: of the photo's longer side in an overlay, of the caption's height, and of the width it wants.
 _LONGER_SIDE = 720
 _CAPTION, _CAPTION_WIDTH = 40, 280
+# Of the longer side of a similar training photo, and the space beside it.
+_SIMILAR = 160
 # A JPEG comment (ISO/IEC 10918-1, B.2.4.5) right after the start tells our overlays from anybody's photos.
 _NOTE = b"Touchline: what the model looked at"
 _START = b"\xff\xd8\xff\xfe" + (len(_NOTE) + 2).to_bytes(2, "big") + _NOTE
@@ -72,12 +75,13 @@ def explainer(model: "keras.Model") -> Explain:
     return lambda images, labels: heat(tf.constant(images), tf.constant(labels, tf.int64)).numpy()
 
 
-def overlay(content: bytes, heat: np.ndarray, caption: str) -> bytes:
+def overlay(content: bytes, heat: np.ndarray, caption: str, similar: Sequence[tuple[Path, str]] = ()) -> bytes:
     """A photo with the heat over it and a caption under it, as a JPEG that `is_overlay` knows.
 
     Args:
         content: bytes of the photo's file.
         heat: float32 (height, width), 0 to 1, of the whole photo, whatever its aspect.
+        similar: training photos to draw under it, and their classes.
 
     Raises:
         TouchlineError: the bytes are no readable photo.
@@ -86,9 +90,14 @@ def overlay(content: bytes, heat: np.ndarray, caption: str) -> bytes:
 
     photo = thumbnail(content, _LONGER_SIDE)
     height, width = photo.shape[:2]
-    canvas = np.full((height + _CAPTION, max(width, _CAPTION_WIDTH), 3), 255, np.uint8)
+    below = _SIMILAR + _CAPTION if similar else 0
+    canvas = np.full((height + _CAPTION + below, max(width, _CAPTION_WIDTH, len(similar) * _SIMILAR), 3), 255, np.uint8)
     canvas[:height, :width] = warmed(photo, heat)
     cv2.putText(canvas, caption, (8, height + 28), (30, 30, 30), cv2.FontFace("sans"), 20)
+    for number, (path, label) in enumerate(similar):
+        small, left, top = thumbnail(path, _SIMILAR - 8), number * _SIMILAR, height + _CAPTION
+        canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
+        cv2.putText(canvas, label, (left + 8, top + _SIMILAR + 20), (30, 30, 30), cv2.FontFace("sans"), 16)
     image = cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
     return _START + cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()[2:]
 

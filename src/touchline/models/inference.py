@@ -17,6 +17,8 @@ from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos
 from touchline.models import engines
 from touchline.models.engines import Forward, Network
+from touchline.models.reference import SUFFIX as REFERENCE
+from touchline.models.reference import Reference
 
 if TYPE_CHECKING:
     import keras
@@ -36,6 +38,8 @@ class ModelFiles:
         openvino: the network file for OpenVINO; None for a model from before there were any.
         openvino_sha256: its digest.
         remedy: what to do about a file that cannot be read.
+        reference: what photos of something else are told by; None for a model from before there was any.
+        reference_sha256: its digest.
     """
 
     model: Path
@@ -43,6 +47,8 @@ class ModelFiles:
     openvino: Path | None = None
     openvino_sha256: str = ""
     remedy: str = RENEW
+    reference: Path | None = None
+    reference_sha256: str = ""
 
     @classmethod
     def at(cls, path: Path) -> "ModelFiles":
@@ -56,14 +62,13 @@ class ModelFiles:
         record = path.with_suffix(".json")
         known = read_json(record) if record.is_file() else {}
         known = known if isinstance(known, dict) else {}
-        openvino = path.with_suffix(engines.SUFFIX)
-        there = "openvino_sha256" in known and openvino.is_file()
-        return cls(
-            path,
-            known.get("model_sha256", ""),
-            openvino if there else None,
-            known["openvino_sha256"] if there else "",
-        )
+
+        def beside(suffix: str, digest: str) -> tuple[Path | None, str]:
+            file = path.with_suffix(suffix)
+            return (file, known[digest]) if digest in known and file.is_file() else (None, "")
+
+        openvino, reference = beside(engines.SUFFIX, "openvino_sha256"), beside(REFERENCE, "reference_sha256")
+        return cls(path, known.get("model_sha256", ""), *openvino, RENEW, *reference)
 
     def load(self) -> "keras.Model":
         """The Keras model.
@@ -94,6 +99,17 @@ class ModelFiles:
         if engines.chosen(engine) == engines.TENSORFLOW:
             return engines.with_tensorflow(self.load())
         return engines.with_openvino(self.file(engine))
+
+    def read_reference(self) -> Reference | None:
+        """What photos of something else are told by, where the model has it.
+
+        Raises:
+            TouchlineError: the file cannot be read, or is not the one that its record describes.
+        """
+        if self.reference is None:
+            return None
+        _check(self.reference, self.reference_sha256, self.remedy)
+        return Reference.load(self.reference)
 
     def file(self, engine: str) -> Path:
         """The file that an engine reads, once its digest is known to be right."""
@@ -131,14 +147,19 @@ def answers(forward: Forward, rows: Iterable[Row[T]]) -> Iterator[tuple[list[Row
         yield batch, forward(np.stack(images)) if images else np.empty((0, 0), np.float32)
 
 
-def predict(network: Network, files: Sequence[Path], what: str = "photos") -> tuple[np.ndarray, float]:
+def predict(
+    network: Network, files: Sequence[Path], what: str = "photos", forward: Forward | None = None
+) -> tuple[np.ndarray, float]:
     """Class probabilities of photos, decoded beside computing, as many at a time as `BATCH`.
 
+    Args:
+        forward: what else to ask than the network's own `forward`.
+
     Returns:
-        float32 probabilities, shape (len(files), classes); and seconds from files to probabilities.
+        float32 rows, shape (len(files), classes or what `forward` gives); and seconds from files to rows.
     """
-    size = network.side
+    size, forward = network.side, forward or network.forward
     began = time.perf_counter()
     rows = parallel.in_order(lambda path: (path, photos.read(path, size)), files)
-    found = [batch for _, batch in answers(network.forward, track(rows, len(files), f"predicting with {what}"))]
+    found = [batch for _, batch in answers(forward, track(rows, len(files), f"predicting with {what}"))]
     return np.concatenate(found), time.perf_counter() - began

@@ -4,7 +4,7 @@ What is trained, and how it is put together, is in `architectures`.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,7 +17,10 @@ from touchline.core import parallel
 from touchline.core.errors import Diverged, TouchlineError
 from touchline.core.params import FeaturesParams, FineTuneParams, NetworkParams
 from touchline.data.feature_store import Arrays
+from touchline.models import inference
 from touchline.models.augmentation import augment
+from touchline.models.engines import Network
+from touchline.models.reference import ImageNet
 
 if TYPE_CHECKING:
     import keras
@@ -91,12 +94,17 @@ class Trained:
             `cross_validation/loss`.
         kept: the number of the row whose weights were kept; its validation metrics are the model's.
         learned_from: the photos it was fitted to.
+        seen: gives some of these, by their positions, as the last layer of the finished network is given them; see
+            `seen`. None: by their files.
+        imagenet: gives what tells ImageNet's classes by these, if the backbone's weights have it.
     """
 
     make: Callable[[], "keras.Model"]
     history: list[dict[str, float]]
     kept: int
     learned_from: Labelled
+    seen: Callable[[Network, np.ndarray], np.ndarray] | None = None
+    imagenet: Callable[[], ImageNet | None] = lambda: None
 
     @cached_property
     def model(self) -> "keras.Model":
@@ -174,9 +182,28 @@ def network(
         rows = Rows(augmented, lambda chosen: task.arrays[pick(task.validation.digests, chosen)])
         fit(model, rows, params, task, params.seed, optimizer)
         kept = least_loss(task.history) if params.patience else len(task.history) - 1
-        return Trained(lambda: finished(model, make), task.history, kept, task.train)
+
+        def seen_by(network: Network, chosen: np.ndarray) -> np.ndarray:
+            return seen(network, (task.arrays[[digest]][0] for digest in pick(task.train.digests, chosen)))
+
+        return Trained(lambda: finished(model, make), task.history, kept, task.train, seen_by)
 
     return trained
+
+
+def seen(network: Network, images: Iterable[np.ndarray]) -> np.ndarray:
+    """Photos as the last layer of a network is given them.
+
+    Args:
+        images: uint8 RGB, shape (side, side, 3).
+
+    Returns:
+        float32, shape (photos, channels); without channels where the network does not tell.
+    """
+    if network.described is None:
+        return np.zeros((sum(1 for _ in images), 0), np.float32)
+    rows = inference.answers(network.described, ((None, image) for image in images))
+    return np.concatenate([found for _, found in rows])[:, network.output_shape[1] :]
 
 
 def built(

@@ -51,7 +51,7 @@ def write(
     rejected = read_table(paths.rejected_table)
     tables = {
         name: read_table(paths.reports / f"{name}.csv")
-        for name in ("predictions", "per_class", "slices", "roc", "curves", "gallery")
+        for name in ("predictions", "per_class", "slices", "roc", "curves", "gallery", "similarity")
     }
     of_model = tables["predictions"].groupby("model", sort=False)
     page = html.render(
@@ -80,6 +80,7 @@ def write(
         slices=_slices(tables["slices"]),
         mistakes={name: int((part["class"] != part["predicted"]).sum()) for name, part in of_model},
         galleries=_galleries(paths, tables["gallery"], split),
+        unlike=_unlike(paths, params, tables["similarity"], split),
         hidden=split.loc[split.index.difference(terms.shown(split, params).index), "source"].tolist(),
         costs=_costs(paths, params),
         hardware=records[outcome["better_model"]]["tags"]["touchline.hardware"],
@@ -187,6 +188,21 @@ def _galleries(paths: Paths, gallery: "pd.DataFrame", split: "pd.DataFrame") -> 
             warm = thumbnails.jpeg(explain.warmed(pixels, heat / np.float32(255))) if heat.size else ""
             found[name].append(_card(row, pixels) | {"heat": warm, "wrong": row["class"] != row["predicted"]})
     return found
+
+
+def _unlike(
+    paths: Paths, params: Params, similarity: "pd.DataFrame", split: "pd.DataFrame"
+) -> dict[str, list[dict[str, Any]]]:
+    """For each model the test photos least similar to the training photos, of those that may be shown."""
+    known = split.drop(columns=["class"])
+    rows = terms.shown(similarity[similarity["subset"] == "test"].merge(known, on="path"), params)
+    return {
+        name: [
+            _card(row, _thumbnail(paths, row))
+            for row in part.nsmallest(params.evaluate.gallery, "similarity").to_dict("records")
+        ]
+        for name, part in rows.groupby("model", sort=False)
+    }
 
 
 def _heats(path: Path) -> dict[str, np.ndarray]:

@@ -98,16 +98,20 @@ def svgs(params: Params, tables: Mapping[str, "pd.DataFrame"]) -> dict[str, list
     """Figures for a page, as inline SVG in the page's own colours: `currentColor` and `var(--colour-0)` to 5.
 
     Args:
-        tables: predictions, curves, roc.
+        tables: predictions, curves, roc, similarity.
 
     Returns:
-        By kind (curves, roc, calibration; with many classes confusion), one figure after the other.
+        By kind (curves, roc, calibration, similarity; with many classes confusion), one figure after the other.
     """
     curves = tables["curves"].groupby("model", sort=False)
     kinds: dict[str, list[Callable[[Axes], None]]] = {
         "curves": [partial(_curve, of_model=part, value=value) for _, part in curves for value in _CURVES],
         "roc": _roc_panels(tables["roc"]),
         "calibration": [_calibration_panel(tables["predictions"], params)],
+        "similarity": [
+            partial(_similarity, of_model=part, name=name)
+            for name, part in tables["similarity"].groupby("model", sort=False)
+        ],
     }
     if len(params.classes) > MOST_IN_A_TABLE:
         answers = tables["predictions"].groupby("model", sort=False)
@@ -317,6 +321,16 @@ def _calibration(axes: "Axes", predictions: "pd.DataFrame", bins: int) -> None:
         ylabel="accuracy (share of photos)",
     )
     axes.set(xlim=(lowest * 0.95, 1.03))
+    axes.legend(frameon=False)
+
+
+def _similarity(axes: "Axes", of_model: "pd.DataFrame", name: str) -> None:
+    """How similar photos of each subset are to the training photos: shares of them, over 30 bins."""
+    bins = np.linspace(min(0.9, of_model["similarity"].min()), 1, 31).tolist()
+    for colour, (subset, part) in zip(COLOURS, of_model.groupby("subset", sort=False), strict=False):
+        weights = np.full(len(part), 1 / len(part))
+        axes.hist(part["similarity"], bins, weights=weights, histtype="step", color=colour, linewidth=1.5, label=subset)
+    axes.set(title=name, xlabel="similarity to the training photos (cosine)", ylabel="share of the photos")
     axes.legend(frameon=False)
 
 

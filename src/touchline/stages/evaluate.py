@@ -15,9 +15,10 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
 from touchline.data import photos, terms
-from touchline.models import classifier, inference, scores
+from touchline.models import classifier, inference, scores, unknown
 from touchline.models.classifier import Classifier
 from touchline.models.engines import SUFFIX
+from touchline.models.reference import SUFFIX as REFERENCE
 from touchline.report import plots
 
 if TYPE_CHECKING:
@@ -41,18 +42,28 @@ def run(paths: Paths, params: Params) -> None:
     curves = _curves(paths, params)
 
     probabilities: dict[str, np.ndarray] = {}
-    metrics: dict[str, Any] = {"test_photos": len(test), "models": {}}
+    metrics: dict[str, Any] = {"test_photos": len(test), "models": {}, "unknown": {}}
     facts: dict[str, Any] = {}
     galleries: list[pd.DataFrame] = []
+    similarities = [pd.DataFrame(columns=unknown.COLUMNS)]
     heats: dict[str, np.ndarray] = {}
     for name in params.models:
         model = classifier.resolve(paths, params, name)
-        probabilities[name], seconds = inference.predict(model.network, files, name)
+        rows, seconds = inference.predict(model.network, files, name, model.forward)
+        probabilities[name] = rows[:, : len(params.classes)]
         metrics["models"][name] = scores.of(labels, probabilities[name], params.evaluate.calibration_bins)
         facts[name] = {
             "model_sha256": read_json(paths.models / f"{name}.json")["model_sha256"],
             "milliseconds_a_photo": round(1000 * seconds / len(files), 2),
         }
+        if model.reference and params.predict.unknown_share is not None:
+            others = None
+            if params.evaluate.unknown_folder:
+                folder = paths.project / params.evaluate.unknown_folder
+                others = unknown.foreign(folder, model, params.validate_.max_megapixels)
+            similarities.append(unknown.similarities(name, model, test, rows, others))
+            threshold = model.reference.threshold(params.predict.unknown_share)
+            metrics["unknown"][name] = unknown.worth(similarities[-1], threshold, params.classes)
         galleries.append(_gallery(name, test, probabilities[name], params))
         heats[name] = _heats(model, galleries[-1], paths.workspace)
     metrics["baselines"] = baselines(split, params, paths.workspace)
@@ -74,6 +85,7 @@ def run(paths: Paths, params: Params) -> None:
         "roc": _roc(labels, probabilities, params.classes),
         "curves": curves,
         "gallery": pd.concat(galleries),
+        "similarity": pd.concat(similarities),
     }
     for name, table in tables.items():
         write_table(paths.reports / f"{name}.csv", table)
@@ -280,10 +292,14 @@ def _forget_removed(paths: Paths, params: Params) -> None:
             described = model_record(record)
         if record.stem in params.models or not described:
             continue
-        model = record.with_suffix(".keras")
         made = [
             path
-            for path, digest in ((model, "model_sha256"), (model.with_suffix(SUFFIX), "openvino_sha256"))
+            for suffix, digest in (
+                (".keras", "model_sha256"),
+                (SUFFIX, "openvino_sha256"),
+                (REFERENCE, "reference_sha256"),
+            )
+            for path in (record.with_suffix(suffix),)
             if path.is_file() and sha256(path) == described.get(digest)
         ]
         # The record goes last: without it, nothing would say that the others are ours.

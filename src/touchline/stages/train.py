@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from touchline.core import stage
-from touchline.core.errors import TouchlineError, one_line
+from touchline.core import parallel, stage
+from touchline.core.errors import Diverged, TouchlineError, one_line
 from touchline.core.files import read_table, replacing, sha256, write_json, write_table
 from touchline.core.params import BackboneFeatures, FeaturesParams, HeadParams, ModelParams, Params
 from touchline.core.paths import Paths
@@ -27,8 +27,9 @@ from touchline.core.progress import say
 from touchline.core.tensorflow import import_tensorflow
 from touchline.data import photos
 from touchline.data.feature_store import Arrays
-from touchline.models import architectures, engines
+from touchline.models import architectures, engines, training
 from touchline.models.architectures import train as fit
+from touchline.models.reference import SUFFIX, Reference, drawn
 from touchline.models.training import Labelled, Trained
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _COMPARED = 32
 
 
 def run(paths: Paths, params: Params, name: str) -> None:
-    """Write `models/<name>.keras`, `.openvino` and `.json` and `reports/history/<name>.csv`, and log the run."""
+    """Write `models/<name>.*`: keras, openvino, reference.npz and json; and the history; and log the run."""
     import pandas as pd
 
     from touchline.tracking import runs
@@ -70,7 +71,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
         on_epoch = partial(_report, logged)
         trained = fit(chosen, features, stored, train, validation, paths.project, on_epoch, devices)
         path = paths.models / f"{name}.keras"
-        record |= _write(trained, path)
+        record |= _write(trained, path, params.classes)
         record |= _results(trained, time.monotonic() - began)
         record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
         logged.log(runs.describe, record["description"])
@@ -139,11 +140,12 @@ def _results(trained: Trained, seconds: float) -> dict[str, Any]:
     }
 
 
-def _write(trained: Trained, path: Path) -> dict[str, str]:
+def _write(trained: Trained, path: Path, classes: Sequence[str]) -> dict[str, str]:
     """Write a model's files, and return their digests under the names of `models/<name>.json`.
 
     Raises:
         TouchlineError: OpenVINO answers otherwise than Keras on the first photos that the model learned from.
+        Diverged: what the last layer is given of these holds NaN or infinity.
     """
     # The saved model is what is judged from here on, by the validation photos as well.
     with replacing(path, ".keras") as temporary:
@@ -162,7 +164,19 @@ def _write(trained: Trained, path: Path) -> dict[str, str]:
                 f"{path.stem}: OpenVINO's probabilities differ from Keras's by {difference:.2g} on {len(images)} "
                 f"training photos, and {engines.TOLERANCE:g} is allowed: another precision or architecture may help"
             )
-    return {"model_sha256": sha256(path), "openvino_sha256": sha256(openvino)}
+    learned_from, chosen = trained.learned_from, drawn(len(trained.learned_from.files))
+    if trained.seen:
+        seen = trained.seen(networks[1], chosen)
+    else:
+        read = partial(photos.read, size=networks[1].side)
+        seen = training.seen(networks[1], parallel.in_order(read, training.pick(learned_from.files, chosen)))
+    if not np.isfinite(seen).all():
+        raise Diverged(f"{path.stem}: what its last layer is given of the training photos holds NaN or infinity")
+    labels = [classes[learned_from.labels[number]] for number in chosen]
+    reference = path.with_suffix(SUFFIX)
+    Reference.of(seen, labels, training.pick(learned_from.digests, chosen), trained.imagenet()).save(reference)
+    files = {"model": path, "openvino": openvino, "reference": reference}
+    return {f"{name}_sha256": sha256(file) for name, file in files.items()}
 
 
 def facts(paths: Paths, params: Params, name: str, split: "pd.DataFrame") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from touchline.core.paths import Paths
 from touchline.tracking import registry
 from touchline.tracking.client import artifacts_uri, database, is_own, own_uri, read_only, registry_uri, tracking_uri
 from touchline.tracking.registry import Version
-from touchline.tracking.runs import OPENVINO_SHA256, StoredModel, open_store
+from touchline.tracking.runs import StoredModel, open_store
 
 _SECONDS = 30
 # Settings that MLflow's own client follows and this one does not.
@@ -183,9 +183,7 @@ def _fetched(server: str, version: Version) -> Path:
     folder = tempfile.TemporaryDirectory(prefix="touchline-model-")
     _kept.append(folder)
     try:
-        for name in StoredModel.NAMES:
-            if name == StoredModel.OPENVINO and not version.tags.get(OPENVINO_SHA256):
-                continue
+        for name in StoredModel.names(version.tags):
             target = Path(folder.name, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(_get(server, f"/api/2.0/mlflow-artifacts/artifacts/{quote(f'{place}/{name}')}"))

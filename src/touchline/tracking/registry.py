@@ -14,7 +14,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json
 from touchline.tracking import runs
 from touchline.tracking.client import ExistsError, MissingError, Store, StoreError, pages, texts
-from touchline.tracking.runs import MODEL_SHA256, OPENVINO_SHA256, StoredModel
+from touchline.tracking.runs import DIGESTS, MODEL_SHA256, StoredModel
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -73,7 +73,7 @@ class Version:
 def register(store: Store, name: str, run_id: str, tags: Mapping[str, Any], description: str) -> int:
     """Register the model of a run as a new version of `name` and return its number. No alias moves.
 
-    The version also gets the run's tags `touchline.model_sha256` and `touchline.openvino_sha256`.
+    The version also gets the run's tags with the digests of the model's files.
     """
     model_id = runs.logged_model(store, run_id)
     if model_id is None:
@@ -88,7 +88,7 @@ def register(store: Store, name: str, run_id: str, tags: Mapping[str, Any], desc
         # Not `models:/<id>`: a SQL registry looks that up in MLflow's global store, which need not be this one.
         model.artifact_location,
         run_id,
-        tags=texts(tags) | {key: known[key] for key in (MODEL_SHA256, OPENVINO_SHA256) if key in known},
+        tags=texts(tags) | {key: known[key] for key in DIGESTS if key in known},
         description=description,
         model_id=model.model_id,
     )

@@ -29,7 +29,10 @@ from touchline.tracking.client import CONCLUDED, MissingError, Store, connect, h
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-MODEL_SHA256, OPENVINO_SHA256 = "touchline.model_sha256", "touchline.openvino_sha256"
+# Of a run and of a version: the digests of a model's files, under the names that `models/<name>.json` has too.
+MODEL_SHA256, _OPENVINO_SHA256, _REFERENCE_SHA256 = DIGESTS = (
+    "touchline.model_sha256", "touchline.openvino_sha256", "touchline.reference_sha256"
+)  # fmt: skip
 PARENT = "mlflow.parentRunId"
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
 _EXECUTION = "touchline.execution"
@@ -48,15 +51,19 @@ class StoredModel:
         classes: their names, in order.
         model_sha256: SHA-256 of the .keras file.
         openvino_sha256: SHA-256 of the network file for OpenVINO; empty for a model that has none.
+        reference_sha256: SHA-256 of its reference to training photos; empty for a model that has none.
     """
 
     folder: Path
     classes: list[str]
     model_sha256: str
     openvino_sha256: str
+    reference_sha256: str
 
-    KERAS, OPENVINO, ABOUT, PHOTOS = "data/model.keras", "model.openvino", "MLmodel", "training_photos.json"
-    NAMES = (ABOUT, KERAS, OPENVINO, PHOTOS)
+    KERAS, OPENVINO, REFERENCE = "data/model.keras", "model.openvino", "reference.npz"
+    ABOUT, PHOTOS = "MLmodel", "training_photos.json"
+    # What goes with a .keras file: how its name ends beside that file, its name here, and the tag that has its digest.
+    BESIDE = ((".openvino", OPENVINO, _OPENVINO_SHA256), (".reference.npz", REFERENCE, _REFERENCE_SHA256))
 
     @classmethod
     def of(cls, folder: Path, tags: Mapping[str, str]) -> "StoredModel":
@@ -76,7 +83,12 @@ class StoredModel:
         classes = (YAML(typ="safe").load(folder / cls.ABOUT).get("metadata") or {}).get("classes")
         if not classes:
             raise TouchlineError(f"the model in {folder} does not name its classes: Touchline did not log it")
-        return cls(folder, list(classes), model_sha256, tags.get(OPENVINO_SHA256, ""))
+        return cls(folder, list(classes), model_sha256, *(tags.get(tag, "") for _, _, tag in cls.BESIDE))
+
+    @classmethod
+    def names(cls, tags: Mapping[str, str]) -> list[str]:
+        """Its files in the folder, by the tags of its version."""
+        return [cls.ABOUT, cls.KERAS, cls.PHOTOS, *(name for _, name, tag in cls.BESIDE if tags.get(tag))]
 
     @property
     def file(self) -> Path:
@@ -85,6 +97,10 @@ class StoredModel:
     @property
     def openvino(self) -> Path | None:
         return self.folder / self.OPENVINO if self.openvino_sha256 else None
+
+    @property
+    def reference(self) -> Path | None:
+        return self.folder / self.REFERENCE if self.reference_sha256 else None
 
     @property
     def training_photos(self) -> set[str]:
@@ -225,8 +241,8 @@ def finish(
     """Log the model of a run, then its closing metrics, and end the run (FINISHED).
 
     Args:
-        model_path: a .keras file, uint8 `(N, image_size, image_size, 3)` in, float32 `(N, len(classes))` out; the
-            network file for OpenVINO beside it, if there is one, goes with it.
+        model_path: a .keras file, uint8 `(N, image_size, image_size, 3)` in, float32 `(N, len(classes))` out; what
+            lies beside it (`StoredModel.BESIDE`) goes with it.
         training_photos: SHA-256 of each photo the model learned from; kept with the model.
         metrics: `train/*` and `validation/*` are those of the weights that were kept.
         history: the rows that were logged before (see `log_row`).
@@ -234,8 +250,8 @@ def finish(
     """
     model_id = _log_model(store, run_id, model_path, image_size, classes, training_photos)
     _log_closing(store, run_id, metrics, history, model_id)
-    openvino = model_path.with_suffix(".openvino")
-    digests = {OPENVINO_SHA256: sha256(openvino)} if openvino.is_file() else {}
+    beside = {tag: model_path.with_suffix(suffix) for suffix, _, tag in StoredModel.BESIDE}
+    digests = {tag: sha256(file) for tag, file in beside.items() if file.is_file()}
     # Last, so that a run found by this tag is whole.
     set_tags(store, run_id, digests | {MODEL_SHA256: sha256(model_path)})
     _terminate(store, run_id, "FINISHED", ended)
@@ -376,9 +392,9 @@ def ensure(store: Store, record: Mapping[str, Any], model_path: Path) -> str:
 def _restore(store: Store, record: Mapping[str, Any], model_path: Path) -> str:
     if not model_path.is_file():
         raise TouchlineError(f"{model_path} is missing: run `dvc repro` or `dvc pull` to bring it")
-    openvino = model_path.with_suffix(".openvino")
-    for file, key in ((model_path, "model_sha256"), (openvino, "openvino_sha256")):
-        if file.is_file() and sha256(file) != record.get(key):
+    beside = {tag: model_path.with_suffix(suffix) for suffix, _, tag in StoredModel.BESIDE}
+    for tag, file in {MODEL_SHA256: model_path, **beside}.items():
+        if file.is_file() and sha256(file) != record.get(tag.removeprefix("touchline.")):
             raise TouchlineError(f"{file} is not the file its .json describes: run `dvc repro` to renew both")
     started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
     tags = {**record["tags"], "touchline.restored": "true"}
@@ -459,8 +475,9 @@ def _log_model(
                 pip_requirements=[f"{name}=={installed_version(name)}" for name in _REQUIREMENTS],
                 metadata={"classes": list(classes), "image_size": image_size},
             )
-            if (openvino := path.with_suffix(".openvino")).is_file():
-                shutil.copyfile(openvino, folder / StoredModel.OPENVINO)
+            for suffix, file, _ in StoredModel.BESIDE:
+                if path.with_suffix(suffix).is_file():
+                    shutil.copyfile(path.with_suffix(suffix), folder / file)
             Path(folder, StoredModel.PHOTOS).write_text(json.dumps(sorted(training_photos)))
             store.client.log_model_artifacts(logged.model_id, str(folder))
     except BaseException:
