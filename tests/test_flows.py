@@ -148,7 +148,7 @@ def test_with_nothing_to_do_every_stage_is_a_cached_task_with_dvcs_edges_and_the
         assert f"{name} {scores['accuracy']:.3f}" in flow_run["name"]
         assert f"| {name} | validation |" in shown["learning-curves"]
         record = board.project.json(f"models/{name}.json")
-        row = rf"\| {record['run_name']} \| {scores['accuracy']:.3f} \|.*/runs/{record['run_id']}"
+        row = rf"\| {record['run_name']} \| {scores['accuracy']:.3f} \[.*/runs/{record['run_id']}"
         assert re.search(row, shown["decision"])
     assert board.project.json("reports/registration.json")["reason"] in shown["decision"]
 

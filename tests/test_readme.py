@@ -196,10 +196,12 @@ def test_the_commands_work_as_printed(commands, project):
 def test_make_board_is_what_the_tests_of_the_board_start(project):
     board = Board(project)
     options = shlex.join(boards.options(board.ports))
-    *_, sync, command = project.run("make", "--dry-run", "board", f"BOARD={options}").splitlines()
+    *_, sync, command = project.run(
+        "make", "--dry-run", "--no-print-directory", "board", f"BOARD={options}"
+    ).splitlines()
     assert shlex.split(command) == ["python", *board.command()[1:]]
     # Which `make mlflow` runs here for real.
-    assert sync in project.run("make", "--dry-run", "mlflow").splitlines()
+    assert sync in project.run("make", "--dry-run", "--no-print-directory", "mlflow").splitlines()
 
 
 def test_what_is_run_elsewhere_is_printed_there():
