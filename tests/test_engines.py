@@ -10,6 +10,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,20 @@ def test_both_engines_give_the_same_probabilities(network: SimpleNamespace, coun
     np.testing.assert_allclose(found, expected, rtol=0, atol=engines.TOLERANCE)
     assert network.openvino.input_shape == network.model.input_shape
     assert network.openvino.output_shape == network.model.output_shape
+
+
+def test_a_network_is_asked_by_many_threads_and_ends_at_once(tmp_path: Path) -> None:
+    engines.convert(cnn(), tmp_path / "cnn.openvino")
+    batches = [photographs(count) for count in (1, 2, 7, 33)]
+    expected = None
+    for _ in range(20):
+        network = engines.with_openvino(tmp_path / "cnn.openvino")
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(network.forward, batches))
+        del network
+        expected = expected or found
+        for rows, first in zip(found, expected, strict=True):
+            np.testing.assert_allclose(rows, first, atol=engines.TOLERANCE)
 
 
 def test_the_class_activation_map_is_the_map_of_the_gradients(network: SimpleNamespace) -> None:
