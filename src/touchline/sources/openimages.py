@@ -193,7 +193,8 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
             if kind == "boxes" and subset not in params.leave_out_drawings:
                 continue
             url, local = _url(params, names[subset]), _local(params, names[subset], cache)
-            what = f"Open Images {subset}: {kind}"
+            why = ", read only to find drawings (leave_out_drawings)" if kind == "boxes" else ""
+            what = f"Open Images {subset}: {kind}{why}"
             if local.exists():
                 files.append(Planned(what, str(local), local.stat().st_size / 1e6, "there already", LICENCE))
             else:
