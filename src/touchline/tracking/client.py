@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sqlite3
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from filelock import FileLock, Timeout
 
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
-from touchline.core.progress import say
 
 _EXPERIMENT_NOTE = """\
 Photo classifiers. A row "pipeline" is one run of the pipeline: its decision, and the metrics of the model it chose.
@@ -380,7 +380,8 @@ def _follow_the_project(connection: sqlite3.Connection, artifacts: str) -> None:
             for table, column in columns:
                 update = f"UPDATE {table} SET {column} = here({column})"  # noqa: S608 - our own names  # nosec B608
                 connection.execute(update)
-        say(f"the project was at {_folder(before).parents[1]}: its MLflow store now names the files here")
+        line = f"the project was at {_folder(before).parents[1]}: its MLflow store now names the files here"
+        print(line, file=sys.stderr)  # what a command writes to stdout may be JSON or CSV
 
 
 def _folder(uri: str) -> Path:
