@@ -19,7 +19,7 @@ from typing import Any
 import projects
 import psutil
 import pytest
-from projects import REGISTERED, UP_TO_DATE, Project, built, copy, ran, versions
+from projects import REGISTERED, REPOSITORY, UP_TO_DATE, Project, built, copy, ran, versions
 from ruamel.yaml import YAML
 from test_pipeline_killed import unmake
 
@@ -307,6 +307,27 @@ def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(
     assert goes_on.endswith("exit 0"), output
     assert digests(Project(project.root.parent / "kept")) == digests(undisturbed)
     record_property("fault", f"full disk: {len(stages)} stages, one line each; with room `dvc repro` goes on")
+
+
+# What a library writes to a temporary file without a name of its own.
+FULL_TEMPORARY_FOLDER = """
+mkdir small
+mount -t tmpfs -o size=64k tmpfs small
+TMPDIR="$PWD/small" python -c '
+import tempfile
+from touchline import cli
+cli.app = lambda: tempfile.TemporaryFile().write(bytes(10**6))
+cli.main()
+'
+echo "exit $?"
+"""
+
+
+@mounts
+def test_a_full_temporary_folder_is_named(tmp_path: Path) -> None:
+    said, code = in_namespace(Project(REPOSITORY), FULL_TEMPORARY_FOLDER, tmp_path).splitlines()
+    assert code == "exit 1"
+    assert str(tmp_path / "small") in said and "make room" in said
 
 
 READ_ONLY = """

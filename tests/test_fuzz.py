@@ -572,6 +572,8 @@ def photographs() -> dict[str, bytes]:
         "PNG alpha": (image.convert("RGBA"), "PNG", {"exif": exif}),
         "WEBP": (image, "WEBP", {}),
         "WEBP lossless": (image.convert("RGBA"), "WEBP", {"lossless": True}),
+        "AVIF": (image, "AVIF", {"quality": 60}),
+        "AVIF transparent": (image.convert("RGBA"), "AVIF", {"quality": 60}),
         "WEBP animated": (image, "WEBP", {"save_all": True, "append_images": [image.rotate(90)]}),
         "GIF": (image, "GIF", {}),
         "GIF animated": (image, "GIF", {"save_all": True, "append_images": [image.rotate(180)]}),
@@ -606,7 +608,7 @@ def _looked_at(path: Path, content: bytes) -> None:
     assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 @settings(FUZZ, max_examples=max(20, CASES))
 @given(data=st.data())
 def test_photos(watch: Watch, tmp_path: Path, kind: str, data: st.DataObject) -> None:

@@ -110,6 +110,20 @@ def test_a_file_goes_on_where_it_broke_or_stalled(host: Host, fault: Fault) -> N
     assert conditions[0] is None and conditions[1] == conditions[2] != ""
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_the_time_for_the_files_that_follow_is_told_where_their_sizes_are_known(
+    host: Host, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(http, "_SECONDS_BETWEEN_LINES", 0)
+    host.put("/x", CONTENT)
+    host.put("/y", CONTENT, faults=[] if told else [Fault.status(403).always()])
+    http.to_file(f"{host.url}/x", tmp_path / "x", settings(), what="file 1 of 2", then=[f"{host.url}/y"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(len(re.findall(r"\d+ s\b", line)) == 1 + told for line in lines)
+    assert [request.path for request in host.requests if request.method == "HEAD"] == ["/y"]
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
 def test_a_busy_server_is_asked_again(host: Host) -> None:
     busy = Fault.status(503, retry_after=0)
     host.put("/x", CONTENT, hash=True, faults=[busy, Fault.cut(after=1_000_000), busy, Fault.status(429, 0)])

@@ -263,6 +263,48 @@ def test_a_bmp_in_run_lengths_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, bytes(bmp))
 
 
+# AVIF
+
+
+def avif(times: int = 1, size: tuple[int, int] = (400, 300), **options: object) -> bytes:
+    """A scene as AVIF that says it has `size`; its pictures stand `times` times in its data."""
+    content = encoded(scene(1), "AVIF", **options)
+    content = content.replace(struct.pack(">II", 400, 300), struct.pack(">II", *size))
+    start = content.index(b"mdat") + 4
+    data = content[start:]
+    # The lengths of `mdat` and of the one item, in `iloc`.
+    head = content[: start - 8].replace(struct.pack(">I", len(data)), struct.pack(">I", times * len(data)))
+    return head + struct.pack(">I4s", 8 + times * len(data), b"mdat") + times * data
+
+
+def test_an_avif_as_programs_write_it_is_taken(tmp_path: Path) -> None:
+    for subsampling in ("4:4:4", "4:2:0", "4:0:0"):
+        taken(tmp_path, avif(subsampling=subsampling))
+    taken(tmp_path, encoded(scene(1).convert("RGBA"), "AVIF"))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (400, 299), (4, 300)])
+def test_an_avif_that_is_larger_than_it_says_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    refused(tmp_path, avif(size=size))
+
+
+def test_an_avif_of_more_frames_than_a_still_picture_has_is_refused(tmp_path: Path) -> None:
+    layout.read(avif(4))
+    refused(tmp_path, avif(5))
+
+
+def test_an_avif_of_far_more_parts_than_an_image_needs_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, avif() + struct.pack(">I4s", 8, b"free") * 5000)
+    whole = avif()
+    place = whole.index(b"ipma") + 8
+    refused(tmp_path, whole[:place] + b"\xff\xff\xff\xff" + whole[place + 4 :])
+
+
+@pytest.mark.parametrize("kind", [b"pitm", b"iloc", b"iinf", b"iprp", b"ispe", b"av1C", b"meta"])
+def test_an_avif_that_lacks_a_box_is_refused(tmp_path: Path, kind: bytes) -> None:
+    refused(tmp_path, avif().replace(kind, b"free"))
+
+
 # Memory
 
 

@@ -560,6 +560,8 @@ def test_the_plan_says_what_would_be_fetched_and_fetches_the_list_of_classes_alo
         host.url + path: len(content) / 1e6 for path, content in sizes.items()
     }
     assert all("CC BY" in file.licence for file in planned)
+    # Of files of gigabytes the param that asks for them is named.
+    assert [file.where for file in planned if "leave_out_drawings" in file.what] == [host.url + BOXES["test"]]
     afresh = openimages.plan(params, DOWNLOAD, ["rugby", "soccer"], tmp_path / "afresh")
     assert len(afresh) == 6
     assert [request.path for request in host.requests if request.method == "GET"] == [CLASS_LIST]

@@ -4,6 +4,7 @@ Each test leaves the project as it found it.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pandas as pd
 import pytest
 from projects import GONE, REGISTERED, STAGES, UP_TO_DATE, Project, aliases, built, copy, ran, runs, versions
 
+from touchline.core.paths import Paths
 from touchline.data import photos
+from touchline.tracking.runs import open_store
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,28 @@ def test_an_experiment_logs_to_the_projects_store_and_moves_no_alias(
         assert UP_TO_DATE in project.dvc("status")
     else:
         assert not project.json("reports/registration.json")["promoted"]
+
+
+@pytest.mark.slow
+def test_an_experiment_that_is_applied_is_registered_by_the_command_that_the_summary_names(
+    project: Project, tmp_path: Path
+) -> None:
+    mine = copy(project, tmp_path / "the project")
+    store = open_store(Paths(mine.root, mine.root), REGISTERED)
+    store.client.delete_registered_model(REGISTERED)
+    mine.dvc("exp", "run", "--temp", "--name", "good", "--set-param", "register.min_shared_photos=5")
+    mine.dvc("exp", "apply", "good")
+    assert UP_TO_DATE in mine.dvc("repro")
+    assert mine.json("reports/registration.json")["registered"] is None
+    [command] = re.findall("`dvc (.+?)`", mine.call("summary").out)
+    assert ran(mine.dvc(*command.split())) == ["register"]
+
+    outcome = mine.json("reports/registration.json")
+    [version] = versions(mine)
+    assert outcome["registered"]["version"] == version.number
+    assert version.model_sha256 == mine.json(f"models/{outcome['better_model']}.json")["model_sha256"]
+    assert "dvc" not in mine.call("summary").out
+    assert UP_TO_DATE in mine.dvc("repro")
 
 
 @pytest.mark.slow

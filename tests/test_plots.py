@@ -55,6 +55,16 @@ def drawn(fill: Callable[[Figure], None], tmp_path: Any) -> Figure:
     return kept[0]
 
 
+def test_a_name_that_no_font_can_show_stands_in_words_beneath_the_figure(tmp_path: Any) -> None:
+    def beneath(classes: list[str]) -> list[str]:
+        figure = drawn(lambda figure: plots._confusion(figure, tables(classes)["predictions"], classes), tmp_path)
+        return figure.get_supxlabel().splitlines()
+
+    assert beneath(["rugby \U00012000", "\U00012000x"]) == ["[cuneiform sign a]", "[cuneiform sign a]x"]
+    assert len(beneath([f"{chr(0x12000 + number)}" for number in range(12)])) == 9
+    assert beneath(["rugby", "b\u00f3ule"]) == []
+
+
 @pytest.mark.parametrize("classes", [ODD, [f"class {number}" for number in range(100)]], ids=["odd names", "100"])
 def test_figures_keep_their_size_and_have_no_more_entries_than_can_be_read(classes: list[str], tmp_path: Any) -> None:
     given = tables(classes)

@@ -6,8 +6,11 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ from filelock import FileLock
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.models import inference
-from touchline.tracking import client, registry, runs, sync
+from touchline.tracking import client, registered, registry, runs, sync
 from touchline.tracking.client import Store, StoreError
 
 EXPERIMENT = "rugby-soccer"
@@ -444,15 +447,19 @@ def pulled(tmp_path_factory, run_id, keras_file) -> SimpleNamespace:
     (paths.reports / "metrics.json").write_text(json.dumps({"models": {"cnn": {"accuracy": 0.875}}}))
     judged = {"cnn": {"model_sha256": record["model_sha256"], "milliseconds_a_photo": 9.5}}
     (paths.reports / "evaluation.json").write_text(json.dumps(judged))
-    registered = {
+    outcome = {
         "model": "cnn",
         "model_sha256": record["model_sha256"],
         "version": 7,
         "aliases": ["challenger", "champion"],
-        "tags": {"why": "better", "touchline.replaced": "1"},
+        "tags": {
+            "why": "better",
+            "touchline.replaced": "1",
+            "touchline.reason": "cnn already is the champion, version 6",
+        },
         "description": "The seventh.",
     }
-    (paths.reports / "registration.json").write_text(json.dumps({"registered": registered}))
+    (paths.reports / "registration.json").write_text(json.dumps({"registered": outcome}))
     lines = sync.sync(paths, EXPERIMENT)
     return SimpleNamespace(paths=paths, record=record, lines=lines)
 
@@ -476,7 +483,10 @@ def test_sync_puts_back_run_metrics_and_version(pulled):
     assert run.info.end_time - run.info.start_time == 600_000
     assert run.data.metrics["test/accuracy"] == 0.875
     assert run.data.metrics["validation/accuracy"] == 0.75
-    assert version.description == "The seventh."
+    assert version.description.endswith("\n\nThe seventh.")
+    assert "version 7" in version.description.partition("\n")[0]
+    assert "version 7" in version.tags["touchline.reason"]
+    assert "cnn already is the champion, version 6" in version.tags["touchline.reason"]
     assert version.aliases == ("challenger", "champion")
     assert version.tags["why"] == "better"
     # Version 1 of the old registry is not version 1 of this one.
@@ -619,9 +629,80 @@ def test_mlflows_server_answers_to_the_hosts_that_are_given_unless_the_user_says
     assert name not in client.server_settings(paths, ["127.0.0.1:5000"])
 
 
-def test_a_store_that_was_moved_with_its_project_is_refused(paths, store, run_id, tmp_path):
+def _places(paths: Paths) -> set[str]:
+    """Every place that the store names."""
+    with closing(sqlite3.connect(client.database(paths))) as database:
+        texts = "\n".join(database.iterdump())
+    return set(re.findall(r"file://[^']*?(?=/mlflow/artifacts)", texts))
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["moved", "copied"])
+def test_a_project_that_was_moved_or_copied_goes_on(keras_file, tmp_path, capsys, gone):
+    before = _project(tmp_path / "before")
+    store = runs.open_store(before, EXPERIMENT)
+    run_id = _start(store)
+    _finish(store, run_id, keras_file)
+    figure = tmp_path / "figure.png"
+    figure.write_bytes(b"a figure")
+    runs.log_evaluation(store, run_id, {"accuracy": 0.5}, {"roc": figure})
+    registry.promote(store, EXPERIMENT, registry.register(store, EXPERIMENT, run_id, {}, ""))
+    _client(before).create_experiment("of another program", (tmp_path / "theirs").as_uri())
+    after = Paths(tmp_path / "it's 100 % ours", tmp_path / "it's 100 % ours")
+    shutil.copytree(before.project, after.project)
+    if gone:
+        shutil.rmtree(before.project)
+    capsys.readouterr()
+
+    [version] = registered.versions(after, EXPERIMENT)
+    said = capsys.readouterr()
+    assert str(before.project) in said.err and said.out == ""
+    store = runs.open_store(after, EXPERIMENT)
+    assert capsys.readouterr().err == ""
+    assert version == registry.alias(store, EXPERIMENT, "champion")
+    for model in (runs.model(store, run_id), registry.model(store, version), registered.model(after, version)):
+        assert model.folder.is_relative_to(after.mlflow)
+        assert model.file.read_bytes() == keras_file.read_bytes()
+    assert Path(_client(after).download_artifacts(run_id, "roc.png")).read_bytes() == b"a figure"
+    assert _places(after) == {after.project.as_uri()}
+    assert _client(after).get_experiment_by_name("of another program").artifact_location.endswith("/theirs")
+    _finish(store, _start(store), keras_file)
+    if not gone:
+        assert _places(before) == {before.project.as_uri()}
+        [original] = registry.versions(runs.open_store(before, EXPERIMENT), EXPERIMENT)
+        assert registry.model(runs.open_store(before, EXPERIMENT), original).folder.is_relative_to(before.mlflow)
+
+
+def test_two_processes_may_find_a_moved_project_at_once(paths, store, run_id, tmp_path):
     moved = _project(tmp_path)
     shutil.copytree(paths.mlflow, moved.mlflow)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: runs.open_store(moved, EXPERIMENT).experiment_id, range(2)))
 
-    with pytest.raises(TouchlineError, match=re.escape(paths.mlflow.as_uri())):
-        runs.open_store(moved, EXPERIMENT)
+    assert found == [store.experiment_id] * 2
+    assert _places(moved) == {moved.project.as_uri()}
+
+
+def test_the_files_of_another_project_in_this_store_stay_its_own(paths, store, run_id, tmp_path, monkeypatch):
+    guest = _project(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.own_uri(paths))
+    runs.open_store(guest, "the guest's")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    runs.open_store(paths, EXPERIMENT)
+
+    assert guest.project.as_uri() in _client(paths).get_experiment_by_name("the guest's").artifact_location
+    with pytest.raises(TouchlineError, match=re.escape(guest.project.as_uri())):
+        runs.open_store(paths, "the guest's")
+
+
+def test_a_deleted_experiment_names_the_command_that_restores_it(tmp_path):
+    paths = _project(tmp_path)
+    store = runs.open_store(paths, EXPERIMENT)
+    _client(paths).delete_experiment(store.experiment_id)
+    with pytest.raises(TouchlineError, match=EXPERIMENT) as caught:
+        runs.open_store(paths, EXPERIMENT)
+    [command] = re.findall("`(.*mlflow experiments .*)`", str(caught.value))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(command, shell=True, cwd=paths.project, env={**os.environ, "PATH": path}, check=True)
+
+    assert runs.open_store(paths, EXPERIMENT).experiment_id == store.experiment_id
+    assert [file for file in paths.project.rglob("*.db") if file != client.database(paths)] == []

@@ -87,13 +87,26 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK and not str(error.strerror).startswith("No usable temporary directory"):
             raise
         name = error.filename2 or error.filename  # with two, the second is written to
+        # An error in the midst of writing names nothing.
+        if not name and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            name = _least_room()
         where = f" ({name})" if name else ""
         remedy = "make room or allow writing there, then run again; finished work is kept"
         print(f"touchline: {error.strerror}{where}: {remedy}", file=sys.stderr)
         sys.exit(1)
+
+
+def _least_room() -> str:
+    """Of the folders that commands write to the one whose disk has the least room, in words."""
+    import shutil
+    import tempfile
+
+    free = {folder: shutil.disk_usage(folder).free for folder in (str(Path.cwd()), tempfile.gettempdir())}
+    folder = min(free, key=lambda folder: free[folder])
+    return f"{free[folder] / 1e6:,.0f} MB are free in {folder}"
 
 
 def _run(name: str, entry: str = "", section: str = "") -> None:
@@ -287,6 +300,7 @@ def list_versions() -> None:
     from rich.table import Table
 
     from touchline.tracking import registry
+    from touchline.tracking.runs import REASON
 
     store, name = _store()
     table = Table("version", "model", "validation", "test", "aliases", "why", title=name, title_justify="left")
@@ -295,7 +309,7 @@ def list_versions() -> None:
         accuracies = (
             f"{float(tags[key]):.3f}" if key in tags else "" for key in ("validation/accuracy", "test/accuracy")
         )
-        why = tags.get("touchline.reason", "")
+        why = tags.get(REASON, "")
         if found.rolled_back:
             why = f"rolled back on {found.rolled_back[:10]}; before: {why}"
         table.add_row(str(found.number), tags.get("touchline.model", ""), *accuracies, ", ".join(found.aliases), why)

@@ -5,6 +5,7 @@ from touchline.core.files import read_json
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.models import scores
+from touchline.stages import register
 
 
 def show(paths: Paths, params: Params) -> None:
@@ -43,6 +44,10 @@ def show(paths: Paths, params: Params) -> None:
         aliases = " and ".join(registered["aliases"])
         console.print(
             f"registered  version {registered['version']} of {params.register_.name} ({aliases}): {registered['model']}"
+        )
+    elif outcome["experiment"]:
+        console.print(
+            f"registered  no, these are the results of an experiment: {register.ONCE_MORE} registers its model"
         )
     console.print(f"why         {outcome['why_better']}; {outcome['reason']}")
     if "sample" in params.ingest.sources:

@@ -4,7 +4,8 @@ Some files are cheap to send and expensive to decode: scans that repeat, parts b
 same bytes. A thread that decodes cannot be stopped, so the cost is worked out from the file's structure first, and a
 file that costs too much is refused. The limits are about twice the worst that ordinary programs write.
 
-Formats: JPEG, ITU-T T.81; PNG, W3C; GIF89a; TIFF 6.0; WebP, RFC 9649; BMP as Windows and OS/2 have it.
+Formats: JPEG, ITU-T T.81; PNG, W3C; GIF89a; TIFF 6.0; WebP, RFC 9649; BMP as Windows and OS/2 have it; AVIF, the boxes
+of ISO 14496-12 and 23008-12 with images of AV1 (its bitstream specification, 5.3 to 5.5).
 """
 
 import re
@@ -32,6 +33,10 @@ _DEFLATE_RATIO, _UNSEEN = 1032, 128_000_000
 
 # Bytes for each pixel that Pillow holds at most while it lays a transparent photo on white.
 _BLENDED, _BLENDED_WEBP = 14, 20
+# The same of an AVIF, with samples of 8 bits and of more.
+_AVIF, _AVIF_DEEP = 20, 30
+# A still picture is one frame, or one a layer. Hidden frames cost as much as shown ones.
+_AV1_FRAMES = 4
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -42,6 +47,8 @@ _SIZE_OF = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 
 _BYTE_TYPES = {1, 2, 6, 7}
 # Of TIFF 6.0: sizes, depth, compression, strips, tiles; each is a SHORT or a LONG.
 _LAYOUT_TAGS = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}
+# The EXIF orientation for an AVIF's quarter turns (counter-clockwise), then no mirror, top and bottom, left and right.
+_AVIF_ORIENTATIONS = ((1, 4, 2), (8, 5, 7), (3, 2, 4), (6, 7, 5))
 _ODD_ORDERS = {b"II\0*", b"MM*\0", b"II+\0", b"MM\0+"}
 # None, LZW, JPEG, deflate, PackBits, deflate by its old number.
 _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946}
@@ -56,13 +63,13 @@ class Layout:
     """What a file says of its image.
 
     Attributes:
-        format: JPEG, PNG, WEBP, GIF, BMP or TIFF.
+        format: JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF.
         width, height: pixels as stored.
-        orientation: of EXIF, 1 to 8.
+        orientation: as in EXIF, 1 to 8.
         samples: bytes of all samples uncompressed, where their depth and number vary: PNG and TIFF.
         per_pixel: bytes that OpenCV holds for each pixel at most while it decodes the file, as measured.
         held: bytes that decoding holds besides: coefficients of several scans, a strip, texts.
-        transparent: its pixels may be transparent, wholly or in part.
+        transparent: its pixels may be transparent, wholly or in part; of any AVIF, as Pillow reads them all.
         deep: its samples have 16 bits.
     """
 
@@ -85,10 +92,10 @@ def read(content: bytes) -> Layout:
     """
     found = format_of(content)
     if not found:
-        raise Refused(other(content) or "not a JPEG, PNG, WebP, GIF, BMP or TIFF file")
+        raise Refused(other(content) or "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file")
     try:
         return _READERS[found](content)
-    except (struct.error, IndexError, ZeroDivisionError):
+    except (struct.error, IndexError, KeyError, ZeroDivisionError):
         raise Refused("its header is damaged") from None
 
 
@@ -340,6 +347,178 @@ def _webp(content: bytes) -> Layout:
     return Layout("WEBP", width, height, orientation, per_pixel=per_pixel, transparent=transparent)
 
 
+def _avif(content: bytes) -> Layout:
+    parts = _Parts(content)
+    if content[8:12] == b"avis":
+        raise Refused("an animated AVIF, which is not supported: save it as JPEG or PNG")
+    top = dict(_boxes(content, 0, len(content), parts))
+    start, end = top[b"meta"]
+    meta = dict(_boxes(content, start + 4, end, parts))
+    kinds = _avif_kinds(content, *meta[b"iinf"], parts)
+    if b"grid" in kinds.values():
+        raise Refused("an AVIF made of tiles, which is not supported: save it as JPEG or PNG")
+    start, _ = meta[b"pitm"]
+    primary = int.from_bytes(content[start + 4 : start + (8 if content[start] else 6)], "big")
+    places = _avif_places(content, meta, parts)
+    properties = _avif_properties(content, *meta[b"iprp"], parts)
+    if kinds.get(primary) != b"av01":
+        raise Refused("its header is damaged")
+    width, height = struct.unpack_from(">4xII", content, properties[primary][b"ispe"])
+    deep = False
+    for item in (item for item, kind in kinds.items() if kind == b"av01"):
+        # The picture itself, its opacity, a thumbnail. What each says of its size has to be what a decoder finds.
+        sizes = [struct.unpack_from(">4xII", content, properties[item][b"ispe"])]
+        sizes += _av1_sizes(b"".join(content[start:end] for start, end in places[item]), parts)
+        if any(across > width or down > height for across, down in sizes):
+            raise Refused("its header is damaged")
+        deep |= bool(content[properties[item][b"av1C"] + 2] & 0x40)
+    known = properties[primary]
+    turn = content[known[b"irot"]] & 3 if b"irot" in known else 0
+    mirror = 1 + (content[known[b"imir"]] & 1) if b"imir" in known else 0
+    return Layout(
+        "AVIF", width, height, _AVIF_ORIENTATIONS[turn][mirror], per_pixel=_AVIF_DEEP if deep else _AVIF,
+        transparent=True, deep=deep,
+    )  # fmt: skip
+
+
+def _boxes(content: bytes, place: int, end: int, parts: _Parts) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """The kind of each box between two bytes of a file, and between which bytes its body is (ISO 14496-12, 4.2)."""
+    while place < end:
+        parts.add()
+        length, kind = struct.unpack_from(">I4s", content, place)
+        head = 8
+        if length == 1:
+            (length,), head = struct.unpack_from(">Q", content, place + 8), 16
+        elif length == 0:
+            length = end - place
+        if length < head or place + length > end:
+            raise Refused("it is cut off or damaged")
+        yield kind, (place + head, place + length)
+        place += length
+
+
+def _avif_kinds(content: bytes, start: int, end: int, parts: _Parts) -> dict[int, bytes]:
+    """The kind of each item (ISO 14496-12, 8.11.6)."""
+    kinds = {}
+    for _, (at, _) in _boxes(content, start + (8 if content[start] else 6), end, parts):
+        item, _, kind = struct.unpack_from(">IH4s" if content[at] > 2 else ">HH4s", content, at + 4)
+        if item in kinds:
+            raise Refused("its header is damaged")
+        kinds[item] = kind
+    return kinds
+
+
+def _avif_places(content: bytes, meta: dict[bytes, tuple[int, int]], parts: _Parts) -> dict[int, list[tuple[int, int]]]:
+    """Between which bytes the parts of each item are (ISO 14496-12, 8.11.3)."""
+    at, end = meta[b"iloc"]
+    version, sizes = content[at], int.from_bytes(content[at + 4 : at + 6], "big")
+    of_offset, of_length, of_base, of_index = (sizes >> shift & 15 for shift in (12, 8, 4, 0))
+    at += 6
+
+    def number(size: int) -> int:
+        nonlocal at
+        parts.add()
+        if at + size > end:
+            raise Refused("its header is damaged")
+        at += size
+        return int.from_bytes(content[at - size : at], "big")
+
+    places: dict[int, list[tuple[int, int]]] = {}
+    claimed = 0
+    for _ in range(number(4 if version > 1 else 2)):
+        item = number(4 if version > 1 else 2)
+        inside = number(2) & 15 if version else 0
+        number(2)
+        base = number(of_base) + (meta[b"idat"][0] if inside == 1 else 0)
+        places[item] = []
+        for _ in range(number(2)):
+            number(of_index if version else 0)
+            start = base + number(of_offset)
+            length = number(of_length)
+            claimed += length
+            if inside > 1 or start + length > len(content) or claimed > len(content):
+                raise Refused("it is cut off or damaged")
+            places[item].append((start, start + length))
+    return places
+
+
+def _avif_properties(content: bytes, start: int, end: int, parts: _Parts) -> dict[int, dict[bytes, int]]:
+    """By item, where the body of each of its properties begins (ISO 23008-12, 9.3)."""
+    of_items: dict[int, dict[bytes, int]] = {}
+    known: list[tuple[bytes, int]] = []
+    for kind, (body, stop) in _boxes(content, start, end, parts):
+        if kind == b"ipco":
+            known += [(name, begin) for name, (begin, _) in _boxes(content, body, stop, parts)]
+            continue
+        wide, long = content[body] > 0, content[body + 3] & 1
+        (count,) = struct.unpack_from(">I", content, body + 4)
+        place = body + 8
+        for _ in range(count):
+            parts.add()
+            item, number = struct.unpack_from(">IB" if wide else ">HB", content, place)
+            place += 5 if wide else 3
+            for _ in range(number):
+                parts.add()
+                index = int.from_bytes(content[place : place + 1 + long], "big") & (0x7FFF if long else 0x7F)
+                place += 1 + long
+                if index:
+                    of_items.setdefault(item, {}).setdefault(*known[index - 1])
+    return of_items
+
+
+def _av1_sizes(data: bytes, parts: _Parts) -> list[tuple[int, int]]:
+    """Width and height of each sequence header in an item of AV1 (AV1, 5.3 to 5.5)."""
+    sizes, frames, place = [], 0, 0
+    while place < len(data):
+        parts.add()
+        kind, extended, sized = data[place] >> 3 & 15, data[place] >> 2 & 1, data[place] >> 1 & 1
+        place += 1 + extended
+        length = shift = 0
+        while sized:
+            length |= (data[place] & 127) << shift
+            shift += 7
+            sized = data[place] >> 7 if shift < 56 else 0
+            place += 1
+        if not shift:
+            length = len(data) - place
+        if kind == 1:
+            sizes.append(_av1_size(data[place : place + length]))
+        # A frame, or the header of one.
+        frames += kind in {3, 6}
+        place += length
+    if not sizes or frames > _AV1_FRAMES:
+        raise Refused("an AVIF of a kind that is not supported: save it as JPEG or PNG")
+    return sizes
+
+
+def _av1_size(header: bytes) -> tuple[int, int]:
+    """The most that a frame may have across and down, out of a sequence header (AV1, 5.5.1)."""
+    bits, place = int.from_bytes(header, "big"), 8 * len(header)
+
+    def number(size: int) -> int:
+        nonlocal place
+        place -= size
+        if place < 0:
+            raise Refused("its header is damaged")
+        return bits >> place & (1 << size) - 1
+
+    number(4)
+    if number(1):  # a still picture with the short header
+        number(5)
+    else:
+        if number(1):
+            raise Refused("an AVIF of a kind that is not supported: save it as JPEG or PNG")
+        delays = number(1)
+        for _ in range(number(5) + 1):
+            number(12)
+            if number(5) > 7:
+                number(1)
+            if delays and number(1):
+                number(4)
+    across, down = number(4) + 1, number(4) + 1
+    return number(across) + 1, number(down) + 1
+
+
 def _orientation(exif: bytes) -> int:
     exif = exif.removeprefix(_EXIF).removeprefix(_EXIF)
     # Some programs write the prefix twice. Pillow removes any number of them, copying the rest each time.
@@ -399,14 +578,13 @@ _STARTS = {
         # Many texts begin with these two letters; at byte 14 is the size of a header, of which there are seven.
         "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
         "TIFF": rb"II\*\0|MM\0\*",
+        "AVIF": rb"\0\0\0.ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4}){0,8}avi[fs])",
     }.items()
 }
-# ISO 14496-12 and 23008-12: a box of brands; AVIF shares some of them with HEIC.
+# ISO 14496-12 and 23008-12: a box of brands; HEIC shares some of them with AVIF, which is looked for first.
 _OTHERS = {
     words: re.compile(start, re.DOTALL)
     for words, start in {
-        "an AVIF photo, which is not supported: save it as JPEG or PNG":
-            rb"\0\0\0.ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4}){0,8}avi[fs])",
         "a HEIC photo, which is not supported: save it as JPEG or PNG":
             rb"\0\0\0.ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)",
         "a Git LFS pointer: git lfs pull": rb"version https://git-lfs\.github\.com/spec/",
@@ -414,4 +592,5 @@ _OTHERS = {
 }  # fmt: skip
 _READERS: dict[str, Callable[[bytes], Layout]] = {
     "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif, "BMP": _bmp, "TIFF": _tiff,
+    "AVIF": _avif,
 }  # fmt: skip

@@ -1,9 +1,9 @@
 """Photos as files and as arrays: the only place that opens an image.
 
 Decoding is OpenCV's (fast, scaled decoding for JPEG, EXIF orientation applied), or Pillow's where pixels may be
-transparent: those are laid on white, as viewers show them. Whether a file is whole is Pillow's word, because OpenCV
-fills what is missing with grey and says nothing. Neither sees a file before `layout` has found out what decoding it
-will cost: a thread that decodes cannot be stopped.
+transparent, which are laid on white as viewers show them, and of AVIF, which OpenCV does not turn upright. Whether a
+file is whole is Pillow's word, because OpenCV fills what is missing with grey and says nothing. Neither sees a file
+before `layout` has found out what decoding it will cost: a thread that decodes cannot be stopped.
 """
 
 import io
@@ -22,7 +22,7 @@ from touchline.data import layout
 from touchline.data.layout import Layout, Refused
 
 # The ending that files of each format get.
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif"}
 _HASH_SIDE = 128
 _FIRST_BYTES = 2**16
 # Bytes that one photo may have as a file, and hold while it is decoded; and that all photos decoded at once may hold.
@@ -279,8 +279,9 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _not_whole(content: bytes, found: Layout) -> str:
     """Why Pillow cannot decode it in full; empty where it can."""
-    # A WebP is read whole or not at all by OpenCV too, and Pillow would hold a large one five times over.
-    if found.format == "WEBP":
+    # A WebP is read whole or not at all by OpenCV too, and Pillow would hold a large one five times over; an AVIF is
+    # read by Pillow alone.
+    if found.format in {"WEBP", "AVIF"}:
         return ""
     from PIL import Image
 

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -36,6 +37,7 @@ _MOST_NAMED = 40
 _MOST_CURVES = len(COLOURS)
 _MOST_SHOWN = 48
 _WRAPPED = 16  # characters
+_MOST_SPELT = 8
 # Fonts that have what matplotlib's own lacks, in the order in which they are asked where the machine has them.
 _MORE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC",
@@ -405,15 +407,41 @@ def _save(fill: Callable[["Figure"], None], target: Any, **options: Any) -> None
     from matplotlib.text import Text
 
     with matplotlib.rc_context(_STYLE | {"font.family": _fonts()}), warnings.catch_warnings():
-        # Where no font has a letter, its place stays a box: the page has the name in the reader's own fonts.
+        # Where no font has a letter, its place stays a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure()
         FigureCanvasAgg(figure)
         fill(figure)
+        # An SVG is shown in the reader's own fonts.
+        if options.get("format") != "svg":
+            words = (word.strip(",:()") for text in figure.findobj(Text) for word in text.get_text().split())
+            if spelt := [_in_words(word) for word in dict.fromkeys(words) if _without_glyph(word)]:
+                more = [f"and {len(spelt) - _MOST_SPELT} more"] if len(spelt) > _MOST_SPELT else []
+                figure.supxlabel("\n".join([*spelt[:_MOST_SPELT], *more]), x=0.01, ha="left", fontsize=7)
         # Class names are text, whatever dollar signs they hold.
         for text in figure.findobj(Text):
             text.set_parse_math(False)
         figure.savefig(target, **options)
+
+
+def _without_glyph(text: str) -> set[str]:
+    """The letters of a text that no font here has."""
+    return {letter for letter in text if ord(letter) not in _letters() and unicodedata.category(letter)[0] not in "CZ"}
+
+
+def _in_words(word: str) -> str:
+    """A word with the Unicode name of each letter that no font here has."""
+    missing = _without_glyph(word)
+    names = {letter: f"[{unicodedata.name(letter, f'U+{ord(letter):04X}').lower()}]" for letter in missing}
+    spelt = "".join(names.get(letter, letter) for letter in word)
+    return textwrap.fill(_cut(spelt, 300), 100, subsequent_indent="    ")
+
+
+@cache
+def _letters() -> frozenset[int]:
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset().union(*(get_font(findfont(name)).get_charmap() for name in _fonts()))
 
 
 @cache

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -108,20 +108,20 @@ def head(url: str, settings: DownloadParams) -> int | None:
     Raises:
         HttpError: the file is refused or not there.
     """
-
-    async def ask() -> int | None:
-        with as_broken():
-            async with _shared_session().head(url, timeout=_timeout(settings), allow_redirects=True) as response:
-                # 405: it answers no HEAD, which says nothing of the file.
-                if response.status in {*_TRIED_AGAIN, 405}:
-                    return None
-                if response.status != 200:
-                    raise HttpError(url, response.status)
-                return response.content_length
-
     with suppress(Broken):
-        return network(ask())
+        return network(_size(url, settings))
     return None
+
+
+async def _size(url: str, settings: DownloadParams) -> int | None:
+    with as_broken():
+        async with _shared_session().head(url, timeout=_timeout(settings), allow_redirects=True) as response:
+            # 405: it answers no HEAD, which says nothing of the file.
+            if response.status in {*_TRIED_AGAIN, 405}:
+                return None
+            if response.status != 200:
+                raise HttpError(url, response.status)
+            return response.content_length
 
 
 def read_range(url: str, offset: int, size: int, settings: DownloadParams) -> tuple[bytes, int]:
@@ -153,6 +153,7 @@ def to_file(
     size: int | None = None,
     is_right: Callable[[bytes], bool] = lambda _: True,
     what: str = "",
+    then: Sequence[str] = (),
 ) -> None:
     """Download a file, or `size` bytes of it from `offset`, to `path`.
 
@@ -162,6 +163,7 @@ def to_file(
         is_right: is given the first bytes (512 or more where there are so many) and says whether this is the kind of
             file asked for. A web page never is.
         what: names the file in lines of progress; empty for none.
+        then: URLs of the files that are downloaded after it, for the time that all of them take.
 
     Raises:
         HttpError: a final answer that is no success.
@@ -170,7 +172,7 @@ def to_file(
     """
     part, facts = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remote = _Remote(url, settings, is_right, offset=offset, size=size, what=what)
+    remote = _Remote(url, settings, is_right, offset=offset, size=size, what=what, then=then)
     place = {"url": url, "offset": offset, "size": size}
     if part.exists() and facts.exists():
         with suppress(TouchlineError, KeyError, TypeError):
@@ -212,7 +214,7 @@ class _Remote:
     """A remote file, or `size` bytes of it from `offset`, read once from front to back.
 
     Attributes:
-        is_right: as in `to_file`.
+        is_right, what, then: as in `to_file`.
         position: bytes read so far.
         total: bytes there are to read; known once the server has answered.
         etag: of the answer; empty where the server gives none.
@@ -225,6 +227,7 @@ class _Remote:
     offset: int = 0
     size: int | None = None
     what: str = ""
+    then: Sequence[str] = ()
     position: int = 0
     total: int | None = None
     etag: str = ""
@@ -250,6 +253,7 @@ class _Remote:
         """
         began, said, first, furthest = time.monotonic(), time.monotonic(), self.position, self.position
         tries = wrong = 0
+        following: list[int | None] | None = None
         while True:
             try:
                 if self.total is None or self.position < self.total:
@@ -262,7 +266,10 @@ class _Remote:
                         now = time.monotonic()
                         if self.what and now - said >= _SECONDS_BETWEEN_LINES:
                             said = now
-                            say(self._line((self.position - first) / (now - began)))
+                            rate = (self.position - first) / (now - began)
+                            # Asked late: most files are here before anyone wants to know.
+                            following = await self._following() if following is None else following
+                            say(self._line(rate, following))
                 if self.md5 and self.md5 != base64.b64encode(self._digest.digest()).decode():
                     self._forget()
                     raise _Wrong("what came does not have the MD5 its server promised")
@@ -341,11 +348,24 @@ class _Remote:
         self.position, self.total, self.etag, self.md5 = 0, None, "", ""
         self._digest = hashlib.md5(usedforsecurity=False)
 
-    def _line(self, rate: float) -> str:
+    async def _following(self) -> list[int | None]:
+        """Bytes of each file that is downloaded after this one; None where its server does not tell."""
+        sizes: list[int | None] = []
+        for url in self.then:
+            try:
+                sizes.append(await _size(url, self.settings))
+            except (Broken, HttpError):  # said when it is that file's turn
+                sizes.append(None)
+        return sizes
+
+    def _line(self, rate: float, following: Sequence[int | None]) -> str:
         done = f"{self.what}: {self.position / 1e6:,.0f} MB"
         if self.total is None:
             return f"{done}, {rate / 1e6:.1f} MB/s"
         left = f"{(self.total - self.position) / rate:.0f} s left"
+        known = [size for size in following if size is not None]
+        if known and len(known) == len(following):
+            left += f", {(self.total - self.position + sum(known)) / rate:.0f} s with the files after it"
         return f"{done} of {self.total / 1e6:,.0f}, {rate / 1e6:.1f} MB/s, {left}"
 
 

@@ -253,11 +253,13 @@ def _explained(url: str, remedy: str, param: str) -> Iterator[None]:
         raise
 
 
-def _fetch_tar(url: str, path: Path, download: DownloadParams, remedy: str, param: str, **part: int) -> None:
+def _fetch_tar(
+    url: str, path: Path, download: DownloadParams, remedy: str, param: str, offset: int = 0, size: int | None = None
+) -> None:
     """Download a tar, or the part of an archive that is one."""
     try:
         with _explained(url, remedy, param):
-            to_file(url, path, download, **part, is_right=_is_tar, what=path.name)
+            to_file(url, path, download, offset=offset, size=size, is_right=_is_tar, what=path.name)
     except WrongContent as error:
         if "in its place" not in error.why:
             raise

@@ -193,7 +193,8 @@ def plan(params: OpenImagesParams, settings: DownloadParams, classes: Sequence[s
             if kind == "boxes" and subset not in params.leave_out_drawings:
                 continue
             url, local = _url(params, names[subset]), _local(params, names[subset], cache)
-            what = f"Open Images {subset}: {kind}"
+            why = ", read only to find drawings (leave_out_drawings)" if kind == "boxes" else ""
+            what = f"Open Images {subset}: {kind}{why}"
             if local.exists():
                 files.append(Planned(what, str(local), local.stat().st_size / 1e6, "there already", LICENCE))
             else:
@@ -253,9 +254,11 @@ def _fetched(params: OpenImagesParams, settings: DownloadParams, wanted: _Wanted
     files = {kind: _local(params, name, cache) for kind, name in kinds.items()}
 
     def rows(kind: str, column: str, values: Collection[str], columns: Sequence[str]) -> Iterator[_Row]:
-        what = f"Open Images {subset}, file {[*kinds].index(kind) + 1} of {len(kinds)} ({kind})"
+        number = [*kinds].index(kind) + 1
+        what = f"Open Images {subset}, file {number} of {len(kinds)} ({kind})"
         url, local = _url(params, kinds[kind]), files[kind]
-        _download(url, local, settings, _has_header, what)
+        then = [_url(params, kinds[later]) for later in [*kinds][number:] if not files[later].exists()]
+        _download(url, local, settings, _has_header, what, then)
         with local.open("rb") as file:
             yield from rows_where(file, column, values, columns, str(local) if params.keep_label_files else url)
 
@@ -489,12 +492,17 @@ def _class_names(params: OpenImagesParams, settings: DownloadParams, cache: Path
 
 
 def _download(
-    url: str, local: Path, settings: DownloadParams, is_right: Callable[[bytes], bool], what: str = ""
+    url: str,
+    local: Path,
+    settings: DownloadParams,
+    is_right: Callable[[bytes], bool],
+    what: str = "",
+    then: Sequence[str] = (),
 ) -> None:
     """Download a file unless it is there; a refusal names the key to look at."""
     if not local.exists():
         with _explained():
-            http.to_file(url, local, settings, is_right=is_right, what=what)
+            http.to_file(url, local, settings, is_right=is_right, what=what, then=then)
 
 
 @contextmanager

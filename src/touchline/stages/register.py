@@ -20,6 +20,9 @@ from touchline.tracking import registry, runs
 from touchline.tracking.client import Store
 from touchline.tracking.registry import CHALLENGER, CHAMPION, Version
 
+# DVC takes what an experiment's `register` wrote for up to date.
+ONCE_MORE = "`dvc repro --force --single-item register`"
+
 
 @dataclass(frozen=True)
 class Duel:
@@ -88,6 +91,8 @@ def run(paths: Paths, params: Params) -> None:
     write_json(paths.reports / "registration.json", outcome)
     say(f"better model: {better} ({why_better})")
     say(f"champion: {outcome['reason']}")
+    if outcome["experiment"]:
+        say(f"to register its model: `dvc exp apply {outcome['experiment']}`, then {ONCE_MORE}")
 
 
 def choose(validation: Mapping[str, Mapping[str, float]], speeds: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
@@ -224,7 +229,7 @@ def _register(
         "touchline.model": record["model"],
         "test/accuracy": found["accuracy"],
         "validation/accuracy": record["metrics"]["validation/accuracy"],
-        "touchline.reason": decision.reason,
+        runs.REASON: decision.reason,
         "touchline.classes": json.dumps(record["classes"]),
     }
     # MLflow's list of versions shows the beginning, as plain text.
@@ -236,8 +241,11 @@ def _register(
     )
     same = [known for known in registry.versions(store, name) if known.model_sha256 == record["model_sha256"]]
     version = same[-1].number if same else registry.register(store, name, run_id, tags, description)
-    # A champion keeps the reason why it became one.
-    if same and CHAMPION not in same[-1].aliases:
+    if same and CHAMPION in same[-1].aliases:
+        # A champion keeps the reason why it became one, also where `registry sync` restores it from this outcome.
+        tags |= {key: same[-1].tags[key] for key in tags if key in same[-1].tags}
+        description = same[-1].description
+    elif same:
         registry.describe_version(store, name, version, tags, description)
     registry.set_alias(store, name, CHALLENGER, version)
     return {

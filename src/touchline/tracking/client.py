@@ -7,12 +7,16 @@ deleted, or not know the models that DVC brought: `sync` puts back what is missi
 import json
 import os
 import re
+import shlex
 import sqlite3
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
@@ -36,6 +40,15 @@ CONCLUDED = ("test/accuracy", "test/log_loss", "validation/accuracy")
 _VIEW = "touchline"
 _COLUMNS = ["attributes.`Description`", *(f"metrics.`{key}`" for key in CONCLUDED)]
 _VIEW_TAG, _VIEW_STATE = f"mlflow.sharedViewState.{_VIEW}", json.dumps({"selectedColumns": _COLUMNS})
+
+# Columns of MLflow's tables (`mlflow/store/{tracking,model_registry}/dbmodels/models.py`) that name a place for files.
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 # What to do where the store fails, by SQLite's and the system's own words.
 _REMEDY = "check that MLFLOW_TRACKING_URI names a store that works"
@@ -129,15 +142,20 @@ def connect(paths: Paths, experiment: str) -> Store:
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
-    lock = FileLock(paths.project / ".dvc/tmp/touchline/store.lock", timeout=120)
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(paths)
     # Two trainings that start on a fresh machine would both create the tables and the experiment.
     with held(lock):
-        _check_database(paths, uri)
+        _prepare_database(paths, uri)
         with one_line_errors(place):
             client = Client(MlflowClient(uri, registry_uri(paths)), place)
-        experiment_id = _experiment(client, experiment, artifacts_uri(paths, uri), place)
+        experiment_id = _experiment(client, experiment, uri, artifacts_uri(paths, uri))
     return Store(client, experiment_id, place, lock)
+
+
+def _lock(paths: Paths) -> FileLock:
+    lock = FileLock(paths.project / ".dvc/tmp/touchline/store.lock", timeout=120)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    return lock
 
 
 @contextmanager
@@ -226,7 +244,8 @@ def server_settings(paths: Paths, hosts: Collection[str]) -> dict[str, str]:
     uri = tracking_uri(paths)
     if uri.startswith("http"):
         raise TouchlineError(f"the store is a server, {place_of(uri)}: open that address, or unset MLFLOW_TRACKING_URI")
-    _check_database(paths, uri)
+    with held(_lock(paths)):
+        _prepare_database(paths, uri)
     settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_REGISTRY_STORE_URI": registry_uri(paths)}
     # MLflow's own list takes 10.evil.example for a private address.
     if hosts and "MLFLOW_SERVER_ALLOWED_HOSTS" not in os.environ:
@@ -262,6 +281,13 @@ def place_of(uri: str) -> str:
     return f"the MLflow store {without_password(uri)}"
 
 
+def mlflow_command(uri: str, arguments: str) -> str:
+    """What to type for MLflow's own command on the store at `uri`."""
+    # Without the variable MLflow makes a store of its own in the current folder. A user's own may hold a password.
+    named = "" if os.environ.get("MLFLOW_TRACKING_URI") else f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
+    return f"{named}mlflow {arguments}"
+
+
 def _remedy(message: str, otherwise: str) -> str:
     return next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, message)), otherwise)
 
@@ -277,8 +303,9 @@ def _asked_once() -> Iterator[None]:
         os.environ[_TRIES] = before
 
 
-def _experiment(client: Client, name: str, artifacts: str | None, place: str) -> str:
+def _experiment(client: Client, name: str, uri: str, artifacts: str | None) -> str:
     """Id of the experiment, made when missing."""
+    place = place_of(uri)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
@@ -288,22 +315,25 @@ def _experiment(client: Client, name: str, artifacts: str | None, place: str) ->
         except ExistsError:  # another machine made it meanwhile
             experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage != "active":
+        command = mlflow_command(uri, f"experiments restore --experiment-id {experiment.experiment_id}")
         raise TouchlineError(
-            f"experiment {name} in {place} was deleted: restore it with "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or change register.name"
+            f"experiment {name} in {place} was deleted: restore it with `{command}`, or change register.name"
         )
     if artifacts and experiment.artifact_location != artifacts:
         raise TouchlineError(
             f"{place} keeps the artifacts of {name} in {experiment.artifact_location}, not in {artifacts}: "
-            "move the project back, or move the store away and run `make run` to log everything again"
+            "move the project back, name another store in MLFLOW_TRACKING_URI, or change register.name"
         )
     if experiment.tags.get(_VIEW_TAG) != _VIEW_STATE:
         client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, _VIEW_STATE)
     return experiment.experiment_id
 
 
-def _check_database(paths: Paths, uri: str) -> None:
-    """Refuse a damaged file, which MLflow would try for minutes; keep a good one from other users of this machine."""
+def _prepare_database(paths: Paths, uri: str) -> None:
+    """Refuse a damaged file, which MLflow would try for minutes; keep a good one from other users of this machine.
+
+    The store of a project that was moved, renamed or copied gets the new places of its files.
+    """
     if uri != own_uri(paths):
         return
     file = database(paths)
@@ -316,7 +346,43 @@ def _check_database(paths: Paths, uri: str) -> None:
             file.chmod(0o600)
         # Not read-only: what a killed writer left in the journal has to be undone first.
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            _follow_the_project(connection, (paths.mlflow / "artifacts").as_uri())
     except (OSError, sqlite3.Error) as error:
         otherwise = "close what uses it, or move it away and run `make run` to log everything again"
         raise TouchlineError(f"{file} is not usable ({error}): {_remedy(str(error), otherwise)}") from None
+
+
+def _follow_the_project(connection: sqlite3.Connection, artifacts: str) -> None:
+    """Write the project's folder into the store where another one is named, as MLflow keeps absolute places alone."""
+    columns = [
+        (table, column)
+        for table, column in _PLACES
+        if any(row[1] == column for row in connection.execute(f"PRAGMA table_info({table})"))
+    ]
+    named: dict[str, set[str]] = {}
+    for table, column in columns:
+        query = f"SELECT DISTINCT {column} FROM {table}"  # noqa: S608 - our own names  # nosec B608
+        for (place,) in connection.execute(query):
+            if found := re.match(r"(file://.*/mlflow/artifacts)(/|$)", place or ""):
+                named.setdefault(found[1], set()).add(place[len(found[1]) :].lstrip("/"))
+    for before, places in named.items():
+        # Another project may keep its experiments in this store, and its files with itself.
+        brought = any(place and _folder(f"{artifacts}/{place}").exists() for place in places)
+        left = not _folder(before).exists() and artifacts not in named
+        if before == artifacts or not (brought or left):
+            continue
+
+        def here(place: str | None, before: str = before) -> str | None:
+            return artifacts + place[len(before) :] if place and f"{place}/".startswith(f"{before}/") else place
+
+        connection.create_function("here", 1, here)
+        with connection:
+            for table, column in columns:
+                update = f"UPDATE {table} SET {column} = here({column})"  # noqa: S608 - our own names  # nosec B608
+                connection.execute(update)
+        line = f"the project was at {_folder(before).parents[1]}: its MLflow store now names the files here"
+        print(line, file=sys.stderr)  # what a command writes to stdout may be JSON or CSV
+
+
+def _folder(uri: str) -> Path:
+    return Path(url2pathname(urlsplit(uri).path))

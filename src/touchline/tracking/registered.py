@@ -73,7 +73,7 @@ def _from_tables(paths: Paths, name: str) -> list[Version]:
                 "SELECT artifact_location FROM experiments WHERE name = ? AND lifecycle_stage = 'active'", (name,)
             ).fetchone()
             if place != (artifacts_uri(paths, own_uri(paths)),):
-                raise _AskMlflow  # the project was moved, or its experiment deleted: MLflow explains
+                raise _AskMlflow  # the project was moved, or its experiment deleted: `open_store` sees to it
             rows = store.execute(
                 "SELECT version, COALESCE(run_id, ''), COALESCE(storage_location, source), COALESCE(description, '') "
                 "FROM model_versions WHERE name = ? AND current_stage IS NOT 'Deleted_Internal' ORDER BY version",

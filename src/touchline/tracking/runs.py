@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MODEL_SHA256, _OPENVINO_SHA256, _REFERENCE_SHA256 = DIGESTS = (
     "touchline.model_sha256", "touchline.openvino_sha256", "touchline.reference_sha256"
 )  # fmt: skip
-PARENT = "mlflow.parentRunId"
+PARENT, REASON = "mlflow.parentRunId", "touchline.reason"
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
 _EXECUTION = "touchline.execution"
 _NOTE = "mlflow.note.content"
@@ -285,7 +285,7 @@ def resume(store: Store, run_id: str) -> bool:
 
 def fail(store: Store, run_id: str, reason: str) -> None:
     """End a run as FAILED; the tag `touchline.reason` says why."""
-    set_tags(store, run_id, {"touchline.reason": reason})
+    set_tags(store, run_id, {REASON: reason})
     _terminate(store, run_id, "FAILED")
 
 
@@ -298,7 +298,7 @@ def close_killed(store: Store) -> list[str]:
     running = search(store, f"attributes.status = 'RUNNING' AND tags.`{_HOST}` = '{platform.node()}'")
     killed = [run.info.run_id for run in running if not is_alive(run.data.tags)]
     for run_id in killed:
-        set_tags(store, run_id, {"touchline.reason": "the process of this run is gone"})
+        set_tags(store, run_id, {REASON: "the process of this run is gone"})
         _terminate(store, run_id, "KILLED")
     # A process may have ended between its run's end and that of the parent.
     for run in search(store, f"attributes.status = 'RUNNING' AND tags.`{_EXECUTION}` LIKE '%'"):

@@ -17,6 +17,7 @@ from touchline.core.paths import Paths
 from touchline.tracking import client, registry, runs
 from touchline.tracking.client import Store, StoreError, is_own, one_line_errors, own_uri, pages, place_of
 from touchline.tracking.registry import CHAMPION, PROMOTED_AT, REPLACED
+from touchline.tracking.runs import REASON
 
 
 def sync(paths: Paths, registered_name: str) -> list[str]:
@@ -56,7 +57,11 @@ def sync(paths: Paths, registered_name: str) -> list[str]:
 def _register_again(store: Store, name: str, registered: Mapping[str, Any], run_id: str) -> list[str]:
     # A fresh registry counts from 1 again: a version number in an old tag would mean another version.
     tags = {key: value for key, value in registered["tags"].items() if key not in {REPLACED, PROMOTED_AT}}
-    version = registry.register(store, name, run_id, tags, registered["description"])
+    # Its reason and description may name versions of the old registry.
+    restored = f"restored; originally version {registered['version']}"
+    tags[REASON] = f"{restored}: {registered['tags'].get(REASON, 'reason unknown')}"
+    description = f"R{restored[1:]}.\n\n{registered['description']}"
+    version = registry.register(store, name, run_id, tags, description)
     lines = [f"{registered['model']}: registered again as version {version} of {name}"]
     for alias in registered["aliases"]:
         holder = registry.alias(store, name, alias)
@@ -135,9 +140,11 @@ def garbage(paths: Paths, experiment: str, before: datetime, dvc_experiments: Co
         for model_id in re.findall(r"(?<!\w)m-[0-9a-f]{32}(?!\w)", version.source or ""):
             of_version.add(run_of.get(model_id) or mlflow.get_logged_model(model_id).source_run_id)
         if gone := of_version & deleted.keys():
+            run_id = gone.pop()
+            command = client.mlflow_command(own_uri(paths), f"runs restore --run-id {run_id}")
             raise StoreError(
-                f"version {version.version} of {version.name} needs the run {gone.pop()}, which was deleted: restore "
-                "it with `mlflow runs restore`, or delete the version too"
+                f"version {version.version} of {version.name} needs the run {run_id}, which was deleted: restore it "
+                f"with `{command}`, or delete the version too"
             )
         ids |= of_version
     stays = {
