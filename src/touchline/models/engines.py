@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -144,15 +145,9 @@ def _compiled(xml: bytes, weights: bytes) -> Network:
 
     core = openvino.Core()
     network = core.read_model(xml, weights)
-    found: dict[tuple[int, str], np.ndarray] = {}
-
-    def keep(request: Any, wanted: tuple[int, tuple[str, ...]]) -> None:
-        number, names = wanted
-        for name in names:
-            found[number, name] = request.get_tensor(name).data.copy()
 
     @functools.cache
-    def requests(hint: str) -> Any:
+    def requests(hint: str) -> list[Any]:
         # OpenVINO's cache of compiled networks (CACHE_DIR) is left off: it saves 0.07 s of processor time a start and
         # takes 19 MB for each network.
         # Pinned to cores, as OpenVINO would have them, threads wait for theirs where other programs work: beside 20
@@ -160,19 +155,35 @@ def _compiled(xml: bytes, weights: bytes) -> Network:
         settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": hint, "ENABLE_CPU_PINNING": False}
         if parallel.at_worker():
             settings["INFERENCE_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"]
-        queue = openvino.AsyncInferQueue(core.compile_model(network, "CPU", settings))
-        queue.set_callback(keep)
-        return queue
+        compiled = core.compile_model(network, "CPU", settings)
+        # Not an AsyncInferQueue with a callback in Python: its threads then need Python's lock to end, and where a
+        # network goes right after its answer, the thread that holds the lock waits for them for ever.
+        count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        return [compiled.create_infer_request() for _ in range(count)]
 
     def ask(images: np.ndarray, *names: str) -> list[np.ndarray]:
         # One photo: all cores work on it. Several: a photo a request and a request a core, which on idle cores gives as
         # many photos a second as batches of 32, twice as many where other programs take a part of them, and takes a
         # third of the memory.
-        queue = requests("LATENCY" if len(images) == 1 else "THROUGHPUT")
+        ready = requests("LATENCY" if len(images) == 1 else "THROUGHPUT")
+        running: deque[Any] = deque()
+        found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+
+        def finish() -> None:
+            request = running.popleft()
+            request.wait()
+            for name in names:
+                found[name].append(request.get_tensor(name).data.copy())
+
         for number in range(len(images)):
-            queue.start_async({0: images[number : number + 1]}, (number, names))
-        queue.wait_all()
-        return [np.concatenate([found.pop((number, name)) for number in range(len(images))]) for name in names]
+            if len(running) == len(ready):
+                finish()
+            request = ready[number % len(ready)]
+            request.start_async({0: images[number : number + 1]})
+            running.append(request)
+        while running:
+            finish()
+        return [np.concatenate(found[name]) for name in names]
 
     def heat(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         logits, evidence = ask(images, "logits", "evidence")
