@@ -238,6 +238,24 @@ def test_a_torn_network_file_is_one_line(tmp_path: Path, content: bytes | None) 
     assert str(error.value).startswith(str(path)) and len(str(error.value).splitlines()) == 1
 
 
+def test_a_network_that_goes_right_after_its_answer_holds_nothing_up(model_file: Path) -> None:
+    """With a callback in Python, OpenVINO's threads and the one that drops the network waited for each other."""
+    script = f"""
+import pathlib, threading, numpy
+from touchline.models import engines
+def busy():
+    while True:
+        sum(range(1000))
+for _ in range(2):
+    threading.Thread(target=busy, daemon=True).start()
+for _ in range(20):
+    network = engines.with_openvino(pathlib.Path({str(model_file.with_suffix(".openvino"))!r}))
+    network.forward(numpy.zeros((1, {SIDE}, {SIDE}, 3), numpy.uint8))
+    del network
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
 @pytest.fixture(scope="module")
 def project(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Paths:
     """A project whose registry has a champion, version 1, and a version 2."""
