@@ -239,7 +239,7 @@ class Made:
             training_photos = property(lambda _: made.learned_from)
 
         monkeypatch.setattr(registered, "versions", lambda paths, name: self.versions)
-        monkeypatch.setattr(registered, "model", lambda paths, version: Stored(folder, CLASSES, digest, ""))
+        monkeypatch.setattr(registered, "model", lambda paths, version: Stored(folder, CLASSES, digest, "", ""))
 
     def store(self, **settings: object) -> None:
         folder = self.paths.features / self.name

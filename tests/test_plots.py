@@ -42,9 +42,13 @@ def tables(classes: list[str]) -> dict[str, pd.DataFrame]:
         {"model": "cnn", "subset": ["train", "validation"], "epoch": 0, "strength": np.nan, "accuracy": 0.5,
          "loss": 1.0, "kept": 1}
     )  # fmt: skip
+    similarity = pd.DataFrame(
+        {"model": "cnn", "subset": ["training"] * 5 + ["test"] * 5, "similarity": np.linspace(0.9, 1, 10)}
+    )
     subsets = ["train", "train", "validation", "test"]
     split = pd.DataFrame({"class": np.repeat(classes, 4), "subset": subsets * len(classes)})
-    return {"predictions": pd.concat(answers), "roc": pd.concat(roc), "curves": curves, "split": split}
+    answered = {"predictions": pd.concat(answers), "roc": pd.concat(roc)}
+    return {**answered, "curves": curves, "split": split, "similarity": similarity}
 
 
 def drawn(fill: Callable[[Figure], None], tmp_path: Any) -> Figure:
@@ -101,7 +105,7 @@ def page(params: Params, **changes: Any) -> str:
         "params": params, "decision": "It is decided.", "better": "cnn", "named": plots.MOST_IN_A_TABLE,
         "titles": [], "cells": lambda _: [],
         "metrics": SimpleNamespace(
-            test_photos=10, models=dict.fromkeys(names, SimpleNamespace(**found)), mcnemar=[],
+            test_photos=10, models=dict.fromkeys(names, SimpleNamespace(**found)), mcnemar=[], unknown={},
             baselines=SimpleNamespace(
                 majority_class=SimpleNamespace(**found), colour_histogram=SimpleNamespace(**found),
                 size_and_aspect=SimpleNamespace(**found), items=dict,
