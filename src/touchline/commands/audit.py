@@ -12,7 +12,7 @@ import numpy as np
 
 from touchline.core import parallel
 from touchline.core.errors import TouchlineError
-from touchline.core.files import read_table, write_table, write_text
+from touchline.core.files import positions, read_table, write_table, write_text
 from touchline.core.params import BackboneFeatures, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
@@ -88,7 +88,7 @@ def run(paths: Paths, params: Params, top: int, who: str = "") -> None:
         raise TouchlineError("params.yaml: audit needs a backbone in `features`, and there is none: add an entry")
     table = read_table(paths.validated_table)
     classes = [label for label in params.classes if (table["class"] == label).any()]
-    labels = table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
+    labels = positions(table["class"], classes)
     features = Arrays(paths.features / name)[list(table["sha256"])]
 
     alike = similarity.near_duplicates(table["perceptual_hash"], params.split.near_duplicate_bits)

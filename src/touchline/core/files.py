@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from touchline.core.errors import TouchlineError, one_line
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 
@@ -225,6 +226,11 @@ def read_table(path: Path, **options: Any) -> "pd.DataFrame":
         raise TouchlineError(f"{path} is missing: run `dvc repro` to make it") from None
     except ValueError as error:
         raise TouchlineError(f"{path} is not a readable table ({one_line(error)}): {RENEW}") from None
+
+
+def positions(labels: "pd.Series", classes: Sequence[str]) -> "np.ndarray":
+    """The place in `classes` of each label, all of which are among them: int64, shape (n,)."""
+    return labels.map({label: number for number, label in enumerate(classes)}).to_numpy("int64")
 
 
 def remove_partials(folder: Path, *, below: bool = True) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from touchline.core import parallel
 from touchline.core.errors import Diverged, TouchlineError
+from touchline.core.files import positions
 from touchline.core.params import FeaturesParams, FineTuneParams, NetworkParams
 from touchline.data.feature_store import Arrays
 from touchline.models import inference
@@ -70,7 +71,7 @@ class Labelled:
             raise TouchlineError(
                 f"data/split.csv has photos of {', '.join(unknown[:5])}, no class of params.yaml: `dvc repro`"
             )
-        labels = chosen["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
+        labels = positions(chosen["class"], classes)
         files = [workspace / path for path in chosen["path"]]
         return cls(list(chosen["sha256"]), files, labels, list(chosen["group"]))
 

@@ -10,7 +10,16 @@ import numpy as np
 
 from touchline.core import parallel
 from touchline.core.errors import TouchlineError
-from touchline.core.files import model_record, read_json, read_table, replacing, sha256, write_json, write_table
+from touchline.core.files import (
+    model_record,
+    positions,
+    read_json,
+    read_table,
+    replacing,
+    sha256,
+    write_json,
+    write_table,
+)
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
@@ -37,7 +46,7 @@ def run(paths: Paths, params: Params) -> None:
     validated = read_table(paths.validated_table)
     split = read_table(paths.split_table).merge(validated[["path", "source", "width", "height"]], on="path")
     test = split[split["subset"] == "test"].reset_index(drop=True)
-    labels = _labels(test, params.classes)
+    labels = positions(test["class"], params.classes)
     files = [paths.workspace / path for path in test["path"]]
     curves = _curves(paths, params)
 
@@ -116,7 +125,7 @@ def baselines(split: "pd.DataFrame", params: Params, workspace: Path) -> dict[st
     colours = np.stack(list(track(rows, len(files), "colour histograms")))
     sides = used[["width", "height"]].to_numpy(float)
     size = np.column_stack([sides, sides[:, 0] / sides[:, 1]])
-    labels = _labels(used, params.classes)
+    labels = positions(used["class"], params.classes)
     train = (used["subset"] == "train").to_numpy()
     seed = params.evaluate.baselines_seed
     candidates = {
@@ -139,10 +148,6 @@ def _colour_histogram(path: Path) -> np.ndarray:
     levels = photos.read(path, _HISTOGRAM_SIDE) // 64
     colour = levels[..., 0] * 16 + levels[..., 1] * 4 + levels[..., 2]
     return np.bincount(colour.ravel(), minlength=64) / colour.size
-
-
-def _labels(table: "pd.DataFrame", classes: Sequence[str]) -> np.ndarray:
-    return table["class"].map({label: number for number, label in enumerate(classes)}).to_numpy(np.int64)
 
 
 def _predictions(test: "pd.DataFrame", probabilities: dict[str, np.ndarray], classes: Sequence[str]) -> "pd.DataFrame":
