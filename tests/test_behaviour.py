@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ import pytest
 
 from touchline.core import params
 from touchline.data import photos
-from touchline.models import architectures, backbones, heads
+from touchline.models import architectures, backbones, engines, heads
 from touchline.sources import scenes
 from touchline.sources.sample import encode, sport_of
 from touchline.stages import features
@@ -44,6 +45,27 @@ CHANGES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
 }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A model, and photos that it was not trained on.
+
+    Attributes:
+        answers: what it makes of the photos: class numbers.
+    """
+
+    forward: engines.Forward
+    photos: np.ndarray
+    labels: np.ndarray
+    answers: np.ndarray
+
+
+def trained(pixels: np.ndarray, labels: np.ndarray, count: int, folder: Path) -> Trained:
+    """A model of the first `count` photos."""
+    engines.convert(model_of(pixels[:count], labels[:count]), folder / "model.openvino")
+    forward = engines.with_openvino(folder / "model.openvino").forward
+    return Trained(forward, pixels[count:], labels[count:], forward(pixels[count:]).argmax(axis=1))
+
+
 def model_of(pixels: np.ndarray, labels: np.ndarray) -> keras.Model:
     rows = np.stack(list(features.pooled(iter(pixels), SHIPPED, Path())))
     groups = [str(number) for number in range(len(labels))]
@@ -55,7 +77,7 @@ def model_of(pixels: np.ndarray, labels: np.ndarray) -> keras.Model:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> tuple[keras.Model, np.ndarray, np.ndarray]:
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A model of 160 drawn scenes, and 100 others with their classes."""
     labels = np.arange(260) % 2
     contents = [
@@ -63,11 +85,11 @@ def drawn() -> tuple[keras.Model, np.ndarray, np.ndarray]:
         for number, label in enumerate(labels)
     ]
     pixels = np.stack([photos.decode(content, SIDE) for content in contents])
-    return model_of(pixels[:160], labels[:160]), pixels[160:], labels[160:]
+    return trained(pixels, labels, 160, tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[keras.Model, np.ndarray, np.ndarray]:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A model of 240 real photos, and 120 others."""
     if not SHARED.exists():
         pytest.skip("needs real photos of rugby and soccer")
@@ -77,32 +99,30 @@ def real() -> tuple[keras.Model, np.ndarray, np.ndarray]:
     order = np.random.default_rng(0).permutation(len(chosen))
     labels = np.array([CLASSES.index(chosen[number]["class"]) for number in order])
     pixels = np.stack([photos.read(SHARED / chosen[number]["file"], SIDE) for number in order])
-    return model_of(pixels[:240], labels[:240]), pixels[240:], labels[240:]
+    return trained(pixels, labels, 240, tmp_path_factory.mktemp("real"))
 
 
-def said(model: keras.Model, pixels: np.ndarray) -> np.ndarray:
-    return model.predict(pixels, verbose=0, batch_size=32).argmax(axis=1)
+KINDS = ["drawn", pytest.param("real", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", ["drawn", "real"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_small_change_seldom_changes_the_answer(kind: str, name: str, request: pytest.FixtureRequest) -> None:
-    model, pixels, _ = request.getfixturevalue(kind)
+    model: Trained = request.getfixturevalue(kind)
     change, most = CHANGES[name]
-    changed = np.stack([change(photo) for photo in pixels])
-    assert (changed != pixels).mean() > 0.2  # it is a change
-    assert (said(model, pixels) != said(model, changed)).mean() <= most
+    changed = np.stack([change(photo) for photo in model.photos])
+    assert (changed != model.photos).mean() > 0.2  # it is a change
+    assert (model.forward(changed).argmax(axis=1) != model.answers).mean() <= most
 
 
-@pytest.mark.parametrize("kind", ["drawn", "real"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_least_a_model_can_do(kind: str, request: pytest.FixtureRequest) -> None:
-    model, pixels, labels = request.getfixturevalue(kind)
-    assert (said(model, pixels) == labels).mean() > 0.8
+    model: Trained = request.getfixturevalue(kind)
+    assert (model.answers == model.labels).mean() > 0.8
 
 
-def test_a_grey_field_is_of_no_class_for_sure(drawn: tuple[keras.Model, np.ndarray, np.ndarray]) -> None:
-    confidence = drawn[0].predict(np.full((1, SIDE, SIDE, 3), 127, np.uint8), verbose=0).max()
-    assert confidence < 0.99
+def test_a_grey_field_is_of_no_class_for_sure(drawn: Trained) -> None:
+    assert drawn.forward(np.full((1, SIDE, SIDE, 3), 127, np.uint8)).max() < 0.99
 
 
 def test_the_mean_over_views_makes_an_answer_of_two_views_the_same_for_the_mirror_image() -> None:

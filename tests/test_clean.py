@@ -244,6 +244,7 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(littered: Littered) ->
         "copies of the project": ("1", "would go"),
         "objects in DVC's cache": ("2", "would go"),
         "runs in MLflow": ("5", "would go"),
+        "network files in your cache": ("1", "would go"),
     }
 
 

@@ -343,7 +343,7 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path, und
     copied = Project(shutil.copytree(undisturbed.project.root, tmp_path / "copied"))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for folder in ("data", "data/photos", "data/photos/rugby", "data/openimages", "data/imagenet", "reports"):
+    for folder in ("data", "data/photos", "data/photos/rugby", "data/openimages", "data/spare", "reports"):
         (copied.root / folder).mkdir(exist_ok=True)
         (copied.root / folder / f".partial-{gone.pid}-abc").write_bytes(b"half")
     copied.ingest()

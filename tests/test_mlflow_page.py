@@ -242,6 +242,6 @@ def test_the_page_of_the_registered_model_leads_to_a_version_that_says_why_it_is
     models = page.project.json("reports/metrics.json")["models"]
     page.text(
         f"Became champion when it was registered: {reason}.", "for training", "@ champion",
-        *(f"{models[model]['accuracy']:.3f} (" for model in MODELS),
+        *(f"{models[model]['accuracy']:.3f} [" for model in MODELS),
     )  # fmt: skip
     page.picture("version")

@@ -185,6 +185,7 @@ def test_runs_that_start_at_once_on_the_same_photos_all_have_them(
     record_property("fault", "four runs started at once, ten times: 40 runs with their dataset, none failed")
 
 
+@pytest.mark.slow
 def test_a_tracking_server_killed_in_the_middle_of_a_training_costs_no_training(
     team: Team, project: Project, see, record_property
 ) -> None:

@@ -284,7 +284,7 @@ def test_a_head_is_tuned_by_its_strength_and_what_params_yaml_tries_is_tried_as_
 ) -> None:
     # The finished model, which tuning throws away, would need the backbone's weights.
     monkeypatch.setattr(train.architectures, "transfer", lambda *_: None)
-    tune(project, 12, "transfer")
+    tune(project, 6, "transfer")
     first, *others = study(project).trials
     assert first.user_attrs["values"]["strengths"] == [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
     assert all(len(trial.user_attrs["values"]["strengths"]) == 1 for trial in others)

@@ -208,6 +208,8 @@ class _Filling:
         self._settling: asyncio.Task[None] | None = None
         self._failed_in_a_row = 0
         self._asked = 0
+        # Photos that earlier runs fetched from where this one asks: their addresses were right.
+        self._there = 0
         # Noted in the journal at the end, unless they turn out to be a wrong address.
         self._absent: list[Entry] = []
         self.kept: list[tuple[int, Kept]] = []
@@ -315,7 +317,7 @@ class _Filling:
         """Raise Unavailable where what was asked for in this run is, for the most part, not there."""
         absent = self._absent
         # Those on the way count as there: the answer that something is not comes before a photo does.
-        if len(absent) >= at_least and len(absent) > _ABSENT_SHARE * self._asked:
+        if len(absent) >= at_least and len(absent) > _ABSENT_SHARE * (self._asked + self._there):
             self._absent = []
             raise Unavailable(
                 f"{len(absent)} of {self._asked} photos asked for are not there, though their source lists them; the "
@@ -327,6 +329,7 @@ class _Filling:
         if known and known.absent:
             raise HttpError(candidate.url, known.absent)
         if known and self._put_back(path := self._folder_of(candidate) / known.name):
+            self._there += 1
             self._done(number, Kept(candidate, path, known), shown)
             return
         self._asked += 1
