@@ -32,6 +32,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from touchline.commands import serve as serving
 from touchline.commands.serve import Limits
+from touchline.commands.serve_batches import Batches
 from touchline.data import photos
 from touchline.models.classifier import Classifier
 from touchline.models.engines import Network
@@ -263,16 +264,25 @@ def test_several_photos_are_answered_in_their_order_each_with_its_own_error(serv
     assert {key: value for key, value in said[0].items() if key != "photo"} == alone
 
 
-def test_photos_of_one_request_are_judged_together(serve: Callable[..., Served]) -> None:
+def test_photos_of_one_request_are_judged_together(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Batches] = []
+
+    def kept(*arguments: Any) -> Batches:
+        made.append(Batches(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(serving, "Batches", kept)
     served = serve()
     served.model.may_answer.clear()
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(served.predict, jpeg())
         boards.wait_for(lambda: served.model.batches == [1], 60)
         several = clients.submit(served.predict, **form(*[("a.jpg", jpeg())] * 8))
-        # All are decoded, and wait.
-        boards.wait_for(lambda: sample(served, "touchline_photos_in_progress") == 9, 60)
-        time.sleep(0.5)
+        # In progress counts photos still being decoded; the model is to find all of them waiting.
+        boards.wait_for(lambda: made[0]._waiting.qsize() == 8, 60)
+        assert sample(served, "touchline_photos_in_progress") == 9
         served.model.may_answer.set()
         assert first.result()[0] == 200 and len(several.result()[1]) == 8
     assert served.model.batches == [1, 8]
