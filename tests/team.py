@@ -76,7 +76,7 @@ class Team:
 
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self._running)):
-            self.kill(name, signal.SIGINT if name == "postgres" else signal.SIGTERM)
+            self.kill(name, signal.SIGINT if name == "postgres" else signal.SIGKILL)
         self._stack.close()
 
     @property

@@ -407,6 +407,7 @@ print(json.dumps(model.predict(numpy.load(sys.argv[2]), verbose=0).tolist()))
 """
 
 
+@pytest.mark.slow
 def test_a_whole_model_of_two_backbones_and_two_views_says_the_same_where_this_package_is_unknown(
     tmp_path: Path,
 ) -> None:

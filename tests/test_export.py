@@ -213,8 +213,14 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(
     assert list(output.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("failure", [RuntimeError("no such\noperation"), KeyboardInterrupt()])
+NO_SUCH = RuntimeError("no such\noperation")
+BROKEN_OFF = KeyboardInterrupt()
+
+
+@pytest.mark.parametrize(
+    "failure, form",
+    some({(NO_SUCH, "tflite"), (NO_SUCH, "saved_model"), (BROKEN_OFF, "openvino")}, NO_SUCH, BROKEN_OFF),
+)
 def test_a_conversion_that_breaks_off_leaves_nothing(
     form: str,
     failure: BaseException,
@@ -238,7 +244,10 @@ def test_a_conversion_that_breaks_off_leaves_nothing(
     assert list(output.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=() if form in ("tflite", "saved_model") else pytest.mark.slow) for form in FORMATS],
+)
 def test_what_is_there_stays(form: str, export: Callable[..., keras.Model], paths: Paths, tmp_path: Path) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("mine")

@@ -314,7 +314,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_photos(
     attacked = project(tmp_path / "attacked", host)
     chance = random.Random(7)
     labels = [CLASS_LIST, *(files[subset] for files in (LABELS, INFO, BOXES) for subset in ("validation", "test"))]
-    for attempt in range(10):
+    for attempt in range(8):
         known, asked = attacked.journal, len(host.requests)
         # Some of the moments lie in the reading of labels, most among the photos.
         further = chance.randrange(1, 6) if attempt < 3 else chance.randrange(1, 40)
