@@ -151,7 +151,7 @@ def answers_of(form: str, file: Path) -> tuple[Callable[[np.ndarray], np.ndarray
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize(
     ("kind", "form"),
-    some({("one view", "onnx"), ("two views", "tflite"), ("two backbones", "openvino"),
+    some({("one view", "onnx"), ("two views", "saved_model"), ("two backbones", "openvino"),
           *(("cnn", form) for form in FORMATS)}, *KINDS),
 )  # fmt: skip
 def test_an_export_answers_as_keras_does_for_any_number_of_photos(

@@ -142,10 +142,10 @@ def test_the_line_at_the_end_gives_the_very_trial_that_was_best(
 ) -> None:
     from dvc.utils.hydra import apply_overrides
 
-    tune(project, 3)
+    tune(project, 2)
     output = capsys.readouterr().out
     best = study(project).best_trial
-    assert all(f"trial {number}" in output for number in range(3))
+    assert all(f"trial {number}" in output for number in range(2))
 
     file = project.workspace / "params.yaml"
     apply_overrides(file, overrides(output.splitlines()[-1]))
@@ -184,6 +184,7 @@ def test_params_yaml_that_changed_is_tried_too_even_when_there_are_trials_enough
     assert len(study(by_formula).trials) == 3
 
 
+@pytest.mark.slow
 def test_a_study_broken_off_goes_on_and_tries_what_it_would_have(by_formula: Paths, studied: tuple[Paths, str]) -> None:
     other = by_formula
     for trials in (2, 2, 11, 12):
