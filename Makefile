@@ -30,7 +30,7 @@ run: setup  ## photos to a registered classifier, then a short table
 	@dvc --wait-for-lock repro
 	@touchline summary
 
-test: setup  ## every feature once for real, about 13 minutes on two cores: before each commit
+test: setup  ## every feature once for real, about 10 minutes on two cores: before each commit
 	@python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not slow"
 
 test-all: setup  ## the slow tests too, about half an hour: before a release

@@ -203,6 +203,7 @@ def test_a_precision_or_devices_that_are_not_known_name_the_key(shipped: dict) -
         check(shipped)
 
 
+@pytest.mark.slow
 def test_tensorflow_takes_a_gpus_memory_as_it_needs_it() -> None:
     program = "import os; from touchline.core.tensorflow import import_tensorflow as go; go();"
     program += "print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'])"

@@ -170,6 +170,7 @@ def test_an_export_answers_as_keras_does_for_any_number_of_photos(
     assert sorted(output.parent.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_it_says_how_the_export_compares_and_on_what(
     export: Callable[..., keras.Model], paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_class_with_too_few_photos_stops_at_validate_with_one_line(tmp_path: P
     assert not (project.root / "data/split.csv").exists()
 
 
+@pytest.mark.slow
 def test_an_unpacked_archive_without_git_runs_too(tmp_path: Path) -> None:
     project = make(tmp_path / "unpacked archive", git=False)
     project.dvc("config", "--local", "core.no_scm", "true")

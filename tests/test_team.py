@@ -310,6 +310,7 @@ def test_a_champion_that_another_machine_makes_meanwhile_is_compared_with(
     assert "touchline.promoting" not in seen.champion.tags
 
 
+@pytest.mark.slow
 def test_who_did_not_see_the_champion_does_not_replace_it(team: Team, project: Project, see) -> None:
     project.change({"register.name": "unseen"})
     project.run("touchline", "registry", "sync", **team.environment())
