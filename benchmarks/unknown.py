@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from models import Ours, Photos, Split
+
 from touchline.core.params import BackboneFeatures
 from touchline.core.tensorflow import import_tensorflow
 from touchline.models import backbones, engines, heads, inference
