@@ -11,6 +11,7 @@ from numpy._core._multiarray_umath import __cpu_dispatch__
 ENVIRONMENT = {
     "OPENCV_CPU_DISABLE": "AVX512-SKX,AVX2,FMA3,FP16,AVX,SSE4.2,SSE4.1",
     "OPENCV_IPP": "disabled",
+    "OPENCV_LOG_LEVEL": "ERROR",  # it warns of the line before on stdout, which tests read
     "NPY_DISABLE_CPU_FEATURES": " ".join(__cpu_dispatch__),
     "OPENBLAS_CORETYPE": "Nehalem",
     "JSIMD_FORCENONE": "1",  # libjpeg-turbo, in OpenCV and Pillow

@@ -122,7 +122,7 @@ def test_the_finished_model_is_of_one_device_and_of_float32(ran: Ran, name: str)
     norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     assert norms and not any(layer.synchronized for layer in norms)
 
-    import test_training as given
+    import test_train as given
 
     photos = given.coloured(np.arange(96) % 2, 1)[:8]  # what Planted trains on
     expected = np.load(ran.folder / f"{name}.npy")
