@@ -74,7 +74,7 @@ def run(
     with alone(), stages.ending_with_this(), _workspace(clone) as (workspace, environment):
         if overrides := changes(workspace):
             experiment = {"experiment": _experiment(workspace, overrides, environment)}
-            return _ended(experiment, f"Experiment with {', '.join(overrides)}: compare it in MLflow")
+            return _ended(experiment, "an experiment, to be compared in MLflow")
         before = _champion(workspace)
         check_for_dvc(workspace / params.load(workspace / "params.yaml").ingest.folder)
         graph = stages.read_graph(workspace)

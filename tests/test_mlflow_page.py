@@ -224,7 +224,7 @@ def test_the_page_of_a_run_describes_it(page, run_ids):
     test = page.project.json("reports/metrics.json")["models"]["transfer"]
 
     page.text(
-        "transfer efficientnet_lite0", "Regularised logistic regression on what the frozen ImageNet backbone",
+        "transfer efficientnet_lite0", "Regularised logistic regression",
         "for training", "Kept: strength", f"On the test photos: accuracy {test['accuracy']:.3f}", "touchline train",
     )  # fmt: skip
     page.picture("run")

@@ -90,7 +90,7 @@ def main() -> None:
         if error.errno not in _DISK and not str(error.strerror).startswith("No usable temporary directory"):
             raise
         name = error.filename2 or error.filename  # with two, the second is written to
-        # An error in the midst of writing names nothing.
+        # An error while writing names no file.
         if not name and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             name = _least_room()
         where = f" ({name})" if name else ""
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _least_room() -> str:
-    """Of the folders that commands write to the one whose disk has the least room, in words."""
+    """In words: which of the folders that commands write to has the least room on its disk."""
     import shutil
     import tempfile
 

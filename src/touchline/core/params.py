@@ -313,7 +313,7 @@ class ModelParams(Section):
 
 
 class NetworkParams(ModelParams):
-    """A network that is trained on photos from nothing."""
+    """A network that is trained on photos from scratch."""
 
     dropout: DropoutRate
     augmentation: AugmentationParams

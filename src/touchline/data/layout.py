@@ -137,7 +137,7 @@ def format_of(content: bytes) -> str:
 
 
 def other(content: bytes) -> str:
-    """What a file of none of our formats is, and what to do, from its first 64 bytes; empty where that is unknown."""
+    """What a file of an unsupported format is and what to do, from its first 64 bytes; empty if unknown."""
     return next((words for words, start in _OTHERS.items() if start.match(content)), "")
 
 

@@ -266,17 +266,17 @@ class Architecture:
 
 ARCHITECTURES = {
     "cnn": Architecture(
-        CnnParams, training.network(cnn), "A simple convolutional network, trained from nothing on photos"
+        CnnParams, training.network(cnn), "A simple convolutional network, trained from scratch on photos"
     ),
     "article": Architecture(
         ArticleParams,
         training.network(article, _adam),
-        "The article's convolutional network, trained from nothing on photos",
+        "The article's convolutional network, trained from scratch on photos",
     ),
     "head": Architecture(
         HeadParams,
         _train_head,
-        "Regularised logistic regression on what the frozen ImageNet backbone {backbone} says of photos",
+        "Regularised logistic regression on the features that the frozen ImageNet backbone {backbone} finds in photos",
     ),
 }
 

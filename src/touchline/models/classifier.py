@@ -61,28 +61,28 @@ class Classifier:
 
     @property
     def forward(self) -> Forward:
-        """What makes of photos the rows that `answer` takes: probabilities and, behind them, features if they count."""
+        """Turns photos into the rows that `answer` takes: probabilities, then features if the model has a reference."""
         return self.network.described if self.reference and self.network.described else self.network.forward
 
     def similarities(self, rows: np.ndarray) -> np.ndarray | list[None]:
-        """How similar photos are to the training photos, by their rows; None each where the model does not tell."""
+        """Similarity of each row's photo to the training photos; None for each if the model has no reference."""
         return self.reference.similarity(rows[:, len(self.classes) :]) if self.reference else [None] * len(rows)
 
     def answer(self, row: np.ndarray, similar: float | None, params: PredictParams) -> "Answer":
-        """What the row of a photo comes to.
+        """The answer for the row of one photo.
 
         Args:
             row: of `forward`, float32, shape (classes,) or (classes + channels,).
-            similar: what `similarities`, which is quickest for many at once, has for it.
+            similar: its number from `similarities`, which is quickest for many rows at once.
 
         Raises:
-            TouchlineError: its numbers are none, as those of a model whose training went wrong.
+            TouchlineError: the row has numbers that are not finite, because training went wrong.
         """
         probabilities = row[: len(self.classes)]
         best = int(probabilities.argmax())
         confidence = float(probabilities[best])
         if not np.isfinite(row).all():
-            raise TouchlineError("the model answers with no numbers: train it anew, or name another with --model")
+            raise TouchlineError("the model's probabilities are no numbers: train it again, or use --model")
         label = self.classes[best] if confidence >= params.min_confidence else UNSURE
         similarity = percentile = None
         if self.reference and similar is not None and params.unknown_share is not None:
@@ -161,7 +161,7 @@ def resolve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
 
 
 def with_reference(found: Classifier) -> Classifier:
-    """A model with its reference, if it has one; else it is said."""
+    """A model with its reference; if it has none, a line says so."""
     reference = found.files.read_reference() if found.network.described else None
     if reference is None:
         say(f"{found.name} has no reference to training photos, so it calls no photo `unknown`: `make run` makes one")

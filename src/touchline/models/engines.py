@@ -158,8 +158,8 @@ def _compiled(xml: bytes, weights: bytes) -> Network:
         if parallel.at_worker():
             settings["INFERENCE_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"]
         compiled = core.compile_model(network, "CPU", settings)
-        # No AsyncInferQueue: at its end it waits, holding Python's lock, for a thread that may still need the lock to
-        # put its callback away, and the program hangs.
+        # No AsyncInferQueue: its destructor holds Python's lock while it waits for a thread that may need that lock,
+        # and the program hangs.
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         return [compiled.create_infer_request() for _ in range(count)]
 
@@ -349,7 +349,7 @@ def cached(name: str, make: "Callable[[], keras.Model]", what: str) -> Path:
         with replacing(path, SUFFIX) as draft:
             convert(make(), draft)
     with suppress(OSError):  # a cache that this user may only read
-        path.touch()  # `touchline clean` tells by it what is used no more
+        path.touch()  # `touchline clean` goes by this time
     return path
 
 

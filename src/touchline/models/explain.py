@@ -23,11 +23,6 @@ _NOTE = b"Touchline: what the model looked at"
 _START = b"\xff\xd8\xff\xfe" + (len(_NOTE) + 2).to_bytes(2, "big") + _NOTE
 
 
-def heat_map(model: "keras.Model", photo: np.ndarray, label: int) -> np.ndarray:
-    """`explainer` for one photo, uint8 (side, side, 3), and one class: float32 (height, width), 0 to 1."""
-    return explainer(model)(photo[None], np.array([label]))[0]
-
-
 def explainer(model: "keras.Model") -> Explain:
     """What tells where in photos a model found a class: Grad-CAM (Selvaraju et al., 2017).
 

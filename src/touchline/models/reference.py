@@ -1,12 +1,12 @@
-"""A model's reference: its training photos as the model sees them, by which a photo of something else is told.
+"""A model's reference: features of its training photos, to recognise a photo of something else.
 
-Similarity is the cosine of the features of two photos, and that of a photo to the training photos is its similarity to
-the twentieth nearest of them (Sun et al., 2022, https://arxiv.org/abs/2204.06507). What lies further from the training
-photos than nearly all of these lie from each other is something else, whatever the probabilities: softmax divides one
-among the classes and has none left for anything else.
+Two photos are as similar as the cosine of their features says, and a photo is as similar to the training photos as to
+the twentieth nearest of them (Sun et al., 2022, https://arxiv.org/abs/2204.06507). A photo that is less similar than
+nearly all training photos are to each other shows something else. Probabilities cannot say so: softmax divides 1 among
+the classes and leaves nothing for anything else.
 
-Where the backbone's weights still have the layer that tells ImageNet's classes, its probabilities count too: which of
-1,000 classes a photo resembles changes less from one source of photos to the next than the features do.
+If the weights of the backbone include ImageNet's own last layer, its probabilities count too: they differ less from one
+source of photos to another than the features do.
 """
 
 import zipfile
@@ -97,7 +97,7 @@ class Reference:
         imagenet: ImageNet | None = None,
         most: int = MOST,
     ) -> "Reference":
-        """That of training photos.
+        """Make the reference of training photos.
 
         Args:
             features: float32, shape (n, channels). labels, digests: n of each.
@@ -117,14 +117,14 @@ class Reference:
             kept.astype(np.float16),
             [labels[number] for number in chosen],
             [digests[number] for number in chosen],
-            # Of very many photos, as many of the sorted numbers say as much.
+            # If there are very many photos, evenly chosen ones of the sorted numbers are enough.
             np.sort(own)[np.linspace(0, len(own) - 1, min(len(own), most)).round().astype(int)],
             imagenet,
         )
 
     @classmethod
     def load(cls, path: Path) -> "Reference":
-        """The one that `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
             TouchlineError: the file is torn, or something else.
@@ -138,7 +138,7 @@ class Reference:
             raise TouchlineError(f"{path} is not a readable reference: {RENEW}") from None
 
     def save(self, path: Path) -> None:
-        """Write it as a file: of the same photos the same bytes."""
+        """Write it to a file; the same photos give the same bytes."""
         content = {"rows": self.rows, "own": self.own}
         content |= {"labels": np.array(self.labels, dtype=str), "digests": np.array(self.digests, dtype=str)}
         if self.imagenet:
@@ -188,12 +188,12 @@ class Reference:
 
 
 def drawn(photos: int, most: int = MOST) -> np.ndarray:
-    """Positions of the photos to make a reference of: of very many a part covers as well."""
+    """Positions of the photos to make a reference of: all, or a random part if there are very many."""
     return np.sort(np.random.default_rng(0).permutation(photos)[: _DRAWN * most])
 
 
 def covering(rows: np.ndarray, most: int) -> np.ndarray:
-    """Positions of at most so many rows, shape (n, channels), that lie all over: each the furthest from those before.
+    """Positions of at most `most` rows, shape (n, channels), spread evenly: each is the furthest from those before it.
 
     They are in ascending order. Photos much alike are left out first, so what is rare stays.
     """
@@ -225,7 +225,7 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def _similarity(similarities: np.ndarray, neighbours: int) -> np.ndarray:
-    """To the last of so many nearest rows."""
+    """Similarity to the nearest row but `neighbours` - 1."""
     return -np.partition(-similarities, neighbours - 1, axis=1)[:, neighbours - 1]
 
 

@@ -165,7 +165,7 @@ def adam_w(params: NetworkParams | FineTuneParams, photos: int) -> "keras.optimi
 def network(
     build: "Callable[[Any, int, int], keras.Model]", optimizer: Optimizer = adam_w
 ) -> Callable[[Any, Task], Trained]:
-    """A way to train a network from nothing, on stored photos that are augmented.
+    """A way to train a network from scratch, on stored photos that are augmented.
 
     Args:
         build: gives the network from its `NetworkParams`, the photos' side in pixels and the number of classes: uint8

@@ -30,7 +30,7 @@ def foreign(folder: Path, model: Classifier, max_megapixels: float) -> np.ndarra
     read = partial(_read, side=model.side, max_megapixels=max_megapixels)
     images = [image for image in parallel.in_order(read, files) if image is not None]
     if not images:
-        raise TouchlineError(f"evaluate.unknown_folder, {folder}, holds no photo: put some of something else there")
+        raise TouchlineError(f"evaluate.unknown_folder, {folder}, has no photos: put photos of something else into it")
     if len(images) < len(files):
         say(f"{folder}: {len(files) - len(images):,} of {len(files):,} files cannot be judged: left out")
     return np.concatenate([rows for _, rows in inference.answers(model.forward, ((None, image) for image in images))])
@@ -65,7 +65,7 @@ def similarities(
 
 
 def worth(table: "pd.DataFrame", threshold: float, classes: Sequence[str]) -> dict[str, Any]:
-    """What `similarities` of one model come to.
+    """Summarise the `similarities` of one model.
 
     Returns:
         `threshold`; `unknown`, by class the number of test photos called so; `photos`, how many there are; and, where
