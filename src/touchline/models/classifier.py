@@ -66,7 +66,9 @@ class Classifier:
 
     def similarities(self, rows: np.ndarray) -> np.ndarray | list[None]:
         """Similarity of each row's photo to the training photos; None for each if the model has no reference."""
-        return self.reference.similarity(rows[:, len(self.classes) :]) if self.reference else [None] * len(rows)
+        if not self.reference or not len(rows):  # rows of a batch in which no photo could be read have no width
+            return [None] * len(rows)
+        return self.reference.similarity(rows[:, len(self.classes) :])
 
     def answer(self, row: np.ndarray, similar: float | None, params: PredictParams) -> "Answer":
         """The answer for the row of one photo.
