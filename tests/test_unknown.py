@@ -259,3 +259,9 @@ def test_a_folder_that_holds_no_photo_is_named(project: Paths, tmp_path: Path) -
     files.write_text(tmp_path / "others/README.md", "not an image")
     with pytest.raises(TouchlineError, match="others"):
         judged(project, tmp_path / "others")
+
+
+def test_files_none_of_which_is_an_image_are_named(ask: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("hello")
+    said = ask("x.jpg")
+    assert said.rows == [] and said.error and "x.jpg" in said.notes
