@@ -81,13 +81,13 @@ class Workspace:
             for number in range(each):
                 self.add(label, noise(1000 * len(self.rows) + number))
 
-    def run(self, its_params: Params) -> None:
+    def run(self, its_params: Params) -> str:
         self.paths.photos_table.parent.mkdir(parents=True, exist_ok=True)
         with self.paths.photos_table.open("w", newline="") as file:
             writer = csv.DictWriter(file, validate.COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
-        validate.run(self.paths, its_params)
+        return validate.run(self.paths, its_params)
 
     def table(self, path: Path) -> list[dict[str, str]]:
         with path.open(newline="") as file:
@@ -125,7 +125,7 @@ def test_each_fault_is_rejected_with_its_reason(workspace: Workspace, capsys: py
         workspace.add(label, noise(5), origin)
     workspace.add("soccer", noise(6), "first")
     workspace.add("soccer", noise(6), "second")
-    workspace.run(params())
+    result = workspace.run(params())
 
     assert workspace.reasons == {
         "bomb": "decompression bomb: over 0.05 megapixels",
@@ -155,7 +155,7 @@ def test_each_fault_is_rejected_with_its_reason(workspace: Workspace, capsys: py
         "accepted": 4,
         "rejected_by_reason": {"filed under several classes": 2, "exact duplicate": 1},
     }
-    assert names(capsys.readouterr().out, "7", "17", "10")
+    assert names(result, "7", "17", "10") and names(capsys.readouterr().out, "2 does not decode in full")
     assert "copy of first" in workspace.page
     assert str(workspace.paths.workspace) not in workspace.page
 

@@ -110,7 +110,7 @@ def _least_room() -> str:
 
 
 def _run(name: str, entry: str = "", section: str = "") -> None:
-    """Run a stage, under its lock: `run` of the module that does its work.
+    """Run a stage, under its lock: `run` of the module that does its work. Its last line says what came of it.
 
     Args:
         entry: what a stage that runs once an entry of a `section` of params.yaml runs for.
@@ -118,11 +118,13 @@ def _run(name: str, entry: str = "", section: str = "") -> None:
     from importlib import import_module
 
     from touchline.core import stage
+    from touchline.core.progress import say
 
     paths, params = _project()
     arguments = [_known(params, entry, section)] if section else []
     with stage.running(paths, "@".join([name, *arguments])):
-        import_module(STAGES[name]).run(paths, params, *arguments)
+        result = import_module(STAGES[name]).run(paths, params, *arguments)
+    say(f"{' '.join([name, *arguments])}: {result}")
 
 
 @app.command()

@@ -16,14 +16,14 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
 from touchline.core.params import BackboneFeatures, Params, PixelFeatures
 from touchline.core.paths import Paths
-from touchline.core.progress import say, track
+from touchline.core.progress import track
 from touchline.data import feature_store, photos
 from touchline.models import backbones, engines, inference
 from touchline.models.engines import Forward
 
 
-def run(paths: Paths, params: Params, name: str) -> None:
-    """Bring `data/features/<name>` up to date with the validated photos."""
+def run(paths: Paths, params: Params, name: str) -> str:
+    """Bring `data/features/<name>` up to date with the validated photos; how many had to be computed."""
     features = params.features[name]
     settings = _settings(features, paths.project)
     table = read_table(paths.validated_table)
@@ -38,7 +38,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
 
     made_by = engines.named(engine) if isinstance(features, BackboneFeatures) else ""
     computed = feature_store.update(paths.features / name, settings, list(files), missing, made_by)
-    say(f"{name}: {computed:,} computed, {len(files) - computed:,} kept")
+    return f"{computed:,} computed, {len(files) - computed:,} kept"
 
 
 def pixels(files: Sequence[Path], image_size: int) -> Iterator[np.ndarray]:

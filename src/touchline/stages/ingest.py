@@ -40,8 +40,11 @@ _TELLING = 0.2
 _Place = tuple[str, str]
 
 
-def run(paths: Paths, params: Params) -> None:
+def run(paths: Paths, params: Params) -> str:
     """Fill `data/photos`; write `data/photos.csv`, `data/ATTRIBUTION.csv` and `reports/ingest.json`.
+
+    Returns:
+        How many photos there are of each class.
 
     Raises:
         TouchlineError: a source cannot be read or offers nothing, or a class stays below `ingest.min_per_class`.
@@ -75,7 +78,6 @@ def run(paths: Paths, params: Params) -> None:
         paths.reports / "ingest.json",
         {"per_class": params.ingest.per_class, "photos": photos, "notes": notes, "sources": report},
     )
-    say("photos: " + ", ".join(f"{label} {count:,}" for label, count in photos.items()))
     for note in notes:
         say(f"note: {note}")
     short = {label: count for label, count in photos.items() if count < params.ingest.min_per_class}
@@ -85,6 +87,7 @@ def run(paths: Paths, params: Params) -> None:
             + ", ".join(f"{label} {count:,}" for label, count in short.items())
             + f"; ingest.min_per_class is {params.ingest.min_per_class}: add sources, classes of theirs or subsets"
         )
+    return f"{len(table):,} photos: " + ", ".join(f"{label} {count:,}" for label, count in photos.items())
 
 
 def plan(paths: Paths, params: Params) -> list[Planned]:

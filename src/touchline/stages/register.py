@@ -45,8 +45,12 @@ class Decision:
     reason: str
 
 
-def run(paths: Paths, params: Params) -> None:
-    """Register the better model, move the aliases, and write `reports/registration.json` and `reports/report.html`."""
+def run(paths: Paths, params: Params) -> str:
+    """Register the better model, move the aliases, and write `reports/registration.json` and `reports/report.html`.
+
+    Returns:
+        The decision and its reasons, in one sentence.
+    """
     metrics = read_json(paths.reports / "metrics.json")
     records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
     speeds = read_json(paths.reports / "evaluation.json")
@@ -89,10 +93,9 @@ def run(paths: Paths, params: Params) -> None:
     runs.log_report(store, run_ids[better], written)
     # Last: this file records what was done.
     write_json(paths.reports / "registration.json", outcome)
-    say(f"better model: {better} ({why_better})")
-    say(f"champion: {outcome['reason']}")
     if outcome["experiment"]:
         say(f"to register its model: `dvc exp apply {outcome['experiment']}`, then {ONCE_MORE}")
+    return page.decision(outcome, records[better]["run_name"], params.register_.name)
 
 
 def choose(validation: Mapping[str, Mapping[str, float]], speeds: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:

@@ -15,7 +15,6 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table, write_json, write_table
 from touchline.core.params import SUBSETS, Params, SplitParams
 from touchline.core.paths import Paths
-from touchline.core.progress import say
 from touchline.data import similarity
 
 if TYPE_CHECKING:
@@ -48,8 +47,11 @@ class Conflict:
     other_subset: str
 
 
-def run(paths: Paths, params: Params) -> None:
-    """Write `data/split.csv` and `reports/split.json`.
+def run(paths: Paths, params: Params) -> str:
+    """Write `data/split.csv` and `reports/split.json`, which lists the photos that were moved or left out.
+
+    Returns:
+        How many photos each subset has, and how many were moved or left out.
 
     Raises:
         TouchlineError: a class has no photo in a subset or too few to learn from, or the options do not fit the groups.
@@ -81,14 +83,6 @@ def run(paths: Paths, params: Params) -> None:
         "left_out": [vars(conflict) for conflict in conflicts],
     }
     write_json(paths.reports / "split.json", report)
-    for subset in SUBSETS:
-        by_class = ", ".join(f"{label} {count:,}" for label, count in counts[subset].items())
-        say(f"{subset:>10}: {shares[subset]:6.1%} ({by_class})")
-    say(f"    groups: {report['groups']:,}")
-    for move in moves:
-        say(f"     moved: {move.path} from {move.alone} to {move.subset}, to stay with its near-duplicate")
-    for conflict in conflicts:
-        say(f"  left out: {conflict.path} ({conflict.subset}) nearly equals {conflict.other} ({conflict.other_subset})")
     empty = [f"{subset} has no {label}" for subset in SUBSETS for label, count in counts[subset].items() if not count]
     if empty:
         raise TouchlineError(
@@ -101,6 +95,9 @@ def run(paths: Paths, params: Params) -> None:
             f"needs {FEWEST_TO_LEARN_FROM} of each class: add photos, change split.seed, or make split.test_share or "
             "split.validation_share smaller"
         )
+    sizes = ", ".join(f"{subset} {sum(counts[subset].values()):,} ({shares[subset]:.1%})" for subset in SUBSETS)
+    near = f"; near-duplicates: {len(moves):,} moved, {len(conflicts):,} left out, see reports/split.json"
+    return sizes + (near if moves or conflicts else "")
 
 
 def assign(photos: "pd.DataFrame", params: SplitParams) -> tuple["pd.DataFrame", list[Move], list[Conflict]]:

@@ -42,8 +42,12 @@ _DVC_EXPERIMENT, _PREFECT_FLOW_RUN = "touchline.dvc_experiment", "touchline.pref
 _COMPARED = 32
 
 
-def run(paths: Paths, params: Params, name: str) -> None:
-    """Write `models/<name>.*`: keras, openvino, reference.npz and json; and the history; and log the run."""
+def run(paths: Paths, params: Params, name: str) -> str:
+    """Write `models/<name>.*`: keras, openvino, reference.npz and json; and the history; and log the run.
+
+    Returns:
+        The validation accuracy, and how long the training took.
+    """
     import pandas as pd
 
     from touchline.tracking import runs
@@ -87,7 +91,7 @@ def run(paths: Paths, params: Params, name: str) -> None:
     write_json(paths.models / f"{name}.json", {"run_id": run_id, "experiment_id": store.experiment_id, **record})
     best, metrics = trained.history[trained.kept], record["metrics"]
     steps = f"strength {best['strength']:g}" if "strength" in best else f"{metrics['epochs']} epochs"
-    say(f"{name}: {steps}, {metrics['seconds/train']:.0f} s, validation accuracy {best['validation/accuracy']:.3f}")
+    return f"validation accuracy {best['validation/accuracy']:.3f}, {steps}, {metrics['seconds/train']:.0f} s"
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Outcome:
     unexpected_count: int
 
 
-def run(paths: Paths, params: Params) -> None:
+def run(paths: Paths, params: Params) -> str:
     """Measure and judge every photo of data/photos.csv, then the set of the accepted ones.
 
     What people decided of single photos (data/decisions.csv) comes first: a dropped one is rejected, a relabelled one
@@ -95,6 +95,9 @@ def run(paths: Paths, params: Params) -> None:
 
     Writes data/validated.csv, data/rejected.csv, reports/validation.html and reports/validation.json; keeps what was
     rejected in the ledger, except in an experiment.
+
+    Returns:
+        How many photos were accepted and rejected.
 
     Raises:
         TouchlineError: an expectation of the set failed (after all is written), data/photos.csv is not what ingest
@@ -140,12 +143,12 @@ def run(paths: Paths, params: Params) -> None:
     # Ingest fetches a dropped photo no more, so that one is gone as it should be.
     if gone := [decision.where for decision in absent if decision.kind != "drop"]:
         say(f"note: of photos that are not there any more: {'; '.join(gone)}")
-    say(f"{len(accepted):,} of {len(judged):,} photos accepted, {len(rejected):,} rejected")
     for reason, count in Counter(rejected["reason"]).most_common():
-        say(f"  {count:,} {reason}")
-    say(f"see {paths.relative(paths.reports / 'validation.html')}")
+        say(f"rejected: {count:,} {reason}")
     if failures := _failures(outcomes):
         raise TouchlineError("validation failed: " + "; ".join(_one_line(failure) for failure in failures))
+    page = paths.relative(paths.reports / "validation.html")
+    return f"{len(accepted):,} of {len(judged):,} photos accepted, {len(rejected):,} rejected; see {page}"
 
 
 def photo_rules(limits: ValidateParams) -> list[Rule]:
