@@ -158,6 +158,8 @@ class Littered:
             root / "data/features/unnamed/settings.json",
             root / "data/features/unnamed/0123456789abcdef.npy",
             root / ".dvc/tmp/exps/standalone/tmpkilled/data/split.csv",
+            root / "data/served/2020-01-01-1-00000000.sqlite",
+            root / "data/served/2020-01-01-1-00000000.sqlite-wal",
             root / "exports/old.tflite",
             Path(os.environ["TOUCHLINE_CACHE"], "old.openvino"),
         ]
@@ -193,7 +195,7 @@ class Littered:
         data = {path: digest for path, digest in tree(root / "data").items() if "unnamed" not in path}
         assert data == {path: digest for path, digest in self.data_before.items() if path in data}
         lost = set(self.data_before) - set(data)
-        assert all("unnamed" in path or ".partial-" in path for path in lost)
+        assert all("unnamed" in path or ".partial-" in path or "served/2020" in path for path in lost)
         # The experiment is there, and so is all it needs.
         assert project.dvc("exp", "list", "--name-only").split() == ["kept"]
         for revision in ("other", "main"):
@@ -241,6 +243,7 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(littered: Littered) ->
         "half-written files": ("2", "would go"),
         "folders of features": ("1", "would go"),
         "exported models": ("1", "would go"),
+        "records of answers": ("1", "would go"),
         "copies of the project": ("1", "would go"),
         "objects in DVC's cache": ("2", "would go"),
         "runs in MLflow": ("5", "would go"),

@@ -173,7 +173,7 @@ def test_drift_and_predict_leave_out_the_same_files(tmp_path: Path, name: str, c
     path.write_bytes(content)
     found = predict.Found(path, listed=listed)
     _, by_drift = drift._read(found, (8, 8), 60)
-    (_, by_predict), _ = predict._read(found, tmp_path, 8, 60)
+    (_, by_predict, _), _ = predict._read(found, tmp_path, 8, 60)
     assert by_drift == by_predict
     assert (by_drift is None) == (listed and path.suffix in {".svg", ".ico", ".txt", ""})
 

@@ -169,7 +169,9 @@ def test_every_param_is_a_dependency_of_some_stage_but_those_that_change_no_resu
     parts = {key: {".".join(key.split(".")[:length]) for length in range(1, key.count(".") + 2)} for key in shipped}
     # What is said of photos after all stages, and where the work is done, must make none of them run again.
     loose = {key.split(".")[0] for key in shipped if not parts[key] & used}
-    assert loose == {"predict", "drift", "compute"}, "sections of params.yaml with a key that no stage depends on"
+    assert loose == {"predict", "drift", "monitor", "compute"}, (
+        "sections of params.yaml with a key that no stage depends on"
+    )
     assert used - set().union(*parts.values()) == set(), "params in dvc.yaml that params.yaml has not"
 
 

@@ -85,7 +85,7 @@ class Said:
     """What one run wrote, and what it raised."""
 
     def __init__(self, project: Paths, names: list[str], form: str, stdin: bytes, model: str, **changes: Any) -> None:
-        explain = changes.pop("explain", False)
+        options = {name: changes.pop(name, False) for name in ("explain", "record", "record_photos")}
         content = params.load(project.workspace / "params.yaml")
         content = content.model_copy(update={"predict": content.predict.model_copy(update=changes)})
         self.error: TouchlineError | None = None
@@ -93,7 +93,7 @@ class Said:
         before = sys.stdout, sys.stderr, sys.stdin
         sys.stdout, sys.stderr, sys.stdin = output, notes, io.TextIOWrapper(io.BytesIO(stdin))
         try:
-            predict.run(project, content, names, model, form, explain=explain)
+            predict.run(project, content, names, model, form, **options)
         except TouchlineError as error:
             self.error = error
         finally:

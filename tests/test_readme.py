@@ -44,6 +44,9 @@ NOT_HERE = {
         (SERVE, ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_SERVE, MLFLOW_JSON, MLFLOW_ASK),
         "test_serve.py, which compares the answers",
     ),
+    **dict.fromkeys(
+        ("touchline serve --record", "touchline serve --record-photos"), "test_served.py, which reads what it keeps"
+    ),
     EXPORT: "test_export.py, which asks the exported model",
 }
 # What runs until Ctrl-C: how to give it other ports than the printed ones, and where it then answers.

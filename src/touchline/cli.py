@@ -28,6 +28,8 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+_Record = Annotated[bool, typer.Option("--record", help="keep a row of each photo, without the photo, in data/served")]
+_RecordPhotos = Annotated[bool, typer.Option("--record-photos", help="the same, with a small copy of each photo")]
 _Model = Annotated[str, typer.Option(help="as for `predict` (default: the champion)")]
 
 # Options of the servers that answer a browser.
@@ -226,6 +228,8 @@ def predict(
     explain: Annotated[
         bool, typer.Option("--explain", help="save a heat map of what the model looked at as <photo>.touchline.jpg")
     ] = False,
+    record: _Record = False,
+    record_photos: _RecordPhotos = False,
 ) -> None:
     """Classify photos with the champion.
 
@@ -234,7 +238,8 @@ def predict(
     """
     from touchline.commands import predict
 
-    predict.run(*_project(), names, model, form.value, explain=explain)
+    options = {"explain": explain, "record": record, "record_photos": record_photos}
+    predict.run(*_project(), names, model, form.value, **options)
 
 
 @app.command()
@@ -363,11 +368,13 @@ def serve(
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
     allowed_host: _Allowed = None,
+    record: _Record = False,
+    record_photos: _RecordPhotos = False,
 ) -> None:
     """Classify photos over HTTP until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
     from touchline.commands import serve
 
-    serve.run(*_project(), model, host, port, allowed_host or ())
+    serve.run(*_project(), model, host, port, allowed_host or (), record=record, record_photos=record_photos)
 
 
 @app.command("app")
@@ -396,10 +403,11 @@ def clean(
 ) -> None:
     """Delete what the project no longer needs, after showing it and asking.
 
-    These are half-written files, features no longer in params.yaml, old exported models, copies left by killed
-    experiments, unused objects in DVC's cache (`dvc gc`), and runs in MLflow (`mlflow gc`) that you deleted or that
-    ended long ago, unless a registered version, a model in models/ or a DVC experiment needs them. Photos,
-    data/decisions.csv and downloads are never deleted. To start over, use `make clean`.
+    These are half-written files, features no longer in params.yaml, old exported models, records of answers beyond
+    monitor.keep_days and monitor.keep_megabytes, copies left by killed experiments, unused objects in DVC's cache
+    (`dvc gc`), and runs in MLflow (`mlflow gc`) that you deleted or that ended long ago, unless a registered version, a
+    model in models/ or a DVC experiment needs them. Photos, data/decisions.csv and downloads are never deleted. To
+    start over, use `make clean`.
     """
     from touchline.commands import clean
 

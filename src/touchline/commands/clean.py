@@ -22,7 +22,7 @@ from touchline.core.files import abandoned
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.data import feature_store
+from touchline.data import feature_store, served
 from touchline.models import engines
 from touchline.tracking import sync
 
@@ -100,6 +100,10 @@ def _ours(paths: Paths, params: Params, before: datetime, days: int) -> Iterator
     old = [path for path in exported if path.stat().st_mtime < before.timestamp()]
     why = f"written more than {days} days ago; `touchline export` writes them again"
     yield _files("exported models", old, why, _delete)
+
+    beyond = served.expired(paths.served, params.monitor)
+    why = f"beyond {params.monitor.keep_days} days or {params.monitor.keep_megabytes} MB (monitor in params.yaml)"
+    yield _files("records of answers", beyond, why, served.delete)
 
     networks = [path for path in engines.cached_files() if path.stat().st_mtime < before.timestamp()]
     why = f"in {engines.cache()}, not used for {days} days; made again on the next use"

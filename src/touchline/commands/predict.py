@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
 from touchline.data import photos, terms
+from touchline.data.served import Asked, Recorder
 from touchline.models import engines
 from touchline.models import explain as explaining
 from touchline.models.classifier import UNKNOWN, UNSURE, Answer, Classifier, NotAnImage, pixels, resolve
@@ -45,8 +46,10 @@ _NAMED_AS_PHOTOS = {
 _FIRST_BYTES = 2**16
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
+# A photo, why it has no pixels (None where it is another file that lies about), and what is recorded of it.
+_What = tuple[Path, str | None, Asked | None]
 # The photos of a batch, and what the model says of those that have pixels.
-_Judged = tuple[list[Row[tuple[Path, str | None]]], np.ndarray]
+_Judged = tuple[list[Row[_What]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,17 @@ class Found:
     error: str = ""
 
 
-def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: str, *, explain: bool) -> None:
+def run(
+    paths: Paths,
+    params: Params,
+    names: Sequence[str],
+    wanted: str,
+    form: str,
+    *,
+    explain: bool,
+    record: bool = False,
+    record_photos: bool = False,
+) -> None:
     """Write to stdout what a model says of each photo, in the order of `names`; all else goes to stderr.
 
     Args:
@@ -71,9 +84,11 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
         wanted: see `resolve`.
         form: `table`, `json` (an object a line) or `csv`.
         explain: draw a heat map beside each photo, `<name>.touchline.jpg`.
+        record: keep a row of each photo; `record_photos`: and a thumbnail.
 
     Raises:
-        TouchlineError: at the end, where a photo could not be read or drawn over; each was named when it came.
+        TouchlineError: at the end, where a photo could not be read or drawn over (each was named when it came), or
+            answers could not be recorded.
     """
     results = sys.stdout
     # Names of files are bytes, and leave as they came.
@@ -85,14 +100,19 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
         if total == 0:
             raise TouchlineError(f"no photo in {', '.join(map(shown, names))}")
         classifier = resolve(paths, params, wanted)
-        counts, failed = Counter[str](), 0
+        counts, failed, unrecorded = Counter[str](), 0, Counter[str]()
+        recorder = None
+        if record or record_photos:
+            model = classifier.name, classifier.files.model_sha256
+            recorder = Recorder(paths.served, params.monitor, *model, keep_photos=record_photos)
+            recorder.on_lost = lambda rows: unrecorded.update({"": rows})
         # Few need no bar; and on one terminal a bar would run through lines that come as it moves.
         few = total is not None and total <= BATCH
         with_bar = not few and not (results.isatty() and form != "table")
 
         def answered() -> Iterator[tuple[Path, Answer]]:
             nonlocal failed
-            outcomes = _answered(paths, classifier, params, found, explain=explain)
+            outcomes = _answered(paths, classifier, params, found, recorder, explain=explain)
             for outcome in track(outcomes, total, "predicting") if with_bar else outcomes:
                 match outcome:
                     case Answer() as answer, path:
@@ -104,7 +124,8 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
                     case None, _:
                         counts[""] += 1
 
-        _WRITERS[form](results, classifier.classes, answered())
+        with recorder or nullcontext():
+            _WRITERS[form](results, classifier.classes, answered())
         results.flush()
         left_out = counts.pop("", 0)
         if (total or 2) > 1:
@@ -113,6 +134,8 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, form: s
             print(f"{classifier.name}: {said}" + (f"; {left_out:,} other files left out" if left_out else ""))
     if failed:
         raise TouchlineError(f"{failed:,} failed, named above")
+    if unrecorded:
+        raise TouchlineError(f"{unrecorded.total():,} answers are not in {paths.served}, for the reason above")
 
 
 def find(names: Iterable[str]) -> Iterator[Found]:
@@ -172,16 +195,23 @@ def _at(path: Path) -> Iterator[Found]:
 
 
 def _judged(
-    found: Iterable[Found], forward: Forward, folder: Path, side: int, max_megapixels: float, *, keep: bool
+    found: Iterable[Found],
+    forward: Forward,
+    folder: Path,
+    side: int,
+    max_megapixels: float,
+    record: Callable[[bytes, np.ndarray | None], Asked] | None = None,
+    *,
+    keep: bool,
 ) -> Iterator[_Judged]:
-    """Of each photo its path and pixels, without pixels why not (None where it is another file that lies about); and
-    what the model says of those that have pixels.
+    """The photos, their pixels, and what the model says of those that have pixels.
 
     Args:
         folder: that relative paths hang on.
+        record: gives what is recorded of a photo, if that is wanted.
         keep: whether the pixels are wanted afterwards.
     """
-    read = partial(_read, folder=folder, side=side, max_megapixels=max_megapixels)
+    read = partial(_read, folder=folder, side=side, max_megapixels=max_megapixels, record=record)
     for batch, rows in answers(forward, parallel.in_order(read, found)):
         yield (batch if keep else [(what, None) for what, _ in batch]), rows
 
@@ -212,24 +242,41 @@ def _loaded(file: Path) -> Network:
     return engines.with_openvino(file) if file.suffix == engines.SUFFIX else engines.with_tensorflow(load_model(file))
 
 
-def _read(found: Found, folder: Path, side: int, max_megapixels: float) -> Row[tuple[Path, str | None]]:
+def _read(
+    found: Found,
+    folder: Path,
+    side: int,
+    max_megapixels: float,
+    record: Callable[[bytes, np.ndarray | None], Asked] | None = None,
+) -> Row[_What]:
     if found.error:
-        return (found.path, found.error), None
+        return (found.path, found.error, None), None
     try:
         content = photos.content_of(folder / found.path)
-        return (found.path, ""), pixels(content, side, max_megapixels)
-    except NotAnImage as error:
-        return (found.path, None if is_other(found) else str(error)), None
     except TouchlineError as error:
-        return (found.path, str(error).removeprefix("photo ")), None
+        return (found.path, str(error).removeprefix("photo "), None), None
     except OSError as error:
-        return (found.path, error.strerror or "cannot be read"), None
+        return (found.path, error.strerror or "cannot be read", None), None
     except ValueError:  # a zero byte, which no name has
-        return (found.path, "no name of a file"), None
+        return (found.path, "no name of a file", None), None
+    square, flaw = None, ""
+    try:
+        square = pixels(content, side, max_megapixels)
+    except TouchlineError as error:
+        if isinstance(error, NotAnImage) and is_other(found):
+            return (found.path, None, None), None
+        flaw = str(error).removeprefix("photo ")
+    return (found.path, flaw, record(content, square) if record else None), square
 
 
 def _answered(
-    paths: Paths, classifier: Classifier, params: Params, found: Iterable[Found], *, explain: bool
+    paths: Paths,
+    classifier: Classifier,
+    params: Params,
+    found: Iterable[Found],
+    recorder: Recorder | None = None,
+    *,
+    explain: bool,
 ) -> Iterator[tuple[Answer | str | None, Path]]:
     """The answer for each photo, or why there is none; None for another file that lies about in a folder."""
     draw = _overlays(classifier, terms.files(paths, params)) if explain else None
@@ -237,17 +284,20 @@ def _answered(
     with _forward(paths, classifier, scheduler, params.compute.engine) as (forward, reads):
         work = partial(
             _judged, forward=forward, folder=Path.cwd(), side=classifier.side,
-            max_megapixels=params.validate_.max_megapixels, keep=explain,
+            max_megapixels=params.validate_.max_megapixels, keep=explain, record=recorder.asked if recorder else None,
         )  # fmt: skip
         for batch, rows in parallel.spread(work, found, scheduler, BATCH, reads):
             similar = classifier.similarities(rows)
             made = [classifier.answer(*each, params.predict) for each in zip(rows, similar, strict=True)]
-            readable = [(path, image) for (path, _), image in batch if image is not None]
+            readable = [(path, image) for (path, *_), image in batch if image is not None]
             drawn = iter(draw(readable, made, rows) if draw and readable else ())
             said = iter(made)
-            for (path, error), _ in batch:
-                if error == "":
-                    yield next(said), path
+            for (path, error, asked), _ in batch:
+                answer = next(said) if error == "" else None
+                if recorder and asked:
+                    recorder.add(asked, vars(answer) if answer else error or "", wait=True)
+                if answer:
+                    yield answer, path
                     if draw and (failure := next(drawn)):
                         yield failure, path
                 elif scheduler and error == os.strerror(errno.ENOENT) and path.exists():

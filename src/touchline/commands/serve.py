@@ -7,7 +7,7 @@ a network, a reverse proxy stands in front (docs/serving.md).
 
 import signal
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from touchline.commands.serve_metrics import Measured, Metrics
 from touchline.core import guard, ports
 from touchline.core.params import Params
 from touchline.core.paths import Paths
+from touchline.data.served import Recorder
 from touchline.models.classifier import Answer, Classifier, resolve
 from touchline.models.inference import BATCH
 from touchline.report import html
@@ -100,24 +101,41 @@ class Ready(BaseModel):
     model: str
 
 
-def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
+def run(
+    paths: Paths,
+    params: Params,
+    wanted: str,
+    host: str,
+    port: int,
+    allowed_hosts: Sequence[str] = (),
+    *,
+    record: bool = False,
+    record_photos: bool = False,
+) -> None:
     """Serve the model that is asked for (see `classifier.resolve`) until Ctrl-C or SIGTERM.
 
     Args:
         allowed_hosts: see `guard.Guard`.
+        record: keep a row of each photo; `record_photos`: and a thumbnail.
 
     Raises:
-        TouchlineError: the port is not free, or there is no such model.
+        TouchlineError: the port is not free, there is no such model, or the record cannot be written.
     """
     ports.allow_open_files(Limits.connections + 512)
     # What ends a server from outside ends it as Ctrl-C does, also while the model is being loaded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), ports.bound(host, port) as listening:
+    with suppress(KeyboardInterrupt), ports.bound(host, port) as listening, ExitStack() as recording:
         classifier = resolve(paths, params, wanted)
+        recorder = None
+        if record or record_photos:
+            model = classifier.name, classifier.files.model_sha256
+            recorder = recording.enter_context(
+                Recorder(paths.served, params.monitor, *model, keep_photos=record_photos)
+            )
         # Asked for the first time, the engine gets ready: 0.2 s for one photo at a time, 0.4 s for several.
         for count in (1, 2):
             classifier.network.forward(np.zeros((count, classifier.side, classifier.side, 3), np.uint8))
-        serving = server(classifier, params, host=host, allowed_hosts=allowed_hosts)
+        serving = server(classifier, params, host=host, allowed_hosts=allowed_hosts, recorder=recorder)
         # Until here a client is turned away, and does not hang.
         listening.listen()
         print(f"{classifier.name}: {ports.url(host, port)} (Ctrl-C ends it)", flush=True)
@@ -130,12 +148,13 @@ def server(
     limits: Limits | None = None,
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
+    recorder: Recorder | None = None,
 ) -> uvicorn.Server:
     """A server of the model, ready to run on a socket that is bound to `host`."""
     limits = limits or Limits()
     return uvicorn.Server(
         uvicorn.Config(
-            guard.Guard(application(classifier, params, limits), host, allowed_hosts),
+            guard.Guard(application(classifier, params, limits, recorder), host, allowed_hosts),
             http="h11",
             ws="none",
             lifespan="on",
@@ -151,9 +170,11 @@ def server(
     )
 
 
-def application(classifier: Classifier, params: Params, limits: Limits) -> FastAPI:
+def application(classifier: Classifier, params: Params, limits: Limits, recorder: Recorder | None = None) -> FastAPI:
     """The HTTP API. What it refuses comes as `Refusal`: 400, 408, 413, 422, 503."""
-    batches, metrics = Batches(classifier, params, limits.photos, limits.photo), Metrics(classifier.name)
+    batches, metrics = Batches(classifier, params, limits.photos, limits.photo, recorder), Metrics(classifier.name)
+    if recorder:
+        recorder.on_lost = metrics.unrecorded.inc
     metrics.in_progress.set_function(lambda: batches.photos)
     app = FastAPI(
         title="Touchline",

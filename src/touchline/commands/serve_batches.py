@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from fastapi import FastAPI, HTTPException
 
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
+from touchline.data.served import Asked, Recorder
 from touchline.models.classifier import Answer, Classifier, pixels
 from touchline.models.inference import BATCH
 
@@ -26,13 +28,16 @@ class Batches:
     Args:
         most: photos that may be decoded or wait for the model at a time.
         most_bytes: of one photo's file.
+        recorder: keeps what was asked; None keeps nothing.
 
     Attributes:
         photos: how many there are now.
     """
 
-    def __init__(self, classifier: Classifier, params: Params, most: int, most_bytes: int) -> None:
-        self._classifier, self._params = classifier, params
+    def __init__(
+        self, classifier: Classifier, params: Params, most: int, most_bytes: int, recorder: Recorder | None = None
+    ) -> None:
+        self._classifier, self._params, self._recorder = classifier, params, recorder
         self._most, self._most_bytes = most, most_bytes
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[_Judged]]] = asyncio.Queue()
         self.photos = 0
@@ -70,14 +75,16 @@ class Batches:
             self.photos -= len(photos)
 
     async def _answer(self, photo: bytes) -> Answer | HTTPException:
-        if len(photo) > self._most_bytes:
-            return HTTPException(413, f"the photo is larger than {self._most_bytes / 2**20:g} MB")
-        loop = asyncio.get_running_loop()
-        try:
-            decoded = await loop.run_in_executor(self._decoders, self._pixels, photo)
-        except TouchlineError as error:
-            return HTTPException(422, str(error).removeprefix("photo "))
-        judged = loop.create_future()
+        began = time.perf_counter()
+        decoded, asked = await asyncio.get_running_loop().run_in_executor(self._decoders, self._read, photo)
+        answer = decoded if isinstance(decoded, HTTPException) else await self._judged(decoded)
+        if self._recorder and asked:
+            said = answer.detail if isinstance(answer, HTTPException) else vars(answer)
+            self._recorder.add(asked, said, 1000 * (time.perf_counter() - began))
+        return answer
+
+    async def _judged(self, decoded: np.ndarray) -> Answer | HTTPException:
+        judged = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((decoded, judged))
         try:
             # Shielded: an answer that nobody waits for any more must not break off the batch it is in.
@@ -86,8 +93,18 @@ class Batches:
         except TouchlineError as error:
             return HTTPException(500, str(error))
 
-    def _pixels(self, photo: bytes) -> np.ndarray:
-        return pixels(photo, self._classifier.side, self._params.validate_.max_megapixels)
+    def _read(self, photo: bytes) -> tuple[np.ndarray | HTTPException, Asked | None]:
+        """A photo's pixels, or why it cannot be judged; and what is recorded of it."""
+        found: np.ndarray | HTTPException
+        try:
+            if len(photo) > self._most_bytes:
+                found = HTTPException(413, f"the photo is larger than {self._most_bytes / 2**20:g} MB")
+            else:
+                found = pixels(photo, self._classifier.side, self._params.validate_.max_megapixels)
+        except TouchlineError as error:
+            found = HTTPException(422, str(error).removeprefix("photo "))
+        square = found if isinstance(found, np.ndarray) else None
+        return found, self._recorder.asked(photo, square) if self._recorder else None
 
     def _judge(self, images: np.ndarray) -> list[_Judged]:
         rows = self._classifier.forward(images)

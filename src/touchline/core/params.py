@@ -385,6 +385,11 @@ class DriftParams(Section):
     train: bool
 
 
+class MonitorParams(Section):
+    keep_days: Count
+    keep_megabytes: Count
+
+
 def _kind_of_features(value: object) -> str:
     names_one = isinstance(value, dict) and "backbone" in value
     return "backbone" if isinstance(value, BackboneFeatures) or names_one else "pixels"
@@ -434,6 +439,7 @@ class Params(Section):
     predict: PredictParams
     compute: ComputeParams
     drift: DriftParams
+    monitor: MonitorParams
 
     @model_validator(mode="after")
     def _inputs_exist(self) -> "Params":

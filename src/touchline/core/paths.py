@@ -106,6 +106,11 @@ class Paths:
         return self.project / "data/feedback"
 
     @property
+    def served(self) -> Path:
+        """The record of what `serve` and `predict` were asked."""
+        return self.project / "data/served"
+
+    @property
     def mlflow(self) -> Path:
         return self.project / "mlflow"
 

@@ -17,13 +17,20 @@ def thumbnail(photo: Path | bytes, longer_side: int) -> np.ndarray:
     Raises:
         TouchlineError: the file is missing, or the bytes are not a readable photo.
     """
+    if isinstance(photo, bytes):
+        return at_its_aspect(photos.decode(photo, longer_side), photos.header(photo), longer_side)
+    return at_its_aspect(photos.read(photo, longer_side), photos.header(photo.read_bytes()), longer_side)
+
+
+def at_its_aspect(square: np.ndarray, header: photos.Header, longer_side: int) -> np.ndarray:
+    """A photo that was decoded as a square, uint8 (side, side, 3), as a person wants to see it.
+
+    Args:
+        header: of its file.
+        longer_side: pixels.
+    """
     import cv2
 
-    # Photos are decoded as squares; a person wants to see them as they are.
-    if isinstance(photo, bytes):
-        square, header = photos.decode(photo, longer_side), photos.header(photo)
-    else:
-        square, header = photos.read(photo, longer_side), photos.header(photo.read_bytes())
     scale = longer_side / max(header.width, header.height, 1)
     size = (max(1, round(scale * header.width)), max(1, round(scale * header.height)))
     return cv2.resize(square, size, interpolation=cv2.INTER_AREA)
@@ -31,7 +38,12 @@ def thumbnail(photo: Path | bytes, longer_side: int) -> np.ndarray:
 
 def jpeg(pixels: np.ndarray) -> str:
     """Pixels, RGB, uint8, shape (rows, columns, 3), as a JPEG in base64."""
+    return base64.b64encode(jpeg_file(pixels)).decode()
+
+
+def jpeg_file(pixels: np.ndarray) -> bytes:
+    """The same as a file."""
     import cv2
 
     _, content = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return base64.b64encode(content.tobytes()).decode()
+    return content.tobytes()
