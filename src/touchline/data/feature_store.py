@@ -100,7 +100,7 @@ class Stream:
         count: of all rows.
     """
 
-    parts: list[tuple["_Piece", np.ndarray, np.ndarray]]
+    parts: list["Part"]
     count: int
 
     def __len__(self) -> int:
@@ -108,9 +108,18 @@ class Stream:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Positions, and the rows that belong to them."""
-        for piece, numbers, positions in self.parts:
-            yield positions, piece.rows[numbers]
-            piece.release()
+        return map(self.read, self.parts)
+
+    @staticmethod
+    def read(part: "Part") -> tuple[np.ndarray, np.ndarray]:
+        """The same of one of the parts; from any thread."""
+        piece, numbers, positions = part
+        found = piece.rows[numbers]
+        piece.release()
+        return positions, found
+
+
+Part = tuple["_Piece", np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)

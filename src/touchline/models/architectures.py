@@ -170,27 +170,43 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
         The head fitted to the training photos, which is what validation judges; the number of its row of the history;
         and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
     """
-    first = len(task.train.labels)
+    train, first = task.train, len(task.train.labels)
     rows, learned, judged = _rows_of_head(task.arrays, both.digests, first)
-    weights = heads.balance(task.train.labels, task.train.groups, params.balance)
-    losses = heads.cross_validated(
-        learned, task.train.labels, task.train.groups, weights, params.strengths, params.folds, params.seed
-    )
+    chosen, stand_for = np.arange(first), np.ones(first)
+    if isinstance(rows, Stream):
+        chosen, stand_for = heads.sample(train.labels, _held(task.arrays))
+        say(f"the strength is chosen on {len(chosen):,} of {first:,} training photos; the head is fitted to all")
+    sample = learned if isinstance(learned, np.ndarray) else task.arrays[training.pick(train.digests, chosen)]
+    labels, groups = train.labels[chosen], training.pick(train.groups, chosen)
+    weights = heads.balance(labels, groups, params.balance)
+    losses = heads.cross_validated(sample, labels, groups, weights, params.strengths, params.folds, params.seed)
     kept = int(np.argmin(losses))
-    fitted = list(heads.path(learned, task.train.labels, weights, params.strengths))
-    for strength, loss, head in zip(params.strengths, losses, fitted, strict=True):
-        row = {"strength": strength, "cross_validation/loss": round(loss, 6)}
-        for subset, part, labels in (
-            ("train", learned, task.train.labels),
-            ("validation", judged, both.labels[first:]),
-        ):
-            probabilities = head.probabilities(part)
-            right = probabilities.argmax(axis=1) == labels
-            row[f"{subset}/loss"] = round(heads.log_loss(labels, probabilities), 6)
-            row[f"{subset}/accuracy"] = round(float(right.mean()), 6)
+    strength = params.strengths[kept]
+    fitted = list(heads.path(sample, labels, weights, params.strengths))
+    of_both = heads.balance(both.labels, both.groups, params.balance)
+    if isinstance(rows, Stream):
+        of_train = heads.balance(train.labels, train.groups, params.balance)
+        counts = of_train[chosen] * stand_for
+        refined = partial(heads.refined, strength=strength, sample=sample, sample_weights=counts)
+        near = next(heads.path(sample, labels, counts, [strength]))
+        fitted[kept] = refined(near, learned, train.labels, of_train)
+        whole = refined(fitted[kept], rows, both.labels, of_both)
+    else:
+        whole = next(heads.path(rows, both.labels, of_both, [strength]))
+    scores = zip(
+        heads.judged(fitted, learned, train.labels), heads.judged(fitted, judged, both.labels[first:]), strict=True
+    )
+    for value, loss, (on_train, on_validation) in zip(params.strengths, losses, scores, strict=True):
+        row = {"strength": value, "cross_validation/loss": round(loss, 6)}
+        for subset, (of_subset, accuracy) in (("train", on_train), ("validation", on_validation)):
+            row |= {f"{subset}/loss": round(of_subset, 6), f"{subset}/accuracy": round(accuracy, 6)}
         task.remember(row)
-    weights = heads.balance(both.labels, both.groups, params.balance)
-    return fitted[kept], kept, next(heads.path(rows, both.labels, weights, [params.strengths[kept]]))
+    return fitted[kept], kept, whole
+
+
+def _held(arrays: Arrays) -> int:
+    """How many rows of an array are held in memory at most."""
+    return _HELD // max(1, math.prod(arrays.row_shape))
 
 
 def _rows_of_head(arrays: Arrays, digests: Sequence[str], first: int) -> list[np.ndarray | Stream]:
@@ -200,7 +216,7 @@ def _rows_of_head(arrays: Arrays, digests: Sequence[str], first: int) -> list[np
         Diverged: some of their numbers are not finite.
     """
     parts = (slice(None), slice(first), slice(first, None))
-    if len(digests) * math.prod(arrays.row_shape) > _HELD:
+    if len(digests) > _held(arrays):
         rows: list[np.ndarray | Stream] = [arrays.stream(digests[part]) for part in parts]
         finite = all(np.isfinite(batch).all() for _, batch in rows[0])
     else:

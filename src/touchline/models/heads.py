@@ -4,22 +4,22 @@ The problem is convex, so its one solution comes in a second, the same each time
 stop somewhere near it. How strongly the weights are held small is found by cross-validation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from touchline.core import parallel
 from touchline.core.errors import TouchlineError
-from touchline.data.feature_store import Stream
+from touchline.data.feature_store import Part, Stream
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 
-# Of many rows, those that tell how the loss curves; and how many of them are scaled at a time.
-_SAMPLED, _PART = 10_000, 1024
+# Rows scaled at a time.
+_PART = 1024
 # The largest slope left, where the loss curves by about 1 in every direction.
 _TOLERANCE = 1e-5
 _ITERATIONS = 100
@@ -36,33 +36,22 @@ class Head:
     weights: np.ndarray
     bias: np.ndarray
 
-    def probabilities(self, rows: np.ndarray | Stream) -> np.ndarray:
+    def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """Of features, shape (n, channels): float64, shape (n, classes)."""
         from scipy.special import softmax
 
-        if isinstance(rows, Stream):
-            found = np.empty((len(rows), len(self.bias)))
-            for positions, batch in rows:
-                found[positions] = self.probabilities(batch)
-            return found
         return softmax(rows.astype(np.float64) @ self.weights + self.bias, axis=1)
 
 
-def path(
-    rows: np.ndarray | Stream, labels: np.ndarray, weights: np.ndarray, strengths: Sequence[float]
-) -> Iterator[Head]:
+def path(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, strengths: Sequence[float]) -> Iterator[Head]:
     """A head for each strength, in order.
 
     Args:
-        rows: features, float32, shape (n, channels). Of a stream, which may be larger than memory, the
-            heads are the same to 0.001 in a weight for scaled rows.
+        rows: features, float32, shape (n, channels).
         labels: int64, shape (n,); every class from 0 up occurs.
         weights: how much each photo counts, shape (n,), 1 on average; see `balance`.
         strengths: C of each, for rows of variance 1 in 1,280 channels.
     """
-    if isinstance(rows, Stream):
-        yield from _streamed(rows, labels, weights[None], strengths)
-        return
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
@@ -83,136 +72,119 @@ def path(
         yield Head(coefficients.T.astype(np.float32), (intercepts - coefficients @ mean).astype(np.float32))
 
 
-def _streamed(rows: Stream, labels: np.ndarray, weights: np.ndarray, strengths: Sequence[float]) -> Iterator[Head]:
-    """Heads as `path` makes them, of several subsets of the rows, in some twenty passes over the rows for all of them.
+def refined(
+    near: Head,
+    rows: Stream,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    strength: float,
+    sample: np.ndarray,
+    sample_weights: np.ndarray,
+) -> Head:
+    """The head that `path` would fit to rows which may be larger than memory, in some ten passes over them.
 
     Newton's method, but for one thing: how the loss curves is taken from a sample of the rows, and L-BFGS makes up for
-    the difference. What the heads come to depends on all rows.
+    the difference. What the head comes to depends on all rows.
 
     Args:
-        weights: how much each photo counts in each subset, shape (subsets, n); 0 where it is not part of it.
+        near: where to start: a head of the sample, or of most of the rows.
+        rows, labels, weights: as `path`. strength: one of its strengths.
+        sample: some of the rows, shape (m, channels). sample_weights: how much each counts, shape (m,), n in all.
 
-    Yields:
-        For each subset, a head for each strength.
+    Returns:
+        The same head to 0.001 in a weight for scaled rows.
     """
     from scipy.linalg import cholesky, solve_triangular
     from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
 
-    mean, scales = _moments(rows, weights > 0)
-    scale, shape = float(scales.mean()), (len(weights), len(strengths), int(labels.max()) + 1)
-    # Weights are held small in the scale of each subset. Of two classes scikit-learn fits the difference: half of it
-    # each way is half as large a penalty.
-    penalties = (scales / scale)[:, None, None] ** 2
-    costs = np.asarray(strengths, np.float64) / (2 if shape[2] == 2 else 1)
+    mean, classes = sample.mean(axis=0, dtype=np.float64), len(near.bias)
+    # Of two classes scikit-learn fits the difference: half of it each way is half as large a penalty.
+    cost = strength / (2 if classes == 2 else 1)
+    # Mean curvature of a softmax over the directions in which classes differ.
+    curved = (1 - (near.probabilities(sample) ** 2).sum(axis=1)) / (classes - 1)
+    with threadpool_limits(1):  # a part of the rows on each core
+        scale = _scale(rows)
+        factor = cholesky(_curvature(sample, mean, scale, cost * sample_weights * curved), overwrite_a=True)
 
-    chosen, counted = _sample(labels)
-    sample, counts = _taken(rows, chosen), weights.mean(axis=0)[chosen] * counted
-    start, factors = [], list[list[np.ndarray]]()
-    for cost, head in zip(costs, path(sample, labels[chosen], counts, strengths), strict=True):
-        found = head.probabilities(sample)
-        start.append(np.concatenate([head.weights * scale, [head.bias + mean @ head.weights]]))
-        curved = (_curvature(sample, mean, scale, cost * counts * each * (1 - each)) for each in found.T)
-        factors.append([cholesky(each, overwrite_a=True) for each in curved])
-
-    def through(apply: Callable[[np.ndarray, np.ndarray], np.ndarray], layer: np.ndarray) -> np.ndarray:
-        """A layer, shape (channels + 1, subsets, strengths, classes), with `apply` done by each factor."""
-        found = np.empty_like(layer)
-        for strength, of_strength in enumerate(factors):
-            for label, factor in enumerate(of_strength):
-                found[:, :, strength, label] = apply(factor, layer[:, :, strength, label])
-        return found
-
-    def layers(variables: np.ndarray) -> np.ndarray:
-        """Weights and, last, the bias, of variables in which the loss curves by about 1 in every direction."""
-        return through(solve_triangular, variables.reshape(-1, *shape))
+    def head(variables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weights of scaled rows, weights, and biases, of variables in which the loss curves by about 1 everywhere."""
+        layer = solve_triangular(factor, variables.reshape(-1, classes))
+        matrix = layer[:-1] / scale
+        return layer[:-1], matrix, layer[-1] - mean @ matrix
 
     def loss(variables: np.ndarray) -> tuple[float, np.ndarray]:
-        layer = layers(variables)
-        slope, found = np.zeros_like(layer), float((layer[:-1] ** 2 * penalties).sum() / 2)
-        slope[:-1] = layer[:-1] * penalties
-        for positions, batch in rows:
-            scaled = _augmented(batch, mean, scale)
-            logits = (scaled @ layer.reshape(len(layer), -1)).reshape(-1, *shape)
-            logits -= logits.max(axis=-1, keepdims=True)
+        scaled, matrix, bias = head(variables)
+
+        def of_part(part: Part) -> tuple[float, np.ndarray, np.ndarray]:
+            positions, batch = rows.read(part)
+            wide, right = batch.astype(np.float64), (np.arange(len(positions)), labels[positions])
+            logits = wide @ matrix + bias
+            logits -= logits.max(axis=1, keepdims=True)
             exponents = np.exp(logits)
-            sums = exponents.sum(axis=-1, keepdims=True)
-            counted = weights[:, positions].T[:, :, None] * costs
-            right = labels[positions]
-            of_right = np.take_along_axis(logits, right[:, None, None, None], -1)
-            found += float((counted * (np.log(sums) - of_right)[..., 0]).sum())
+            sums = exponents.sum(axis=1, keepdims=True)
+            counted = cost * weights[positions]
             errors = exponents / sums
-            errors[np.arange(len(right)), :, :, right] -= 1
-            errors *= counted[..., None]
-            slope += (scaled.T @ errors.reshape(len(right), -1)).reshape(slope.shape)
-        return found, through(partial(solve_triangular, trans=1), slope).ravel()
+            errors[right] -= 1
+            errors *= counted[:, None]
+            return float(counted @ (np.log(sums[:, 0]) - logits[right])), wide.T @ errors, errors.sum(axis=0)
 
-    begin = np.stack([np.repeat(each[:, None], shape[0], 1) for each in start], axis=2)
+        found, slope, total = float((scaled**2).sum() / 2), np.zeros_like(matrix), np.zeros(classes)
+        for value, slopes, errors in parallel.in_order(of_part, rows.parts):
+            found, slope, total = found + value, slope + slopes, total + errors
+        slope = np.concatenate([(slope - np.outer(mean, total)) / scale + scaled, [total]])
+        return found, solve_triangular(factor, slope, trans=1).ravel()
+
+    begin = factor @ np.concatenate([near.weights * scale, [near.bias + mean @ near.weights]])
     options = {"maxiter": _ITERATIONS, "maxfun": 2 * _ITERATIONS, "gtol": _TOLERANCE, "ftol": 0.0, "maxcor": 20}
-    layer = layers(minimize(loss, through(np.matmul, begin).ravel(), jac=True, method="L-BFGS-B", options=options).x)
-    for subset in range(shape[0]):
-        for strength in range(shape[1]):
-            matrix = layer[:-1, subset, strength] / scale
-            bias = layer[-1, subset, strength] - mean @ matrix
-            yield Head(matrix.astype(np.float32), bias.astype(np.float32))
+    with threadpool_limits(1):
+        variables = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options=options).x
+    _, matrix, bias = head(variables)
+    return Head(matrix.astype(np.float32), bias.astype(np.float32))
 
 
-def _moments(rows: Stream, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of all rows, shape (channels,), and the scale of each part, as `path` has them.
-
-    Args:
-        parts: which rows are in each part, bool, shape (parts, n).
+def sample(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of at most about `most` photos, as many of each class where it has so many, and how many photos each
+    of them stands for.
     """
-    sums, squares = np.zeros(1), np.zeros(1)
-    for positions, batch in rows:
-        wide, part = batch.astype(np.float64), parts[:, positions].astype(np.float64)
-        sums, squares = sums + part @ wide, squares + part @ (wide**2).sum(axis=1)
-    means = sums / parts.sum(axis=1)[:, None]
-    deviations = np.sqrt(np.maximum(squares / parts.sum(axis=1) / means.shape[1] - means.mean(axis=1) ** 2, 0))
-    scales = deviations * np.sqrt(means.shape[1] / 1280)
-    return means.mean(axis=0), np.where(scales > 0, scales, 1.0)
-
-
-def _sample(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of a sample that has as many photos of each class, or all; and how many photos each stands for."""
+    if len(labels) <= most:
+        return np.arange(len(labels)), np.ones(len(labels))
     classes = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
-    steps = [max(1, len(positions) * len(classes) // _SAMPLED) for positions in classes]
+    steps = [max(1, -(-len(positions) * len(classes) // most)) for positions in classes]
     chosen = [positions[::step] for positions, step in zip(classes, steps, strict=True)]
     return np.concatenate(chosen), np.repeat(np.array(steps, float), [len(positions) for positions in chosen])
 
 
-def _taken(rows: Stream, chosen: np.ndarray) -> np.ndarray:
-    place = np.full(len(rows), -1)
-    place[chosen] = np.arange(len(chosen))
-    taken: np.ndarray | None = None
-    for positions, batch in rows:
-        if taken is None:
-            taken = np.empty((len(chosen), *batch.shape[1:]), batch.dtype)
-        wanted = place[positions] >= 0
-        taken[place[positions[wanted]]] = batch[wanted]
-    assert taken is not None
-    return taken
+def _scale(rows: Stream) -> float:
+    """The scale of rows, as `path` has it."""
 
+    def sums(part: Part) -> tuple[int, float, float]:
+        wide = rows.read(part)[1].astype(np.float64).ravel()
+        return len(wide), wide.sum(), wide @ wide
 
-def _augmented(batch: np.ndarray, mean: np.ndarray, scale: float) -> np.ndarray:
-    """Scaled rows with a 1 behind each, float64."""
-    scaled = np.ones((len(batch), batch.shape[1] + 1))
-    np.subtract(batch, mean, out=scaled[:, :-1])
-    scaled[:, :-1] /= scale
-    return scaled
+    count, total, squares = np.sum(list(parallel.in_order(sums, rows.parts)), axis=0)
+    deviation = np.sqrt(max(squares / count - (total / count) ** 2, 0))
+    return float(deviation * np.sqrt(count / len(rows) / 1280)) or 1.0
 
 
 def _curvature(rows: np.ndarray, mean: np.ndarray, scale: float, weights: np.ndarray) -> np.ndarray:
-    """Second derivatives of the loss by the weights of one class, and of the penalty: (channels + 1, channels + 1)."""
+    """Second derivatives of the loss by the weights of a class, and of the penalty: (channels + 1, channels + 1)."""
+
+    def of_part(start: int) -> np.ndarray:
+        part = slice(start, start + _PART)
+        scaled = np.ones((len(rows[part]), len(mean) + 1))
+        scaled[:, :-1] = (rows[part] - mean) / scale
+        scaled *= np.sqrt(weights[part, None])
+        return scaled.T @ scaled
+
     found = np.eye(len(mean) + 1)
-    for start in range(0, len(rows), _PART):
-        scaled = _augmented(rows[start : start + _PART], mean, scale)
-        scaled *= np.sqrt(weights[start : start + _PART, None])
-        found += scaled.T @ scaled
+    for curved in parallel.in_order(of_part, range(0, len(rows), _PART), ahead=2):
+        found += curved
     return found
 
 
 def cross_validated(
-    rows: np.ndarray | Stream,
+    rows: np.ndarray,
     labels: np.ndarray,
     groups: Sequence[str] | np.ndarray,
     weights: np.ndarray,
@@ -225,7 +197,7 @@ def cross_validated(
 
 
 def out_of_fold(
-    rows: np.ndarray | Stream,
+    rows: np.ndarray,
     labels: np.ndarray,
     groups: Sequence[str] | np.ndarray,
     weights: np.ndarray,
@@ -243,21 +215,7 @@ def out_of_fold(
         Probabilities, float64, shape (len(strengths), n, classes).
     """
     found = np.zeros((len(strengths), len(labels), labels.max() + 1))
-    divided = list(_folds(labels, groups, folds, seed))
-    if isinstance(rows, Stream):
-        parts = np.zeros((len(divided), len(labels)))
-        left_out_by = np.empty(len(labels), int)
-        for fold, (train, test) in enumerate(divided):
-            parts[fold, train] = weights[train]
-            left_out_by[test] = fold
-        heads = list(_streamed(rows, labels, parts, strengths))
-        for positions, batch in rows:
-            for fold in range(len(divided)):
-                chosen = left_out_by[positions] == fold
-                for number, head in enumerate(heads[fold * len(strengths) : (fold + 1) * len(strengths)]):
-                    found[number, positions[chosen]] = head.probabilities(batch[chosen])
-        return found
-    for train, test in divided:
+    for train, test in _folds(labels, groups, folds, seed):
         for number, head in enumerate(path(rows[train], labels[train], weights[train], strengths)):
             found[number, test] = head.probabilities(rows[test])
     return found
@@ -283,6 +241,18 @@ def balance(labels: np.ndarray, groups: Sequence[str] | np.ndarray, by: str) -> 
         for label in np.unique(labels):
             weights[labels == label] /= weights[labels == label].sum()
     return weights * (len(labels) / weights.sum())
+
+
+def judged(heads: Sequence[Head], rows: np.ndarray | Stream, labels: np.ndarray) -> list[tuple[float, float]]:
+    """Log loss, in nats a photo, and accuracy of each head, in one pass over the rows."""
+    found = np.zeros((len(heads), 2))
+    for positions, batch in rows if isinstance(rows, Stream) else [(np.arange(len(rows)), rows)]:
+        right = labels[positions]
+        for number, head in enumerate(heads):
+            probabilities = head.probabilities(batch)
+            found[number, 0] += len(right) * log_loss(right, probabilities)
+            found[number, 1] += (probabilities.argmax(axis=1) == right).sum()
+    return [(float(loss), float(accuracy)) for loss, accuracy in found / len(labels)]
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
