@@ -176,7 +176,8 @@ def features(project: Path, *_: object) -> None:
 def make_run(project: Path, *_: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(project, folder, "photos", "*.csv", "dvc.lock", "tmp")
-        shutil.copy(project / "data/decisions.csv", copy / "data")
+        for name in ("decisions", "forgotten"):
+            shutil.copy(project / f"data/{name}.csv", copy / "data")
         # The package keeps models and reports under names that are left out above.
         shutil.copytree(project / "src", copy / "src", dirs_exist_ok=True)
         dvc = [sys.executable, "-m", "dvc"]

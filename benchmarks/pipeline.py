@@ -37,6 +37,7 @@ COPIED = (
     "src",
     "data/incoming",
     "data/decisions.csv",
+    "data/forgotten.csv",
 )
 
 

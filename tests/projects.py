@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = (
     "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", ".dvc/plots",
-    "src/touchline", "flows", "prefect.yaml", "data/README.md", "data/decisions.csv", "data/incoming",
-    "data/feedback/README.md", "mlflow/README.md",
+    "src/touchline", "flows", "prefect.yaml", "data/README.md", "data/decisions.csv", "data/forgotten.csv",
+    "data/incoming", "data/feedback/README.md", "mlflow/README.md",
 )  # fmt: skip
 
 REGISTERED = "rugby-soccer"

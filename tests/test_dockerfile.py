@@ -68,7 +68,8 @@ def test_the_image_gets_all_that_the_pipeline_reads() -> None:
     needed = {
         "Makefile", "pyproject.toml", "requirements.lock", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md",
         "dvc.yaml", "params.yaml", "prefect.yaml", ".dvcignore", ".dvc/config", ".dvc/plots/roc.json",
-        "data/README.md", "data/decisions.csv", "data/incoming/README.md", "mlflow/README.md", "flows/pipeline.py",
+        "data/README.md", "data/decisions.csv", "data/forgotten.csv", "data/incoming/README.md", "mlflow/README.md",
+        "flows/pipeline.py",
         "src/touchline/report/templates/report.html", "src/touchline/commands/presets/fast.yaml",
     }  # fmt: skip
     assert needed <= there

@@ -36,6 +36,7 @@ _NEEDED = {
     "rejected.csv": ("path", "class", "reason"),
     "ledger.csv": ("sha256", "class", "source", "origin", "reason"),
     "split.csv": ("path", "subset"),
+    "forgotten.csv": ("kind", "sha256"),
     "history": ("epoch", "train/accuracy", "train/loss", "validation/accuracy", "validation/loss", "kept"),
     "predictions.csv": ("path", "class", "model", "predicted", "confidence"),
     "per_class.csv": ("model", "class", "precision", "recall", "f1", "photos"),

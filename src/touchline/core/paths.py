@@ -52,6 +52,10 @@ class Paths:
         return self.workspace / "data/decisions.csv"
 
     @property
+    def forgotten(self) -> Path:
+        return self.workspace / "data/forgotten.csv"
+
+    @property
     def validated_table(self) -> Path:
         return self.workspace / "data/validated.csv"
 

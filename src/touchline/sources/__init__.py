@@ -13,6 +13,7 @@ from touchline.core import extensions
 if TYPE_CHECKING:
     from touchline.core.params import Params, Section
     from touchline.core.paths import Paths
+    from touchline.data.forgotten import Forgotten
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Source:
         corrects: people gave its photos to correct others. They are taken beyond `ingest.per_class`, and their classes
             win.
         facts: what reports/ingest.json says of it besides how many photos were taken.
+        forget: deletes what the source itself keeps of forgotten photos in the project, files and rows, and returns how
+            many; it may be asked again at any time.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Source:
     licensed: bool = False
     corrects: bool = False
     facts: "Callable[[Paths, Params], dict[str, Any]]" = lambda *_: {}
+    forget: "Callable[[Paths, Params, Forgotten], int]" = lambda *_: 0
 
 
 def named(name: str) -> Source | None:

@@ -17,6 +17,7 @@ from touchline.core.files import read_json, remove_partials, write_bytes, write_
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.data import photos
+from touchline.data.forgotten import Forgotten
 from touchline.sources import Candidate, Planned, Source
 from touchline.sources.received import Received, say_left_out, shown
 
@@ -88,4 +89,12 @@ def _plan(paths: Paths, params: Params) -> list[Planned]:
     return [Planned(f"{given:,} photos given at the page", str(paths.feedback), 0.0, "there already", LICENCE)]
 
 
-SOURCE = Source("feedback", _offers, _plan, corrects=True)
+def _forget(paths: Paths, _: Params, gone: Forgotten) -> int:
+    # An entry whose photo is missing would be an error: the record goes first.
+    files = [file for file in paths.feedback.glob("*.*") if file.stem in gone.photos]
+    for file in sorted(files, key=lambda file: file.suffix != ".json"):
+        file.unlink()
+    return len(files)
+
+
+SOURCE = Source("feedback", _offers, _plan, corrects=True, forget=_forget)

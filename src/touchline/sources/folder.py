@@ -3,17 +3,21 @@
 An optional `manifest.csv` in the folder gives `group`, `licence` and `author` by `file` (path within the folder).
 """
 
+import csv
+import io
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from touchline.core.errors import ParamsError, TouchlineError, one_line
+from touchline.core.files import sha256, write_text
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
+from touchline.data.forgotten import Forgotten
 from touchline.sources import Candidate, Planned, Source, at_most
 from touchline.sources.received import Received, entries, say_left_out, shown
 
@@ -109,9 +113,8 @@ def _manifest(received: Received, origins: Sequence[str]) -> dict[str, dict[str,
     try:
         with path.open(encoding="utf-8-sig") as file:
             heading = file.readline()
-        # Spreadsheets write a semicolon where the comma is the decimal sign.
         table = pd.read_csv(
-            path, sep=max(",;\t", key=heading.count), dtype=str, keep_default_na=False, skipinitialspace=True,
+            path, sep=_separator(heading), dtype=str, keep_default_na=False, skipinitialspace=True,
             encoding="utf-8-sig",
         )  # fmt: skip
         if not isinstance(table.index, pd.RangeIndex):
@@ -136,6 +139,11 @@ def _manifest(received: Received, origins: Sequence[str]) -> dict[str, dict[str,
     if bare:
         say(f"folder: {_MANIFEST}: {len(bare):,} of {len(origins):,} photos have no row, the first: {bare[0]}")
     return facts
+
+
+def _separator(heading: str) -> str:
+    # Spreadsheets write a semicolon where the comma is the decimal sign.
+    return max(",;\t", key=heading.count)
 
 
 class _Finder:
@@ -172,4 +180,44 @@ def _plan(paths: Paths, params: Params) -> list[Planned]:
     return [Planned(what, str(paths.project / params.ingest.folder), 0.0, "there already", "yours")]
 
 
-SOURCE = Source("folder", _offers, _plan)
+def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
+    """Delete files and rows of the manifest. A folder outside the project is its owner's: nothing there is touched."""
+    folder = (paths.project / params.ingest.folder).resolve()
+    if not folder.is_relative_to(paths.project.resolve()):
+        return 0
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _MANIFEST)
+    origins = {file.relative_to(folder).as_posix(): file for file in files}
+    going = [origin for origin, file in origins.items() if gone.has("folder", origin) or sha256(file) in gone.photos]
+    # First: without the files nothing would say which rows were theirs.
+    rows = _without_rows(folder, list(origins), set(going), gone)
+    for origin in going:
+        origins[origin].unlink()
+    return len(going) + rows
+
+
+def _without_rows(folder: Path, origins: Sequence[str], going: Set[str], gone: Forgotten) -> int:
+    """Take rows out of the manifest: those of files that go, or of forgotten authors. Returns how many."""
+    path = folder / _MANIFEST
+    if not path.is_file():
+        return 0
+    text = path.read_text(encoding="utf-8-sig")
+    separator = _separator(text.partition("\n")[0])
+    head, *rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)) or [[]]
+    column = {name.strip().casefold(): number for number, name in enumerate(head)}
+    find = _Finder(origins, folder)
+
+    def goes(row: Sequence[str]) -> bool:
+        value = {name: row[number] for name, number in column.items() if number < len(row)}
+        return find(value.get("file", "")) in going or gone.has(
+            "folder", value.get("file", ""), value.get("author", "")
+        )
+
+    left = [row for row in rows if not goes(row)]
+    if len(left) < len(rows):
+        out = io.StringIO(newline="")
+        csv.writer(out, delimiter=separator, lineterminator="\n").writerows([head, *left])
+        write_text(path, out.getvalue())
+    return len(rows) - len(left)
+
+
+SOURCE = Source("folder", _offers, _plan, forget=_forget)

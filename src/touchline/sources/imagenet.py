@@ -24,10 +24,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 from touchline.core.errors import ParamsError, TouchlineError, one_line
-from touchline.core.files import read_json, remove_partials, write_bytes, write_json
+from touchline.core.files import read_json, remove_partials, replacing, sha256, write_bytes, write_json
 from touchline.core.params import DownloadParams, ImageNetParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
+from touchline.data.forgotten import Forgotten
 from touchline.data.photos import EXTENSIONS
 from touchline.sources import Candidate, Planned, Source
 from touchline.sources.http import HttpError, WrongContent, head, read_range, to_file
@@ -834,4 +835,64 @@ def _plan(paths: Paths, params: Params) -> list[Planned]:
     return plan(params.ingest.imagenet, params.ingest.download, params.classes, paths.project)
 
 
-SOURCE = Source("imagenet", _offers, _plan, network=True)
+def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
+    """Delete photos from the folder of ImageNet's files, if that is in the project: files, and members of tars."""
+    folder = (paths.project / params.ingest.imagenet.folder).resolve()
+    if not folder.is_relative_to(paths.project.resolve()):
+        return 0
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix not in {".json", ".csv"})
+    count = sum(_tar_without(file, gone) for file in files if file.suffix == ".tar")
+    going = [
+        file
+        for file in files
+        if file.suffix != ".tar"
+        and (gone.has("imagenet", f"{file.parent.name}/{file.name}") or sha256(file) in gone.photos)
+    ]
+    # Lists first: a photo that is listed and has no file would be fetched again.
+    names = {(file.parent.name, file.name) for file in going}
+    note, listed = folder / "huggingface/pass.json", folder / "kaggle" / _KAGGLE_LIST
+    if names and note.exists():
+        known = read_json(note)
+        write_json(note, known | {"photos": [each for each in known["photos"] if tuple(each) not in names]})
+    if listed.exists():
+        lines = listed.read_text().splitlines(keepends=True)
+        photos = [line.partition(",")[0] for line in lines]
+        left = [
+            line
+            for line, photo in zip(lines, photos, strict=True)
+            if not gone.has("imagenet", f"{photo.partition('_')[0]}/{photo}.JPEG")
+        ]
+        if len(left) < len(lines):
+            write_bytes(listed, "".join(left).encode())
+    for file in going:
+        file.unlink()
+    return count + len(going)
+
+
+def _tar_without(path: Path, gone: Forgotten) -> int:
+    """Write a synset's tar again without the photos that are forgotten. Returns how many those were."""
+    wnid = path.stem
+
+    def goes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+        content = tar.extractfile(member) if member.isreg() else None
+        return gone.has("imagenet", f"{wnid}/{PurePosixPath(member.name).as_posix()}") or (
+            content is not None and hashlib.sha256(content.read()).hexdigest() in gone.photos
+        )
+
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = tar.getmembers()
+            going = {member.offset for member in members if goes(tar, member)}
+            if going:
+                with replacing(path) as draft, tarfile.open(draft, "w") as smaller:
+                    for member in members:
+                        if member.offset not in going:
+                            smaller.addfile(member, tar.extractfile(member) if member.isreg() else None)
+    except tarfile.TarError as error:
+        raise TouchlineError(
+            f"{path} cannot be read ({one_line(error)}), so nothing can be deleted from it: delete the whole file"
+        ) from None
+    return len(going)
+
+
+SOURCE = Source("imagenet", _offers, _plan, network=True, forget=_forget)

@@ -30,6 +30,7 @@ from touchline.core.files import remove_partials, write_json
 from touchline.core.params import DownloadParams, OpenImagesParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
+from touchline.data.forgotten import Forgotten
 from touchline.sources import Candidate, Planned, Source, at_most, fetch, http
 from touchline.sources.http import HttpError, WrongContent
 
@@ -604,8 +605,34 @@ def _planned_photos(paths: Paths, params: Params) -> Iterator[Planned]:
         yield Planned(what, where, None if lacking is None else 0.3 * lacking, "to fetch", licence)
 
 
+def _forget(paths: Paths, _: Params, gone: Forgotten) -> int:
+    """Take photos out of what is kept of the label files, and delete the whole files if they name one of them."""
+    count = 0
+    for path in paths.openimages.glob("*-*.json"):
+        subset = path.stem.rpartition("-")[0]
+        if subset not in _LABELS or not (facts := _kept_facts(path)):
+            continue
+        going = {
+            image
+            for image in facts.labels.keys() | facts.info.keys()
+            if gone.has("openimages", f"{subset}/{image}", *facts.info.get(image, [""] * 4)[2:4])
+        }
+        if not going:
+            continue
+        for file in paths.openimages.rglob("*.csv"):
+            file.unlink()
+        labels, info = (
+            {image: value for image, value in known.items() if image not in going}
+            for known in (facts.labels, facts.info)
+        )
+        drawn = facts.drawn and [image for image in facts.drawn if image not in going]
+        _keep(path, asdict(replace(facts, labels=labels, info=info, drawn=drawn)))
+        count += len(going)
+    return count
+
+
 def _facts(paths: Paths, params: Params) -> dict[str, Any]:
     return {"labels": facts(params.ingest.openimages, params.classes, paths.openimages)}
 
 
-SOURCE = Source("openimages", _offers, _plan, network=True, by_url=True, licensed=True, facts=_facts)
+SOURCE = Source("openimages", _offers, _plan, network=True, by_url=True, licensed=True, facts=_facts, forget=_forget)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from touchline.core.files import read_table, remove_partials, write_bytes, write
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
+from touchline.data import forgotten
+from touchline.data.forgotten import Forgotten
 from touchline.sources import Candidate, Planned, Source, fetch
 
 if TYPE_CHECKING:
@@ -57,18 +60,23 @@ def run(paths: Paths, params: Params) -> str:
     taken: Counter[_Place] = Counter()
     rows: list[Sequence[object]] = []
     report: dict[str, Any] = {}
-    chosen = sources.chosen(params)
+    gone = forgotten.read(paths.forgotten)
+    chosen = [_without(source, gone) for source in sources.chosen(params)]
     for source in chosen:
         fill = _by_url if source.by_url else _by_reading
         found, counts = fill(paths, params, source, taken, {known for known in rejected if known[1] == source.name})
         rows += found
+        if gone and source.network:  # a list or an archive that was fetched again names or holds it again
+            source.forget(paths, params, gone)
         report[source.name] = counts | source.facts(paths, params)
-    if not rows:
+    # The same bytes may come from another origin, which shows when they are read.
+    offered = pd.DataFrame(rows, columns=list(COLUMNS)).loc[lambda table: ~table["sha256"].isin(gone.photos)]
+    if offered.empty:
         raise TouchlineError(
             f"the sources {', '.join(params.ingest.sources)} offer no photo: see `ingest` in params.yaml"
         )
-    table = _corrected(pd.DataFrame(rows, columns=list(COLUMNS)), [source.name for source in chosen if source.corrects])
-    _remove_unwanted(paths, set(table["path"]))
+    table = _corrected(offered, [source.name for source in chosen if source.corrects])
+    _remove_unwanted(paths, set(table["path"]), {digest[:16] for digest in gone.photos})
     write_table(paths.photos_table, table)
     write_table(paths.photos_table.with_name("ATTRIBUTION.csv"), _attribution(table))
     photos = {label: int((table["class"] == label).sum()) for label in params.classes}
@@ -93,6 +101,17 @@ def run(paths: Paths, params: Params) -> str:
 def plan(paths: Paths, params: Params) -> list[Planned]:
     """What `run` would fetch, without fetching it: see `touchline ingest --dry-run`."""
     return [planned for source in sources.chosen(params) for planned in source.plan(paths, params)]
+
+
+def _without(source: Source, gone: Forgotten) -> Source:
+    """The source, which offers nothing that was forgotten."""
+
+    def offers(paths: Paths, params: Params) -> Iterator[Candidate]:
+        for each in source.offers(paths, params):
+            if not gone.has(each.source, each.origin, each.author, each.author_page):
+                yield each
+
+    return replace(source, offers=offers) if gone else source
 
 
 def _by_reading(
@@ -239,15 +258,15 @@ def _rejected_names(ledger: Path) -> set[str]:
     return {digest[:16] for digest in read_table(ledger, dtype=str)["sha256"]} if ledger.exists() else set()
 
 
-def _remove_unwanted(paths: Paths, wanted: Set[str]) -> None:
+def _remove_unwanted(paths: Paths, wanted: Set[str], forgotten: Set[str]) -> None:
     """What is there and no longer offered would go on being hashed, tracked and pushed.
 
-    Fetched photos are put aside, for the next time they are offered; those that validation rejected are not, since
-    somebody may have asked for that. Only files named as `_keep` names them are ours to delete; what a person put there
-    is named, and stays.
+    Fetched photos are put aside, for the next time they are offered; those that validation rejected, or whose names are
+    in `forgotten`, are deleted, since somebody may have asked for that. Only files named as `_keep` names them are ours
+    to delete; what a person put there is named, and stays.
     """
     foreign = []
-    rejected = _rejected_names(paths.ledger)
+    rejected = _rejected_names(paths.ledger) | forgotten
     fetched: Set[str] = set()
     if paths.journal.exists():
         with fetch.Journal(paths.journal) as journal:
