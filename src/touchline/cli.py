@@ -217,7 +217,13 @@ def tune(
 
 @app.command()
 def predict(
-    names: Annotated[list[str], typer.Argument(metavar="PHOTO|FOLDER|GLOB|-", help="-: names, one a line, from stdin")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PHOTO|CLIP|FOLDER|GLOB|ADDRESS|CAMERA|-",
+            help="ADDRESS: rtsp:// or http://; CAMERA: a number; -: names of photos from stdin, one a line",
+        ),
+    ],
     model: Annotated[
         str,
         typer.Option(
@@ -230,16 +236,29 @@ def predict(
     ] = False,
     record: _Record = False,
     record_photos: _RecordPhotos = False,
+    every: Annotated[float, typer.Option(help="video: seconds from one frame to the next", min=0.01)] = 1.0,
+    window: Annotated[int, typer.Option(help="video: frames, an odd number, whose mean an answer is", min=1)] = 5,
+    seconds: Annotated[
+        float | None, typer.Option(help="video: how much to watch (default: all; a stream, until Ctrl-C)", min=0.01)
+    ] = None,
+    frames: Annotated[bool, typer.Option("--frames", help="video: an answer a frame instead of a passage")] = False,
 ) -> None:
-    """Classify photos with the champion.
+    """Classify photos, or the frames of a video, with the champion.
 
-    In a folder, files that are not images are skipped. Exit code 1: some photos could not be read; they are named, and
-    the others are classified.
+    In a folder, files that are not images are skipped; where it holds clips alone, these are watched. A video gives a
+    table of passages, in which the answer is the same. Exit code 1: some photos or clips could not be read; they are
+    named, and the others are classified.
     """
-    from touchline.commands import predict
+    from touchline.commands import predict, video
 
-    options = {"explain": explain, "record": record, "record_photos": record_photos}
-    predict.run(*_project(), names, model, form.value, **options)
+    if clips := video.find(names):
+        if record or record_photos:
+            raise ParamsError("--record keeps answers about photos, not about a video: leave it out")
+        sampling = video.Sampling(every, window, seconds)
+        video.run(*_project(), clips, model, form.value, sampling, frames=frames, explain=explain)
+    else:
+        options = {"explain": explain, "record": record, "record_photos": record_photos}
+        predict.run(*_project(), names, model, form.value, **options)
 
 
 @app.command()

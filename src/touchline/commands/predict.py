@@ -40,7 +40,7 @@ STDIN = "-"
 # Behind the whole name: a.jpg and a.png may lie side by side.
 OVERLAY = ".touchline.jpg"
 # A file in a folder is taken for a photo by its content; one so named that is none is worth a word.
-_NAMED_AS_PHOTOS = {
+NAMED_AS_PHOTOS = {
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
 }  # fmt: skip
 _FIRST_BYTES = 2**16
@@ -163,7 +163,7 @@ def find(names: Iterable[str]) -> Iterator[Found]:
 
 def is_other(found: Found) -> bool:
     """Whether a file that is not an image lies in a folder beside photos, and nothing says that it was meant as one."""
-    return found.listed and found.path.suffix.lower() not in _NAMED_AS_PHOTOS
+    return found.listed and found.path.suffix.lower() not in NAMED_AS_PHOTOS
 
 
 def _from_stdin() -> Iterator[Found]:
@@ -321,18 +321,11 @@ def _overlays(
         target = path.with_name(path.name + OVERLAY)
         guess = f"{answer.guess} {answer.confidence:.0%}"
         try:
-            if target.exists():
-                with target.open("rb") as file:
-                    if not explaining.is_overlay(file.read(_FIRST_BYTES)):
-                        return f"{shown(target)} is no overlay of ours, and stays"
             caption = guess if answer.label == answer.guess else f"{answer.label} ({guess})"
             similar = [(shown_photos[each.sha256], each.label) for each in classifier.nearest(row, shown_photos)]
-            write_bytes(target, explaining.overlay(path.read_bytes(), heat, caption, similar))
-        except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise
+            return save_overlay(target, explaining.overlay(path.read_bytes(), heat, caption, similar))
+        except OSError as error:  # the photo is gone
             return f"no overlay beside it ({error.strerror})"
-        return ""
 
     def batch(readable: list[tuple[Path, np.ndarray]], answers: list[Answer], rows: np.ndarray) -> Iterator[str]:
         labels = np.array([classifier.classes.index(answer.guess) for answer in answers])
@@ -341,6 +334,25 @@ def _overlays(
         return parallel.in_order(draw, list(zip(paths, answers, heats, rows, strict=True)))
 
     return batch
+
+
+def save_overlay(target: Path, content: bytes) -> str:
+    """Write what `explain` drew, and say why that failed, or nothing; a file of another's stays as it is.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        if target.exists():
+            with target.open("rb") as file:
+                if not explaining.is_overlay(file.read(_FIRST_BYTES)):
+                    return f"{shown(target)} is no overlay of ours, and stays"
+        write_bytes(target, content)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        return f"no overlay beside it ({error.strerror})"
+    return ""
 
 
 def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:
@@ -368,17 +380,19 @@ def _write_json(results: IO[str], _: Sequence[str], answers: Iterable[tuple[Path
 
 
 def _write_csv(results: IO[str], classes: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:
-    def write(values: Sequence[object]) -> None:
-        # Told to end lines with \n alone, csv would put no quotes round a \r, and one name would be two rows.
-        line = io.StringIO(newline="")
-        csv.writer(line).writerow(values)
-        results.write(line.getvalue().removesuffix("\r\n") + "\n")
-
-    probabilities = (no_formula(f"probability:{name}") for name in classes)
-    write(["photo", "label", "guess", "confidence", *probabilities, "similarity", "percentile"])
+    probabilities = (f"probability:{name}" for name in classes)
+    results.write(csv_line(["photo", "label", "guess", "confidence", *probabilities, "similarity", "percentile"]))
     for path, answer in answers:
-        names = [no_formula(text) for text in (str(path), answer.label, answer.guess)]
-        write([*names, answer.confidence, *answer.probabilities.values(), answer.similarity, answer.percentile])
+        numbers = [answer.confidence, *answer.probabilities.values(), answer.similarity, answer.percentile]
+        results.write(csv_line([str(path), answer.label, answer.guess, *numbers]))
+
+
+def csv_line(values: Sequence[object]) -> str:
+    """A line of a CSV file, whose texts no spreadsheet runs."""
+    # Told to end lines with \n alone, csv would put no quotes round a \r, and one name would be two rows.
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow([no_formula(value) if isinstance(value, str) else value for value in values])
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 _WRITERS = {"table": _write_table, "json": _write_json, "csv": _write_csv}

@@ -93,6 +93,31 @@ def overlay(content: bytes, heat: np.ndarray, caption: str, similar: Sequence[tu
         small, left, top = thumbnail(path, _SIMILAR - 8), number * _SIMILAR, height + _CAPTION
         canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
         cv2.putText(canvas, label, (left + 8, top + _SIMILAR + 20), (30, 30, 30), cv2.FontFace("sans"), 16)
+    return _encoded(canvas)
+
+
+def strip(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6) -> bytes:
+    """Pictures in rows, each over its caption, as a JPEG that `is_overlay` knows.
+
+    Args:
+        pictures: RGB, uint8, (height, width, 3), all of one size, and captions; at least one.
+    """
+    import cv2
+
+    height, width = pictures[0][0].shape[:2]
+    cell = (height + _CAPTION, max(width, _CAPTION_WIDTH) + 8)
+    across = min(columns, len(pictures))
+    canvas = np.full((-(-len(pictures) // across) * cell[0], across * cell[1], 3), 255, np.uint8)
+    for number, (picture, caption) in enumerate(pictures):
+        top, left = number // across * cell[0], number % across * cell[1]
+        canvas[top : top + height, left : left + width] = picture
+        cv2.putText(canvas, caption, (left + 4, top + height + 26), (30, 30, 30), cv2.FontFace("sans"), 16)
+    return _encoded(canvas)
+
+
+def _encoded(canvas: np.ndarray) -> bytes:
+    import cv2
+
     image = cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
     return _START + cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()[2:]
 
