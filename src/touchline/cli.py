@@ -257,8 +257,9 @@ def predict(
         sampling = video.Sampling(every, window, seconds)
         video.run(*_project(), clips, model, form.value, sampling, frames=frames, explain=explain)
     else:
-        options = {"explain": explain, "record": record, "record_photos": record_photos}
-        predict.run(*_project(), names, model, form.value, **options)
+        predict.run(
+            *_project(), names, model, form.value, explain=explain, record=record, record_photos=record_photos
+        )
 
 
 @app.command()
