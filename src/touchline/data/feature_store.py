@@ -73,11 +73,14 @@ class Arrays:
         Raises:
             TouchlineError: a photo is not in the array, or a piece is torn.
         """
-        places = self._found(digests)
-        found = np.stack([piece.rows[number] for piece, number in places])
-        for piece, _ in places:
-            piece.release()
-        return found
+        stream = self.stream(digests)
+        found: np.ndarray | None = None
+        # Piece by piece: the system maps more than a row where one is looked at, and of many pieces that is gigabytes.
+        for positions, rows in stream:
+            if found is None:
+                found = np.empty((len(stream), *rows.shape[1:]), rows.dtype)
+            found[positions] = rows
+        return np.empty((0, *self.row_shape)) if found is None else found
 
     def stream(self, digests: Sequence[str]) -> "Stream":
         """The rows of `digests`, to be read piece by piece; raises as reading them at once does."""

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _PART = 1024
 # The largest slope left, where the loss curves by about 1 in every direction.
 _TOLERANCE = 1e-5
+# The largest slope left of the mean loss. With scikit-learn's default, on 10,000 rows of 1,280 features, weights are up
+# to 0.08 from the solution; with ours 0.002, in three times the seconds. Cross-validation only compares: it takes the
+# default.
+_EXACT, _DEFAULT = 1e-6, 1e-4
 _ITERATIONS = 100
 
 
@@ -43,7 +47,9 @@ class Head:
         return softmax(rows.astype(np.float64) @ self.weights + self.bias, axis=1)
 
 
-def path(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, strengths: Sequence[float]) -> Iterator[Head]:
+def path(
+    rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, strengths: Sequence[float], tolerance: float = _EXACT
+) -> Iterator[Head]:
     """A head for each strength, in order.
 
     Args:
@@ -51,6 +57,7 @@ def path(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, strengths: S
         labels: int64, shape (n,); every class from 0 up occurs.
         weights: how much each photo counts, shape (n,), 1 on average; see `balance`.
         strengths: C of each, for rows of variance 1 in 1,280 channels.
+        tolerance: as scikit-learn's `tol`.
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -61,7 +68,7 @@ def path(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, strengths: S
     scale = rows.std(dtype=np.float64) * np.sqrt(rows.shape[1] / 1280) or 1.0
     centred = ((rows - mean) / scale).astype(np.float32)
     # Each strength starts where the one before ended.
-    regression = LogisticRegression(max_iter=2000, warm_start=True)
+    regression = LogisticRegression(max_iter=2000, tol=tolerance, warm_start=True)
     for strength in strengths:
         # On one thread: several wait for each other by spinning. Cross-validation on 854 rows, beside other work (load
         # 6 on two cores), took 0.4 s on one thread and 12 to 22 s on two, with 0.3 s and 14 s of processor time.
@@ -216,7 +223,7 @@ def out_of_fold(
     """
     found = np.zeros((len(strengths), len(labels), labels.max() + 1))
     for train, test in _folds(labels, groups, folds, seed):
-        for number, head in enumerate(path(rows[train], labels[train], weights[train], strengths)):
+        for number, head in enumerate(path(rows[train], labels[train], weights[train], strengths, _DEFAULT)):
             found[number, test] = head.probabilities(rows[test])
     return found
 

@@ -156,7 +156,9 @@ class Reference:
 
     def threshold(self, share: float) -> float:
         """The similarity that a share of the training photos does not reach among the others."""
-        return float(np.quantile(self.own, share))
+        if share not in self._thresholds:
+            self._thresholds[share] = float(np.quantile(self.own, share))
+        return self._thresholds[share]
 
     def percentile(self, similarity: float) -> float:
         """How many of a hundred training photos are less similar to the others."""
@@ -176,6 +178,11 @@ class Reference:
             for number in chosen
             if number is not None
         ]
+
+    @cached_property
+    def _thresholds(self) -> dict[float, float]:
+        # A server asks for the same one with each photo.
+        return {}
 
     @cached_property
     def _neighbours(self) -> int:
