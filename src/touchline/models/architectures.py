@@ -184,7 +184,7 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
     strength = params.strengths[kept]
     fitted = list(heads.path(sample, labels, weights, params.strengths))
     of_both = heads.balance(both.labels, both.groups, params.balance)
-    if isinstance(rows, Stream):
+    if isinstance(rows, Stream) and isinstance(learned, Stream):
         of_train = heads.balance(train.labels, train.groups, params.balance)
         counts = of_train[chosen] * stand_for
         refined = partial(heads.refined, strength=strength, sample=sample, sample_weights=counts)

@@ -167,7 +167,7 @@ def _scale(rows: Stream) -> float:
 
     def sums(part: Part) -> tuple[int, float, float]:
         wide = rows.read(part)[1].astype(np.float64).ravel()
-        return len(wide), wide.sum(), wide @ wide
+        return len(wide), float(wide.sum()), float(wide @ wide)
 
     count, total, squares = np.sum(list(parallel.in_order(sums, rows.parts)), axis=0)
     deviation = np.sqrt(max(squares / count - (total / count) ** 2, 0))
