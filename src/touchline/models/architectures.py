@@ -184,12 +184,12 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
     strength = params.strengths[kept]
     fitted = list(heads.path(sample, labels, weights, params.strengths))
     of_both = heads.balance(both.labels, both.groups, params.balance)
-    if isinstance(rows, Stream) and isinstance(learned, Stream):
+    if isinstance(rows, Stream):
         of_train = heads.balance(train.labels, train.groups, params.balance)
         counts = of_train[chosen] * stand_for
         refined = partial(heads.refined, strength=strength, sample=sample, sample_weights=counts)
         near = next(heads.path(sample, labels, counts, [strength]))
-        fitted[kept] = refined(near, learned, train.labels, of_train)
+        fitted[kept] = refined(near, cast(Stream, learned), train.labels, of_train)
         whole = refined(fitted[kept], rows, both.labels, of_both)
     else:
         whole = next(heads.path(rows, both.labels, of_both, [strength]))
