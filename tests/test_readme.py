@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import boards
+import cv2
 import projects
 import pytest
 from boards import Board, free_ports
@@ -131,7 +132,7 @@ def as_cloned(project: projects.Project) -> projects.Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
-    """A project that has run, with two versions in its store, and an album beside its photos."""
+    """A project that has run, with two versions in its store, an album beside its photos, and a clip."""
     root = tmp_path_factory.mktemp("readme") / "the project"
     made = as_cloned(projects.copy(projects.built(tmp_path_factory).project, root))
     store = open_store(Paths(root, root), projects.REGISTERED)
@@ -146,6 +147,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     for photo in [path for path in projects.accepted(made, "rugby") if path.suffix == ".jpg"][:3]:
         shutil.copyfile(photo, album / photo.name)
         shutil.copyfile(photo, root / "photo.jpg")
+    clip = cv2.VideoWriter(str(root / "match.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 2, (96, 96))
+    for _ in range(4):
+        clip.write(cv2.resize(cv2.imread(str(root / "photo.jpg")), (96, 96)))
+    clip.release()
     return made
 
 

@@ -257,9 +257,7 @@ def predict(
         sampling = video.Sampling(every, window, seconds)
         video.run(*_project(), clips, model, form.value, sampling, frames=frames, explain=explain)
     else:
-        predict.run(
-            *_project(), names, model, form.value, explain=explain, record=record, record_photos=record_photos
-        )
+        predict.run(*_project(), names, model, form.value, explain=explain, record=record, record_photos=record_photos)
 
 
 @app.command()

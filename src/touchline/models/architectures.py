@@ -189,7 +189,7 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
         counts = of_train[chosen] * stand_for
         refined = partial(heads.refined, strength=strength, sample=sample, sample_weights=counts)
         near = next(heads.path(sample, labels, counts, [strength]))
-        fitted[kept] = refined(near, cast(Stream, learned), train.labels, of_train)
+        fitted[kept] = refined(near, cast("Stream", learned), train.labels, of_train)
         whole = refined(fitted[kept], rows, both.labels, of_both)
     else:
         whole = next(heads.path(rows, both.labels, of_both, [strength]))
