@@ -38,7 +38,12 @@ def project(attempted: Project) -> Iterator[Project]:
 def test_dvc_repro_takes_photos_to_a_registered_champion(
     project: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    assert sorted(ran(built(tmp_path_factory).output)) == sorted(STAGES)
+    output = built(tmp_path_factory).output
+    assert sorted(ran(output)) == sorted(STAGES)
+    for stage in STAGES:
+        # Each says at its end what came of it, before DVC goes on.
+        said = re.split("(?:Gener|Upd)ating lock file", output.partition(f"Running stage '{stage}':")[2])[0]
+        assert said.strip().splitlines()[-1].startswith(f"{stage.replace('@', ' ')}: "), stage
     assert set(project.json("reports/metrics.json")["models"]) == {"cnn", "transfer"}
     registration = project.json("reports/registration.json")
     better = registration["better_model"]
