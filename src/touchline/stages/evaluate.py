@@ -89,9 +89,12 @@ def run(paths: Paths, params: Params) -> str:
     write_json(paths.reports / "metrics.json", metrics)
     # What differs from run to run though nothing changed is kept out of the metrics.
     write_json(paths.reports / "evaluation.json", facts)
-    # `dvc metrics show` makes a row of each file.
-    for name, found in {**metrics["models"], **metrics["baselines"]}.items():
-        write_json(paths.reports / "scores" / f"{name}.json", found)
+    # What DVC compares between experiments: it makes a column of each number, and a terminal has room for few.
+    accuracies = {
+        "test": {name: found["accuracy"] for name, found in metrics["models"].items()},
+        "validation": {name: round(record["metrics"]["validation/accuracy"], 6) for name, record in records.items()},
+    }
+    write_json(paths.reports / "accuracy.json", accuracies)
 
     tables = {
         "predictions": _predictions(test, probabilities, params.classes),
