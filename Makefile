@@ -1,4 +1,4 @@
-# make run | test | test-all | test-portable | faults | lint | format | app | mlflow | board | refresh | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
+# make run | test | test-all | test-portable | faults | lint | format | app | mlflow | experiments | board | refresh | lock | clean. Needs Python 3.11 to 3.13 with venv, make and git; nothing else.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ QUIET := $(shell [ -t 2 ] || echo --quiet)
 # Where Python may keep no compiled modules, each stage would compile TensorFlow's and MLflow's anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all test-portable faults lint format app mlflow board refresh lock clean setup
+.PHONY: run test test-all test-portable faults lint format app mlflow experiments board refresh lock clean setup
 .DEFAULT_GOAL := run
 
 run: setup  ## photos to a registered classifier, then a short table
@@ -52,6 +52,10 @@ app: setup  ## a page to try the models on photos and correct their answers, unt
 mlflow: setup  ## the MLflow UI on the project's store
 	@touchline registry sync
 	@touchline mlflow --port $(PORT)
+
+# Of DVC's columns, those that a terminal of 80 characters has room for: no dates, no digests of files. Wider ones scroll.
+experiments: setup  ## DVC's experiments: each model's accuracy on the test photos, and the params that differ
+	@dvc exp show --only-changed --keep 'test\.' --drop '(data|models|reports|src)(/|$$)|validation\.|Created'
 
 board: setup  ## the Prefect UI, a worker for the schedules, the MLflow UI and the reports, until Ctrl-C
 	@touchline registry sync

@@ -90,8 +90,7 @@ def read_graph(workspace: Path) -> Graph:
     from dvc.repo import Repo
 
     with Repo(str(workspace), _wait_for_lock=True) as repo:
-        # Edges that follow from other edges are left out: the page draws fewer, and no stage starts later.
-        graph = networkx.transitive_reduction(repo.index.graph)
+        graph = repo.index.graph
         # DVC's own names begin with a path where the workspace is not the current folder, as in a clone.
         names = {stage.addressing: getattr(stage, "name", None) or stage.path_in_repo for stage in graph}
         needs = {

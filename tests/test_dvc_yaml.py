@@ -2,12 +2,12 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import networkx as nx
 import pytest
 import typer
 from dvc.dependency import ParamsDependency
@@ -115,12 +115,55 @@ def test_a_stage_depends_on_the_code_that_makes_its_result_and_on_no_other(stage
     assert not differences, "deps in dvc.yaml differ from the imports:\n  " + "\n  ".join(differences)
 
 
-def test_train_reads_the_photos_that_the_split_names_by_digest(stages: dict[str, PipelineStage]) -> None:
-    ingest, train = ({out.def_path for out in stages["ingest"].outs}, stages["train@cnn"])
-    named = {dep.def_path for dep in train.deps}
-    assert "data/photos" in ingest and "data/photos" not in named and "data/split.csv" in named
-    graph = train.repo.index.graph
-    assert {"ingest", "validate", "split"} <= {each.addressing for each in nx.descendants(graph, train)}
+# Which sides of a character of a drawing are joined.
+SIDES = {
+    "─": "lr", "│": "ud", "┌": "rd", "┐": "ld", "└": "ru", "┘": "lu", "├": "rud", "┤": "lud", "┬": "lrd", "┴": "lru",
+    "┼": "lrud", "▶": "l", "▲": "d", "▼": "u",
+}  # fmt: skip
+STEPS = {"l": (0, -1), "r": (0, 1), "u": (-1, 0), "d": (1, 0)}
+BACK = {"l": "r", "r": "l", "u": "d", "d": "u"}
+POINTS_AT = {"▶": (0, 2), "▲": (-1, 0), "▼": (1, 0)}
+
+
+def drawn(picture: str) -> set[tuple[str, str]]:
+    """The arrows of a picture, from and to: a line leaves a name at its right, and may end at several."""
+    lines = picture.splitlines()
+    characters = {(row, column): sign for row, line in enumerate(lines) for column, sign in enumerate(line)}
+    words = [(row, word) for row, line in enumerate(lines) for word in re.finditer(r"[\w@]+", line)]
+    word_at = {(row, column): word[0] for row, word in words for column in range(*word.span())}
+    arrows = set()
+    for row, word in words:
+        seen, waiting = set(), {(row, word.end() + 1)}
+        while waiting:
+            seen.add(place := waiting.pop())
+            sign = characters.get(place, " ")
+            if sign in POINTS_AT:
+                down, right = POINTS_AT[sign]
+                arrows.add((word[0], word_at[place[0] + down, place[1] + right]))
+            for side in SIDES.get(sign, ""):
+                beside = (place[0] + STEPS[side][0], place[1] + STEPS[side][1])
+                if BACK[side] in SIDES.get(characters.get(beside, " "), "") and beside not in seen:
+                    waiting.add(beside)
+    return arrows
+
+
+def test_a_picture_is_followed_along_its_lines() -> None:
+    picture = """
+    a ─┬▶ b ─┐
+       │     ├▶ d
+       └▶ c ─┤
+             ▼
+             e
+    """
+    assert drawn(picture) == {("a", "b"), ("a", "c"), ("b", "d"), ("b", "e"), ("c", "d"), ("c", "e")}
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
+def test_the_picture_of_the_stages_is_dvcs_graph(stages: dict[str, PipelineStage], document: str) -> None:
+    [picture] = [block for block in (ROOT / document).read_text().split("```") if "▶ register" in block]
+    graph = stages["register"].repo.index.graph
+    # DVC's edges lead from a stage to what it needs.
+    assert drawn(picture) == {(needed.addressing, stage.addressing) for stage, needed in graph.edges}
 
 
 def test_a_change_to_what_may_be_shown_draws_the_figures_anew(stages: dict[str, PipelineStage]) -> None:
@@ -128,7 +171,7 @@ def test_a_change_to_what_may_be_shown_draws_the_figures_anew(stages: dict[str, 
     share = {
         f"ingest.{name}.share" for name, section in shipped.items() if isinstance(section, dict) and "share" in section
     }
-    for name in ("evaluate", "register"):
+    for name in ("validate", "evaluate", "register"):
         assert share <= {key for dep in stages[name].deps if isinstance(dep, ParamsDependency) for key in dep.params}, (
             f"params of {name} in dvc.yaml"
         )

@@ -43,10 +43,10 @@ READ = {
     "features pixels": ("data/validated.csv",),
     "train transfer": ("data/split.csv", "data/features/pooled/*.npy", "data/features/pooled/*.txt"),
     "evaluate": (
-        "data/split.csv", "data/validated.csv", "models/cnn.keras", "models/cnn.json", "reports/history/cnn.csv",
+        "data/split.csv", "models/cnn.keras", "models/cnn.json", "reports/history/cnn.csv",
     ),
     "register": (
-        "reports/metrics.json", "reports/evaluation.json", "models/cnn.json", "data/rejected.csv", "reports/split.json",
+        "reports/metrics.json", "reports/evaluation.json", "models/cnn.json", "data/split.csv",
         "reports/predictions.csv", "reports/per_class.csv", "reports/curves.csv", "reports/gallery.csv",
         "reports/heats.npz",
     ),
@@ -134,6 +134,23 @@ def test_a_deleted_file_is_one_line_that_says_what_makes_it(torn: Project, comma
         assert path.name in line or path.parent.name in line
         assert "dvc repro" in line
         aside.rename(path)
+
+
+def test_models_of_another_split_and_records_that_were_not_evaluated_are_refused(torn: Project) -> None:
+    split, record = torn.root / "data/split.csv", torn.root / "models/cnn.json"
+    for path, old, new, commands in (
+        (split, b",test,", b",train,", ("evaluate", "register")),
+        (record, b'"description": "', b'"description": "Another. ', ("register",)),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(old, new, 1))
+        assert path.read_bytes() != whole
+        before = digests(torn)
+        for command in commands:
+            line = told(torn, command)
+            assert str(path) in line and "dvc repro" in line
+        assert digests(torn) == before
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize(("command", "exit_code"), [("ingest", 2), ("validate", 1)])

@@ -365,7 +365,8 @@ _VALIDATED = [
 ]
 _SPLIT = [
     list(split.COLUMNS),
-    *([path, path.split("/")[2], ("train", "test")[n % 2], "g", digest]
+    *([path, path.split("/")[2], ("train", "test")[n % 2], "g", digest, "", "folder", 64, 64, "CC0", "A, B",
+       f"o{n}", '"', ""]
       for n, (path, digest) in enumerate(zip(PATHS, DIGESTS, strict=True))),
 ]  # fmt: skip
 

@@ -14,7 +14,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from projects import GONE, REGISTERED, STAGES, UP_TO_DATE, Project, aliases, built, copy, ran, runs, versions
+from projects import (
+    GONE,
+    REGISTERED,
+    REPOSITORY,
+    STAGES,
+    UP_TO_DATE,
+    Project,
+    aliases,
+    built,
+    copy,
+    ran,
+    runs,
+    versions,
+)
 
 from touchline.core.paths import Paths
 from touchline.data import photos
@@ -38,7 +51,12 @@ def project(attempted: Project) -> Iterator[Project]:
 def test_dvc_repro_takes_photos_to_a_registered_champion(
     project: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    assert sorted(ran(built(tmp_path_factory).output)) == sorted(STAGES)
+    output = built(tmp_path_factory).output
+    assert sorted(ran(output)) == sorted(STAGES)
+    for stage in STAGES:
+        # Each says at its end what came of it, before DVC goes on.
+        said = re.split("(?:Gener|Upd)ating lock file", output.partition(f"Running stage '{stage}':")[2])[0]
+        assert said.strip().splitlines()[-1].startswith(f"{stage.replace('@', ' ')}: "), stage
     assert set(project.json("reports/metrics.json")["models"]) == {"cnn", "transfer"}
     registration = project.json("reports/registration.json")
     better = registration["better_model"]
@@ -158,6 +176,12 @@ def test_an_experiment_logs_to_the_projects_store_and_moves_no_alias(
     assert "test/accuracy" in run.data.metrics
     assert not list((project.root / ".dvc/tmp").rglob("mlflow.db"))
     assert aliases(project) == before
+
+    [command] = re.findall(r"^\t@(dvc exp show .*)", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
+    listed = project.run("sh", "-c", command.replace("$$", "$")).splitlines()
+    assert listed[1].split() == ["Experiment", "test.cnn", "test.transfer", "models.transfer.strengths"]
+    [row] = [line for line in listed if f"[{name}]" in line]
+    assert str(strength) in row.split()[-1]
     if where:
         assert (project.root / "params.yaml").read_text() == params
         assert UP_TO_DATE in project.dvc("status")

@@ -116,11 +116,11 @@ def page(params: Params, **changes: Any) -> str:
             name: {"run_name": name, "description": name,
                    "metrics": {"validation/accuracy": 0.8, "seconds/train": 1.0}} for name in names
         },
-        "split": {"photos": 10, "groups": 5, "left_out": [], "shares": {"train": 0.6, "validation": 0.2, "test": 0.2}},
+        "photos": 10 * len(params.classes), "groups": 5,
         "counts": [{"class": label, "source": "folder", "train": 6, "validation": 2, "test": 2}
                    for label in params.classes],
         "licences": [{"source": "folder", "licence": "", "size": 10, "nunique": 0}], "attributed": False, "brought": [],
-        "random_photos": {}, "rejected": {"too small": [1] * len(params.classes)}, "rejected_photos": [],
+        "random_photos": {},
         "figures": plots.svgs(params, given),
         "confusion": {name: [[(1, 0.5)] * len(params.classes)] * len(params.classes) for name in names},
         "most_confused": {name: plots.most_confused(part) for name, part in answers.items()},

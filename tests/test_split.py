@@ -45,6 +45,10 @@ def table(rows: Sequence[tuple[str, str, int]], given: Sequence[str] | None = No
             "perceptual_hash": [f"{bits:016x}" for _, _, bits in rows],
             "group": [group for _, group, _ in rows],
             "subset": list(given) if given is not None else [""] * len(rows),
+            **dict.fromkeys(("licence", "author", "origin", "title", "landing_page"), ""),
+            "source": "folder",
+            "width": "640",
+            "height": "480",
         }
     )
 

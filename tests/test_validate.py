@@ -232,7 +232,7 @@ def test_hostile_names_stay_text_on_every_page(workspace: Workspace) -> None:
     with pytest.raises(TouchlineError, match=r"validate\.min_per_class"):
         workspace.run(params((strange, "soccer"), min_per_class=4))
 
-    assert "<script" not in workspace.page and "<img" not in workspace.page
+    assert "<script" not in workspace.page and "<img src=x" not in workspace.page
     assert "data/photos/a &lt;script&gt;" in workspace.page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in workspace.page
 
@@ -241,10 +241,29 @@ def test_the_page_asks_nothing_of_the_network(workspace: Workspace) -> None:
     workspace.add_good("rugby", "soccer")
     workspace.add("rugby", flat())
     workspace.run(params())
-    assert not re.search(r"""(src|srcset)\s*=|<(script|link|img|iframe)\b|@import|url\(""", workspace.page)
+    asking = r"""src\s*=\s*(?!"data:image/jpeg;base64,)|srcset|<(script|link|iframe)\b|@import|url\("""
+    assert not re.search(asking, workspace.page)
     assert "Content-Security-Policy" in workspace.page
     for target in re.findall(r"""href="([^"#:]+)["#]""", workspace.page):
         assert (workspace.paths.reports / target.replace("%20", " ")).exists(), target
+
+
+def test_the_page_shows_some_rejected_photos_of_as_many_reasons_as_it_can(workspace: Workspace) -> None:
+    workspace.add_good("rugby", "soccer")
+    small = [workspace.add("rugby", noise(number, 31, 40), author="Ann", licence="CC BY") for number in range(20)]
+    shown = {workspace.add("soccer", flat()), workspace.add("rugby", noise(50, 40, 121))}
+    hidden = {
+        workspace.add("rugby", noise(51, 300, 200)),  # taken for a decompression bomb
+        workspace.add("rugby", noise(52)[:-900]),  # torn
+        workspace.add("rugby", noise(53, 31, 40), source="imagenet"),
+        workspace.add("rugby", noise(54)),
+    }
+    dropped = workspace.rows[-1]["path"]
+    workspace.paths.decisions.write_text(f"photo,decision,label,who,why\n{dropped},drop,,Ann,a person asked for it\n")
+    workspace.run(params(max_rejected_share=0.9))
+    pictures = set(re.findall(r'<img src="data:image/jpeg;base64,[^"]+" alt="Rejected: ([^"]+)"', workspace.page))
+    assert shown < pictures and pictures - shown < set(small) and len(pictures) == 12 and not pictures & hidden
+    assert "by Ann (folder, CC BY)" in workspace.page
 
 
 def test_two_rules_may_look_at_one_column(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

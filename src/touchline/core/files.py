@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ _SPARSE = {"strength": [""], "cross_validation/loss": [""]}
 # The columns that readers of a table rely on, by the name of the file or of its folder.
 _NEEDED = {
     "validated.csv": ("path", "sha256"),
-    "rejected.csv": ("path", "class", "reason"),
     "ledger.csv": ("sha256", "class", "source", "origin", "reason"),
     "split.csv": ("path", "subset"),
     "forgotten.csv": ("kind", "sha256"),
@@ -168,6 +167,28 @@ def model_record(path: Path) -> dict[str, Any] | None:
     record = read_json(path)
     ours = isinstance(record, dict) and record.get("model") == path.stem and "model_sha256" in record
     return record if ours else None
+
+
+def model_records(folder: Path, names: Iterable[str], split_table: Path) -> dict[str, dict[str, Any]]:
+    """`models/<name>.json` by name, of models that were trained on the split at hand.
+
+    Raises:
+        TouchlineError: a file is missing or is not JSON, or the split is another one.
+    """
+    records = {}
+    for name in names:
+        file = folder / f"{name}.json"
+        records[name] = read_json(file)
+        check_digest(split_table, records[name]["tags"]["touchline.split_sha256"], file)
+    return records
+
+
+def check_digest(path: Path, digest: str, recorded: Path) -> None:
+    """Raise TouchlineError unless `path` is the file with this SHA-256, which the file `recorded` names."""
+    if not path.is_file():
+        raise TouchlineError(f"{path} is missing: run `dvc repro` to make it")
+    if sha256(path) != digest:
+        raise TouchlineError(f"{path} is not the file that {recorded} was made with: {RENEW}")
 
 
 def no_formula(text: str) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 
 from touchline.core import stage
 from touchline.core.errors import TouchlineError, one_line
-from touchline.core.files import RENEW, read_json, read_table, sha256, write_text
+from touchline.core.files import RENEW, read_table, sha256, write_text
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
-from touchline.data import photos, terms, thumbnails
+from touchline.data import terms, thumbnails
 from touchline.models import explain, scores
 from touchline.report import html, plots
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _LONGER_SIDE = 240
 # A page of a hundred classes is to stay one that can be sent.
 _MOST_RANDOM_PHOTOS = 48
-_MOST_REJECTED_PHOTOS = 12
 _STAGES = ("ingest", "validate", "split", "features", "train", "evaluate")
 _PACKAGES = ("tensorflow", "keras", "scikit-learn", "numpy", "opencv-python-headless", "dvc", "mlflow")
 
@@ -44,11 +43,7 @@ def write(
         records: `models/<name>.json` by name.
         outcome: what `register` decided.
     """
-    validated = read_table(paths.validated_table)
-    split = read_table(paths.split_table).merge(
-        validated.drop(columns=["class", "subset", "group", "sha256"]), on="path"
-    )
-    rejected = read_table(paths.rejected_table)
+    split = read_table(paths.split_table)
     tables = {
         name: read_table(paths.reports / f"{name}.csv")
         for name in ("predictions", "per_class", "slices", "roc", "curves", "gallery", "similarity")
@@ -64,14 +59,13 @@ def write(
         cells=scores.cells,
         speeds=speeds,
         records=records,
-        split=read_json(paths.reports / "split.json"),
+        photos=len(split),
+        groups=split["group"].nunique(),
         counts=_counts(split),
         licences=_licences(split),
-        attributed=bool(((validated["licence"] != "") | (validated["author"] != "")).any()),
-        brought=[subset for subset in SUBSETS if (validated["subset"] == subset).any()],
+        attributed=bool(((split["licence"] != "") | (split["author"] != "")).any()),
+        brought=[subset for subset in SUBSETS if (split["given"] == subset).any()],
         random_photos=_random_photos(paths, params, split),
-        rejected=_by_class(rejected, params),
-        rejected_photos=_rejected_photos(paths, params, rejected),
         figures=plots.svgs(params, tables),
         named=plots.MOST_IN_A_TABLE,
         confusion={name: _confusion(part, params) for name, part in of_model},
@@ -85,7 +79,7 @@ def write(
         costs=_costs(paths, params),
         hardware=records[outcome["better_model"]]["tags"]["touchline.hardware"],
         code=stage.code(paths),
-        digests=_digests(paths, params),
+        digests=_digests(paths, records),
         versions={"Python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     )
     path = paths.reports / "report.html"
@@ -125,14 +119,6 @@ def _licences(split: "pd.DataFrame") -> list[dict[str, Any]]:
     return rows.sort_values("size", ascending=False, kind="stable").to_dict("records")
 
 
-def _by_class(rejected: "pd.DataFrame", params: Params) -> dict[str, list[int]]:
-    """How many photos of each class were rejected, by reason, the most frequent first."""
-    return {
-        reason: [int((rejected.loc[rejected["reason"] == reason, "class"] == label).sum()) for label in params.classes]
-        for reason in rejected["reason"].value_counts().index
-    }
-
-
 def _confusion(of_model: "pd.DataFrame", params: Params) -> list[list[tuple[int, float]]]:
     counts, shares = plots.confusion(of_model, params.classes)
     return [list(zip(*row, strict=True)) for row in zip(counts.tolist(), shares.tolist(), strict=True)]
@@ -154,25 +140,6 @@ def _random_photos(paths: Paths, params: Params, split: "pd.DataFrame") -> dict[
         label: [_card(row, _thumbnail(paths, row)) for row in rows.to_dict("records")]
         for label, rows in zip(params.classes, chosen, strict=True)
     }
-
-
-def _rejected_photos(paths: Paths, params: Params, rejected: "pd.DataFrame") -> list[dict[str, Any]]:
-    """Some of the rejected photos that can be seen at all, of as many reasons as there are."""
-    rows = terms.shown(rejected, params)
-    turn = rows.groupby("reason").cumcount()
-    found = []
-    for row in rows.loc[turn.sort_values(kind="stable").index].to_dict("records"):
-        header = photos.header((paths.workspace / row["path"]).read_bytes())
-        # What is taken for a decompression bomb is not set off here.
-        if not 0 < header.width * header.height <= 1e6 * params.validate_.max_megapixels:
-            continue
-        try:
-            found.append(_card(row, _thumbnail(paths, row)))
-        except TouchlineError:
-            continue
-        if len(found) == _MOST_REJECTED_PHOTOS:
-            break
-    return found
 
 
 def _galleries(paths: Paths, gallery: "pd.DataFrame", split: "pd.DataFrame") -> dict[str, list[dict[str, Any]]]:
@@ -232,11 +199,8 @@ def _costs(paths: Paths, params: Params) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: _STAGES.index(row["stage"].split("@")[0]))
 
 
-def _digests(paths: Paths, params: Params) -> dict[str, str]:
+def _digests(paths: Paths, records: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of what tells two runs apart."""
-    files = [
-        paths.workspace / "params.yaml",
-        paths.split_table,
-        *(paths.models / f"{name}.keras" for name in params.models),
-    ]
-    return {paths.relative(file): sha256(file) for file in files}
+    files = [paths.workspace / "params.yaml", paths.split_table]
+    models = {f"models/{name}.keras": record["model_sha256"] for name, record in records.items()}
+    return {paths.relative(file): sha256(file) for file in files} | models

@@ -1,6 +1,6 @@
 """The `evaluate` stage: every model on the same untouched test photos, beside baselines and a control."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
@@ -12,8 +12,8 @@ from touchline.core import parallel
 from touchline.core.errors import TouchlineError
 from touchline.core.files import (
     model_record,
+    model_records,
     positions,
-    read_json,
     read_table,
     replacing,
     sha256,
@@ -47,8 +47,8 @@ def run(paths: Paths, params: Params) -> str:
     import pandas as pd
 
     _forget_removed(paths, params)
-    validated = read_table(paths.validated_table)
-    split = read_table(paths.split_table).merge(validated[["path", "source", "width", "height"]], on="path")
+    split = read_table(paths.split_table)
+    records = model_records(paths.models, params.models, paths.split_table)
     test = split[split["subset"] == "test"].reset_index(drop=True)
     labels = positions(test["class"], params.classes)
     files = [paths.workspace / path for path in test["path"]]
@@ -66,7 +66,9 @@ def run(paths: Paths, params: Params) -> str:
         probabilities[name] = rows[:, : len(params.classes)]
         metrics["models"][name] = scores.of(labels, probabilities[name], params.evaluate.calibration_bins)
         facts[name] = {
-            "model_sha256": read_json(paths.models / f"{name}.json")["model_sha256"],
+            "model_sha256": records[name]["model_sha256"],
+            # `register` depends on this file alone for the models: a record names the digests of its model and split.
+            "record_sha256": sha256(paths.models / f"{name}.json"),
             "milliseconds_a_photo": round(1000 * seconds / len(files), 2),
         }
         if model.reference and params.predict.unknown_share is not None:
@@ -87,9 +89,12 @@ def run(paths: Paths, params: Params) -> str:
     write_json(paths.reports / "metrics.json", metrics)
     # What differs from run to run though nothing changed is kept out of the metrics.
     write_json(paths.reports / "evaluation.json", facts)
-    # `dvc metrics show` makes a row of each file.
-    for name, found in {**metrics["models"], **metrics["baselines"]}.items():
-        write_json(paths.reports / "scores" / f"{name}.json", found)
+    # What DVC compares between experiments: it makes a column of each number, and a terminal has room for few.
+    accuracies = {
+        "test": {name: found["accuracy"] for name, found in metrics["models"].items()},
+        "validation": {name: round(record["metrics"]["validation/accuracy"], 6) for name, record in records.items()},
+    }
+    write_json(paths.reports / "accuracy.json", accuracies)
 
     tables = {
         "predictions": _predictions(test, probabilities, params.classes),
@@ -105,7 +110,7 @@ def run(paths: Paths, params: Params) -> str:
     with replacing(paths.reports / "heats.npz", ".npz") as temporary:
         np.savez_compressed(temporary, **heats)  # type: ignore[arg-type]  # NumPy's types take each name for `allow_pickle`
     figures = plots.draw(paths, params, split, tables, heats)
-    _log(paths, params, metrics, facts, figures)
+    _log(paths, params, records, metrics, facts, figures)
     return "test accuracy " + ", ".join(
         f"{name} {found['accuracy']:.3f} [{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]"
         for name, found in metrics["models"].items()
@@ -319,13 +324,17 @@ def _forget_removed(paths: Paths, params: Params) -> None:
 
 
 def _log(
-    paths: Paths, params: Params, metrics: dict[str, Any], facts: dict[str, Any], figures: dict[str, Path]
+    paths: Paths,
+    params: Params,
+    records: Mapping[str, Mapping[str, Any]],
+    metrics: dict[str, Any],
+    facts: dict[str, Any],
+    figures: dict[str, Path],
 ) -> None:
     from touchline.tracking import runs
 
     store = runs.open_store(paths, params.register_.name)
-    for name in params.models:
-        record = read_json(paths.models / f"{name}.json")
+    for name, record in records.items():
         run_id = runs.ensure(store, record, paths.models / f"{name}.keras")
         speed = {"milliseconds_a_photo": facts[name]["milliseconds_a_photo"]}
         runs.log_evaluation(store, run_id, metrics["models"][name] | speed, figures)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from touchline.core import parallel
-from touchline.core.files import read_json, read_table, write_json
+from touchline.core.files import check_digest, model_records, read_json, read_table, write_json
 from touchline.core.params import Params, RegisterParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
@@ -48,8 +48,11 @@ def run(paths: Paths, params: Params) -> str:
         The decision and its reasons, in one sentence.
     """
     metrics = read_json(paths.reports / "metrics.json")
-    records = {name: read_json(paths.models / f"{name}.json") for name in params.models}
-    speeds = read_json(paths.reports / "evaluation.json")
+    evaluated = paths.reports / "evaluation.json"
+    speeds = read_json(evaluated)
+    records = model_records(paths.models, params.models, paths.split_table)
+    for name in records:
+        check_digest(paths.models / f"{name}.json", speeds[name]["record_sha256"], evaluated)
     better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
     store = runs.open_store(paths, params.register_.name)
     run_ids = {name: runs.ensure(store, record, paths.models / f"{name}.keras") for name, record in records.items()}

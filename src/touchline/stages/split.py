@@ -20,7 +20,11 @@ from touchline.data import similarity
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("path", "class", "subset", "group", "sha256")
+# What the stages after this one need of a photo: they read no other table. `given` is the subset that its source gave.
+COLUMNS = (
+    "path", "class", "subset", "group", "sha256", "given", "source", "width", "height", "licence", "author", "origin",
+    "title", "landing_page",
+)  # fmt: skip
 # Cross-validation leaves one out and learns from the other.
 FEWEST_TO_LEARN_FROM = 2
 _MOST_FOLDS = 100
@@ -57,7 +61,7 @@ def run(paths: Paths, params: Params) -> str:
         TouchlineError: a class has no photo in a subset or too few to learn from, or the options do not fit the groups.
     """
     photos = read_table(paths.validated_table, dtype=str)
-    if missing := {"class", "group", "subset", "perceptual_hash"} - set(photos.columns):
+    if missing := {*COLUMNS, "perceptual_hash"} - {*photos.columns, "given"}:
         raise TouchlineError(
             f"{paths.validated_table} lacks the column {', '.join(sorted(missing))}: run `dvc repro -f -s validate`"
         )
@@ -65,7 +69,7 @@ def run(paths: Paths, params: Params) -> str:
         raise TouchlineError(
             f"{paths.validated_table} holds no perceptual hash in a row: run `dvc repro -f -s validate`"
         )
-    split, moves, conflicts = assign(photos, params.split)
+    split, moves, conflicts = assign(photos.assign(given=photos["subset"]), params.split)
     write_table(paths.split_table, split.sort_values(["subset", "class", "path"])[list(COLUMNS)])
     counts = {
         subset: {

@@ -6,7 +6,7 @@ and one row for the whole set (a set that fails stops the pipeline, after every 
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -20,7 +20,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.params import Params, ValidateParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.data import decisions
+from touchline.data import decisions, terms, thumbnails
 from touchline.data.photos import Measurement, measure
 from touchline.report import html
 
@@ -41,9 +41,13 @@ COLUMNS = (
     "origin",
     "group",
     "subset",
+    "title",
+    "landing_page",
 )
 # Photos that a worker of a cluster is given at a time: about half a second of work, so that their way costs little.
 _BATCH = 64
+# Thumbnails of rejected photos on the page, and their longer side in pixels.
+_MOST_PICTURES, _LONGER_SIDE = 12, 240
 _DONE = {"keep": "kept", "drop": "dropped", "relabel": "relabelled"}
 LEDGER_COLUMNS = ["sha256", "class", "source", "origin", "reason"]
 
@@ -131,7 +135,8 @@ def run(paths: Paths, params: Params) -> str:
     files.write_table(paths.rejected_table, photos.assign(reason=judged["reason"])[~fit])
     report = summarise_run(outcomes, classes, rejected, decided)
     files.write_json(paths.reports / "validation.json", report)
-    files.write_text(paths.reports / "validation.html", render_page(report, outcomes, rejected))
+    pictures = _pictures(paths, params, rejected)
+    files.write_text(paths.reports / "validation.html", render_page(report, outcomes, rejected, pictures))
     if not os.environ.get("DVC_EXP_NAME"):
         # Ingest knows photos by the class it found them under.
         of_ingest = offered.assign(reason=judged["reason"])
@@ -448,8 +453,14 @@ def summarise_run(
     }
 
 
-def render_page(report: dict[str, Any], outcomes: Sequence[Outcome], rejected: "pd.DataFrame") -> str:
-    """reports/validation.html: one file that needs nothing but itself; every value in it is escaped."""
+def render_page(
+    report: dict[str, Any], outcomes: Sequence[Outcome], rejected: "pd.DataFrame", pictures: Mapping[str, str]
+) -> str:
+    """reports/validation.html: one file that needs nothing but itself; every value in it is escaped.
+
+    Args:
+        pictures: thumbnails of some rejected photos, JPEG in base64, by path.
+    """
     column_of = {outcome.rule.reason: outcome.rule.column for outcome in outcomes}
     return html.render(
         "validation.html",
@@ -457,11 +468,24 @@ def render_page(report: dict[str, Any], outcomes: Sequence[Outcome], rejected: "
         counts=report["counts"],
         failures=_failures(outcomes),
         outcomes=outcomes,
+        pictures=pictures,
         rejected=[
             {**row, "address": quote(f"../{row['path']}"), "seen": _seen(column_of.get(row["reason"], "decided"), row)}
             for row in rejected.to_dict("records")
         ],
     )
+
+
+def _pictures(paths: Paths, params: Params, rejected: "pd.DataFrame") -> dict[str, str]:
+    """Thumbnails, JPEG in base64, by path: of as many reasons as there are, of photos that decode and may be shown.
+
+    What a person decided is not shown: a photo may have been dropped because it must not be seen.
+    """
+    # Only a photo that decodes, and is not taken for a decompression bomb, has a contrast.
+    rows = terms.shown(rejected[rejected["contrast"].notna() & rejected["decided"].eq("")], params)
+    turn = rows.groupby("reason").cumcount().sort_values(kind="stable")
+    chosen = rows.loc[turn.index[:_MOST_PICTURES], "path"]
+    return {path: thumbnails.jpeg(thumbnails.thumbnail(paths.workspace / path, _LONGER_SIDE)) for path in chosen}
 
 
 def merge_ledger(ledger: "pd.DataFrame", accepted: "pd.DataFrame", rejected: "pd.DataFrame") -> "pd.DataFrame":
