@@ -1,6 +1,5 @@
 """Says whether photos that were seen lately are still like those the champion learned from."""
 
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.deployments import run_deployment
-from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
@@ -36,38 +34,22 @@ def drift(folder: str | None = None) -> State:
         message = "nothing is compared: drift.folder in params.yaml names no folder"
         get_run_logger().info(message)
         return Completed(name="Skipped", message=message)
-    # Features and split are not to change under it.
-    with project.alone():
-        command = ["touchline", "drift", *(["--", folder] if folder else [])]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    for line in (done.stdout + done.stderr).splitlines():
-        get_run_logger().info("%s", line)
-    if done.returncode not in _STATES:
-        why = done.stderr.strip().rpartition("\n")[2].removeprefix("touchline: ")
-        return Failed(message=why or f"`touchline drift` ended with exit code {done.returncode}")
+    code, why = project.asked("touchline", "drift", *(["--", folder] if folder else []))
+    if code not in _STATES:
+        return Failed(message=why)
     report = read_json(Path.cwd() / "reports/drift.json")
     create_markdown_artifact(_page(report), key="drift", description="New photos and those the champion learned from")
-    if _STATES[done.returncode] == "Drift":
-        _warn(report)
+    if _STATES[code] == "Drift":
+        differs = [each["what"] for each in report["comparisons"] if each["warns"]]
+        payload = {"differs": differs, "photos": report["photos"]["new"]}
+        project.warn("drift", report["verdict"], payload, "drift.html")
         if chosen.train:
             try:
                 # It begins once this run has ended: one flow at a time.
                 run_deployment("pipeline/pipeline", parameters={"look_for_photos": True}, timeout=0, as_subflow=False)
             except ObjectNotFound:
                 return Failed(message="drift.train: this server has no deployment `pipeline`: start `make board`")
-    return Completed(name=_STATES[done.returncode], message=report["verdict"])
-
-
-def _warn(report: Mapping[str, Any]) -> None:
-    get_run_logger().warning("%s", report["verdict"])
-    warning = [each["what"] for each in report["comparisons"] if each["warns"]]
-    name = params.load(Path.cwd() / "params.yaml").register_.name
-    emit_event(
-        event="touchline.drift",
-        resource={"prefect.resource.id": f"touchline.registered-model.{name}", "prefect.resource.name": name},
-        payload={"verdict": report["verdict"], "differs": warning, "photos": report["photos"]["new"]},
-    )
-    project.notify(f"{name}: drift", f"{report['verdict']} {report_link('drift.html', 'Report')}")
+    return Completed(name=_STATES[code], message=report["verdict"])
 
 
 def _page(report: Mapping[str, Any]) -> str:

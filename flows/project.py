@@ -92,6 +92,36 @@ def run(
         return _ended(found, _result(workspace, found))
 
 
+def asked(*command: str) -> tuple[int, str]:
+    """Run a command of `touchline` while no other flow is at work; its exit code, and why it failed if it did.
+
+    What it says goes to the run's log.
+    """
+    with alone():
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    for line in (done.stdout + done.stderr).splitlines():
+        get_run_logger().info("%s", line)
+    why = done.stderr.strip().rpartition("\n")[2].removeprefix("touchline: ")
+    return done.returncode, why or f"`{' '.join(command[:2])}` ended with exit code {done.returncode}"
+
+
+def warn(event: str, verdict: str, payload: Mapping[str, Any], page: str) -> None:
+    """Tell of a warning about the registered model: in the log, as an event for Automations, and as a message.
+
+    Args:
+        event: `touchline.` and its name is the event; the resource is the model.
+        page: the file of reports/ that shows it.
+    """
+    get_run_logger().warning("%s", verdict)
+    name = params.load(Path.cwd() / "params.yaml").register_.name
+    emit_event(
+        event=f"touchline.{event}",
+        resource={"prefect.resource.id": f"touchline.registered-model.{name}", "prefect.resource.name": name},
+        payload={"verdict": verdict, **payload},
+    )
+    notify(f"{name}: {event}", f"{verdict} {report_link(page, 'Report')}")
+
+
 def run_name() -> str:
     """What a flow run is called: its flow, what was asked for, and when: `training dropout=0.3, 2026-11-26 05:21`."""
     context = FlowRunContext.get()

@@ -120,7 +120,7 @@ def test_other_programs_find_it_by_a_file(board):
 
 def test_the_flows_are_deployed_with_a_description_and_a_tag_and_without_anybodys_path(board):
     deployments = board.deployments()
-    assert set(deployments) == {"ingestion", "training", "pipeline", "drift"}
+    assert set(deployments) == {"ingestion", "training", "pipeline", "drift", "monitor"}
     for name, deployment in deployments.items():
         assert deployment["entrypoint"] == f"flows/{name}.py:{name}"
         assert deployment["tags"] == ["touchline"] and deployment["work_pool_name"] == "touchline"

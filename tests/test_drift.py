@@ -210,7 +210,9 @@ class Made:
         table = pd.DataFrame(rows, columns=columns)
         table.to_csv(self.paths.validated_table, index=False)
         subsets = np.where(np.arange(130) < 80, "train", "test")
-        table.assign(subset=subsets, **{"class": "red", "group": table["sha256"].str[:16]}).to_csv(
+        means = [photos.read(root / path, 8).mean(axis=(0, 1)) for path in table["path"]]
+        labels = ["red" if red > blue else "blue" for red, _, blue in means]
+        table.assign(subset=subsets, **{"class": labels, "group": table["sha256"].str[:16]}).to_csv(
             self.paths.split_table, index=False
         )
         self.learned_from = set(table["sha256"][:80])

@@ -27,7 +27,7 @@ class Ran:
         (root / "params.yaml").write_bytes(SHIPPED.read_bytes())
         (root / "reports").mkdir()
         monkeypatch.chdir(root)
-        monkeypatch.setattr(flow, "emit_event", lambda **event: self.events.append(event))
+        monkeypatch.setattr(flow_project, "emit_event", lambda **event: self.events.append(event))
         monkeypatch.setattr(flow, "create_markdown_artifact", lambda text, **_: self.artifacts.append(text))
         monkeypatch.setattr(flow, "run_deployment", self.run_deployment)
         monkeypatch.setattr(flow_project, "notify", lambda *message: self.messages.append(message))

@@ -297,6 +297,17 @@ def drift(
 
 
 @app.command()
+def monitor() -> None:
+    """Check how the champion does in use, by the record of `serve --record`; write reports/monitor.html.
+
+    Exit code 0: no warning; 3: warning; 4: too few photos to tell; 1 and 2: there is no champion, or no project.
+    """
+    from touchline.commands import monitor
+
+    raise typer.Exit(monitor.EXIT_CODES[monitor.run(*_project())])
+
+
+@app.command()
 def promote(version: Annotated[int, typer.Argument(help="version of the registered model", min=1)]) -> None:
     """Make a version champion by hand."""
     from touchline.tracking import registry

@@ -134,7 +134,9 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class _Champion:
+class Champion:
+    """The champion, its version, and the sha256 of each photo that it learned from."""
+
     classifier: Classifier
     version: "Version"
     learned_from: set[str]
@@ -176,7 +178,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
     found = list(predict.find(names))
     if not found:
         raise TouchlineError(f"no photo in {', '.join(names)}")
-    champion = _champion(paths, params)
+    champion = find_champion(paths, params)
     name, backbone = _backbone(params, champion.version)
     _check_features(paths, name, backbone)
     table, split = read_table(paths.validated_table), read_table(paths.split_table)
@@ -188,7 +190,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
             f"data/split.csv has {len(training)} of the photos that {champion.classifier.name} learned from: run "
             "`dvc repro`, or `dvc checkout` in the commit that it was trained in"
         )
-    new = _look(_sample(found), champion, backbone, paths, params, set(split["sha256"]))
+    new = _look(sample(found), champion, backbone, paths, params, set(split["sha256"]))
     for path, why in new.unreadable:
         print(f"touchline: {predict.shown(path)}: {why}", file=sys.stderr)
     if not new.paths and not new.known:
@@ -208,8 +210,8 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
     if counts["different"] >= FEWEST:
         sides = (
             _side_of_new(new),
-            _training_side(paths, _sample(training), name),
-            _held_out_side(paths, _sample(held_out), champion.classifier),
+            _training_side(paths, sample(training), name),
+            _held_out_side(paths, sample(held_out), champion.classifier),
         )
         comparisons = compare(*sides, bits)
         rows, beyond = _most_unlike(sides[0].values[CONTENT], sides[1].values[CONTENT])
@@ -412,7 +414,8 @@ def _check_features(paths: Paths, name: str, features: BackboneFeatures) -> None
         raise TouchlineError(f"data/features/{name} was made with another {_listed(differing)}: run `dvc repro`")
 
 
-def _champion(paths: Paths, params: Params) -> _Champion:
+def find_champion(paths: Paths, params: Params) -> Champion:
+    """The champion; TouchlineError if there is none."""
     from touchline.tracking import registered
     from touchline.tracking.registry import CHAMPION
 
@@ -422,10 +425,10 @@ def _champion(paths: Paths, params: Params) -> _Champion:
         raise TouchlineError(f"{name} has no champion yet: `make run` trains one")
     stored = registered.model(paths, version)
     found = from_stored(stored, f"{name} version {version.number}", params.compute.engine)
-    return _Champion(found, version, stored.training_photos)
+    return Champion(found, version, stored.training_photos)
 
 
-def _sample(rows: Any) -> Any:
+def sample(rows: Any) -> Any:
     """At most `_MOST` of a list or of the rows of a table, drawn at random and always the same, in their order."""
     if len(rows) <= _MOST:
         return rows
@@ -435,7 +438,7 @@ def _sample(rows: Any) -> Any:
 
 def _look(
     found: Sequence[predict.Found],
-    champion: _Champion,
+    champion: Champion,
     backbone: BackboneFeatures,
     paths: Paths,
     params: Params,

@@ -392,6 +392,12 @@ class DriftParams(Section):
 class MonitorParams(Section):
     keep_days: Count
     keep_megabytes: Count
+    days: Count
+    recent_days: Count
+    max_unknown_ratio: Ratio | None
+    max_age_days: Count | None
+    max_milliseconds: Positive | None
+    max_errors: Fraction | None
 
 
 def _kind_of_features(value: object) -> str:

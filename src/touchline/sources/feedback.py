@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from touchline.core.errors import TouchlineError
+from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import read_json, remove_partials, write_bytes, write_json
 from touchline.core.params import Params
 from touchline.core.paths import Paths
+from touchline.core.progress import say
 from touchline.data import photos
 from touchline.data.forgotten import Forgotten
 from touchline.sources import Candidate, Planned, Source
@@ -70,6 +71,17 @@ def candidates(received: Received, classes: Sequence[str]) -> Iterator[Candidate
         else:
             yield Candidate(label, "feedback", photo, partial(received.read, folder / photo), licence=LICENCE)
     say_left_out("feedback", folder, left_out)
+
+
+def labels(folder: Path) -> dict[str, str]:
+    """What each photo of the queue shows, by its sha256; an entry that cannot be read is named and left out."""
+    found = {}
+    for record in sorted(folder.glob("*.json")):
+        try:
+            found[record.stem] = _read(record)[1]
+        except (TouchlineError, OSError, UnicodeDecodeError) as error:
+            say(f"data/feedback/{shown(record.name)} is left out: {one_line(error)}")
+    return found
 
 
 def _read(record: Path) -> tuple[str, str]:

@@ -346,6 +346,12 @@ def log_evaluation(store: Store, run_id: str, metrics: Mapping[str, float], figu
             store.client.log_artifact(run_id, str(named))
 
 
+def log_use(store: Store, run_id: str, metrics: Mapping[str, float], when: datetime) -> None:
+    """Log `use/<metric>`, what a model does in use; the step is the day, counted from 1970."""
+    named = {f"use/{name}": value for name, value in metrics.items()}
+    _log_metrics(store, run_id, named, step=int(when.timestamp()) // (24 * 60 * 60), when=when)
+
+
 def log_report(store: Store, run_id: str, page: Path) -> None:
     """Log an HTML page as an artifact of a run, which the UI shows as a page."""
     store.client.log_artifact(run_id, str(page))
