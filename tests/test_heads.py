@@ -46,7 +46,7 @@ def test_it_is_scikit_learns_regression_on_rows_of_one_scale(classes: int) -> No
     # Strengths are meant for rows of variance 1 in 1,280 channels; here are 40.
     scaled = ((rows - mean) / (deviation * np.sqrt(40 / 1280))).astype(np.float32)
     for strength in (0.01, 0.3):
-        regression = LogisticRegression(C=strength, max_iter=2000).fit(scaled, labels, sample_weight=weights)
+        regression = LogisticRegression(C=strength, tol=1e-6, max_iter=2000).fit(scaled, labels, sample_weight=weights)
         found = head_of(rows, labels, strength, weights).probabilities(rows)
         np.testing.assert_allclose(found, regression.predict_proba(scaled), atol=1e-6)
 

@@ -73,13 +73,14 @@ class Arrays:
         Raises:
             TouchlineError: a photo is not in the array, or a piece is torn.
         """
-        stream = self.stream(digests)
         found: np.ndarray | None = None
         # Piece by piece: the system maps more than a row where one is looked at, and of many pieces that is gigabytes.
-        for positions, rows in stream:
+        for piece, numbers, positions in self.stream(digests).parts:
             if found is None:
-                found = np.empty((len(stream), *rows.shape[1:]), rows.dtype)
-            found[positions] = rows
+                found = np.empty((len(digests), *piece.rows.shape[1:]), piece.rows.dtype)
+            for number, position in zip(numbers, positions, strict=True):
+                found[position] = piece.rows[number]
+            piece.release()
         return np.empty((0, *self.row_shape)) if found is None else found
 
     def stream(self, digests: Sequence[str]) -> "Stream":
