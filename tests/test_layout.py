@@ -16,8 +16,8 @@ from PIL import Image
 from test_photos import encoded, scene
 
 from touchline.commands import predict
+from touchline.core.budget import Budget
 from touchline.core.errors import TouchlineError
-from touchline.core.parallel import Budget
 from touchline.data import layout, photos
 
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")

@@ -78,19 +78,25 @@ def test_the_champion_predicts_as_its_file_does_where_touchline_is_not_installed
     np.save(tmp_path / "photos.npy", np.stack([photos.read(project.root / path, size) for path in rows["path"]]))
     script = f"""
 import json, sys
-sys.modules["touchline"] = None  # importing it now fails
-import keras, mlflow, numpy
+from importlib.util import find_spec
+assert find_spec("touchline") is None
+import keras, mlflow, numpy, pandas
 mlflow.set_tracking_uri({f"sqlite:///{project.root}/mlflow/mlflow.db"!r})
 photos = numpy.load("photos.npy")
-champion = mlflow.pyfunc.load_model("models:/{REGISTERED}@champion").predict(photos)
+model = mlflow.pyfunc.load_model("models:/{REGISTERED}@champion")
+contents = [open(path, "rb").read() for path in {[str(project.root / path) for path in rows["path"]]!r}]
+found = [model.predict(given).tolist() for given in (photos, contents, pandas.DataFrame({{"photo": contents}}))]
 file = keras.models.load_model({str(project.root / "models" / f"{better}.keras")!r}).predict(photos, verbose=0)
-json.dump([numpy.asarray(champion).tolist(), file.tolist()], open("found.json", "w"))
+json.dump([*found, file.tolist()], open("found.json", "w"))
 """
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=project.environment(), check=True)
-    champion, file = np.array(json.loads((tmp_path / "found.json").read_text()))
-    assert champion.shape == (3, 2)
-    np.testing.assert_allclose(champion, file, atol=1e-5)
-    np.testing.assert_allclose(champion, rows[["probability:rugby", "probability:soccer"]], atol=1e-4)
+    # -S leaves out site-packages' .pth files, by which an editable install would bring touchline in.
+    there = [path for path in sys.path if path.endswith("site-packages")]
+    environment = {key: value for key, value in project.environment().items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path += {there!r}{script}"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    for found in np.array(json.loads((tmp_path / "found.json").read_text())):
+        assert found.shape == (3, 2)
+        np.testing.assert_allclose(found, rows[["probability:rugby", "probability:soccer"]], atol=1e-4)
 
 
 def test_a_second_repro_runs_nothing(project: Project) -> None:

@@ -47,11 +47,10 @@ MLFLOW_SERVE = (
     "MLFLOW_TRACKING_URI=sqlite:///mlflow/mlflow.db "
     "mlflow models serve -m models:/rugby-soccer@champion --env-manager local --port 5001"
 )
-MLFLOW_JSON = (
-    'python -c "import json, pathlib, touchline.data.photos as p; '
-    "print(json.dumps({'inputs': [p.read(pathlib.Path('photo.jpg'), 320).tolist()]}))\" > photo.json"
+MLFLOW_ASK = (
+    """(printf '{"inputs": ["'; base64 < photo.jpg; printf '"]}') | """
+    "curl -H 'Content-Type: application/json' -d @- http://127.0.0.1:5001/invocations"
 )
-MLFLOW_ASK = "curl -H 'Content-Type: application/json' -d @photo.json http://127.0.0.1:5001/invocations"
 
 SIDE = 32
 CLASSES = ["red", "blue"]
@@ -687,7 +686,7 @@ def test_one_photo_has_one_answer_wherever_it_is_asked(project: projects.Project
         )  # fmt: skip
         with urllib.request.urlopen(request) as answer:
             invoked = json.load(answer)["predictions"]
-        command = f"{MLFLOW_JSON.replace('320', str(side))} && {MLFLOW_ASK.replace('curl', 'curl -s')}"
+        command = MLFLOW_ASK.replace("curl", "curl -s")
         alone = json.loads(elsewhere.run("bash", "-c", command.replace("5001", str(ports[1]))))["predictions"]
 
         # A second server on the same port is refused in a line that names the port and the option.

@@ -401,37 +401,6 @@ def test_a_version_gives_back_its_model_and_the_photos_it_learned_from(store, ru
         registry.training_photos(store, "whole", 99)
 
 
-@pytest.mark.slow
-def test_the_champion_predicts_in_a_process_that_never_saw_touchline(paths, store, run_id, tmp_path):
-    registry.promote(store, "served", registry.register(store, "served", run_id, {}, ""))
-    script = """
-import importlib.util, numpy, mlflow
-assert importlib.util.find_spec("touchline") is None
-model = mlflow.pyfunc.load_model("models:/served@champion")
-probabilities = model.predict(numpy.full((3, 8, 8, 3), 255, "uint8"))
-assert probabilities.dtype == "float32" and probabilities.shape == (3, 2), probabilities
-assert numpy.allclose(probabilities.sum(axis=1), 1)
-print("classes:", model.metadata.metadata["classes"])
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    uri = f"sqlite:///{paths.mlflow}/mlflow.db"
-    # -S leaves out site-packages' .pth files, by which an editable install would bring touchline in.
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path += {_site_packages()!r}{script}"],
-        cwd=tmp_path,
-        env={**environment, "MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri},
-        capture_output=True,
-        text=True,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "classes: ['rugby', 'soccer']" in done.stdout
-
-
-def _site_packages() -> list[str]:
-    return [path for path in sys.path if path.endswith("site-packages")]
-
-
 def test_a_known_model_is_not_logged_again(store, run_id, keras_file):
     assert runs.ensure(store, _record(run_id, keras_file), keras_file) == run_id
 

@@ -20,7 +20,7 @@ from functools import cache, partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from touchline.core.errors import TouchlineError, one_line
@@ -44,30 +44,6 @@ _PACKAGES = ("numpy", "opencv-python-headless", "pillow", "imagehash", "tensorfl
 _AT_WORKER: ContextVar[bool] = ContextVar("at_worker", default=False)
 _kept: dict[tuple[object, ...], object] = {}
 _keeping = Lock()
-
-
-class Budget:
-    """An amount that threads share, such as bytes of memory: each waits until its part is free.
-
-    Args:
-        total: the whole amount; no part may be larger.
-    """
-
-    def __init__(self, total: int) -> None:
-        self._free, self._changed = total, Condition()
-
-    @contextmanager
-    def part(self, amount: int) -> Iterator[None]:
-        """Wait until `amount` is free, and keep it while the block runs."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= amount)
-            self._free -= amount
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += amount
-                self._changed.notify_all()
 
 
 def scheduler(params: Params) -> str:

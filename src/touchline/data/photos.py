@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from touchline.core.budget import Budget
 from touchline.core.errors import TouchlineError, one_line
-from touchline.core.parallel import Budget
 from touchline.data import layout
 from touchline.data.layout import Layout, Refused
 

@@ -33,7 +33,7 @@ import mlflow
 
 model = mlflow.pyfunc.load_model("models:/{name}@champion")
 model.metadata.metadata  # the names of the classes, in order, and the side of the photos in pixels
-model.predict(photos)  # uint8 RGB, shape (n, side, side, 3) -> probabilities, shape (n, classes)
+model.predict([open("photo.jpg", "rb").read()])  # -> probabilities, shape (1, classes)
 ```
 
 Each version says which photos it learned from, what it reached, and why it became champion or not. The tag

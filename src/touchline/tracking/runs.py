@@ -10,20 +10,18 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from ruamel.yaml import YAML
 
+import touchline
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json, sha256
 from touchline.core.paths import Paths
 from touchline.core.stage import SHELLS
-from touchline.core.tensorflow import import_tensorflow
 from touchline.tracking.client import CONCLUDED, MissingError, Store, connect, held, one_line_errors, pages, texts
 
 if TYPE_CHECKING:
@@ -38,8 +36,14 @@ _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.pr
 _EXECUTION = "touchline.execution"
 _NOTE = "mlflow.note.content"
 _ON_TEST = "\n\n**On the test photos**: "
+PACKAGE = Path(touchline.__file__).parent
 _LONGEST_DIGEST = 36  # characters of a dataset digest that MLflow takes
-_REQUIREMENTS = ("tensorflow", "keras", "numpy")
+# What a logged model needs where this package is not installed, and the modules of this package that it carries.
+_REQUIREMENTS = ("tensorflow", "keras", "numpy", "opencv-python-headless", "pillow")
+CODE = (
+    "__init__", "core/__init__", "core/budget", "core/errors", "data/__init__", "data/layout", "data/photos",
+    "models/__init__", "models/photo_model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -453,8 +457,7 @@ def fetch(store: Store, uri: str, what: str) -> Path:
 def _log_model(
     store: Store, run_id: str, path: Path, image_size: int, classes: Sequence[str], training_photos: Collection[str]
 ) -> str:
-    import_tensorflow()
-    import mlflow.keras
+    import mlflow.pyfunc
     import numpy as np
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
@@ -466,17 +469,19 @@ def _log_model(
     logged = store.client.create_logged_model(store.experiment_id, name, run_id, params=run.data.params)
     try:
         with tempfile.TemporaryDirectory() as parent, one_line_errors(store.place):
-            folder = Path(parent, "model")
-            mlflow.keras.save_model(
-                # Copied, not loaded and saved: it stays byte for byte the file that DVC tracks.
-                SimpleNamespace(save=partial(shutil.copyfile, path)),
+            package, folder = Path(parent, "touchline"), Path(parent, "model")
+            for module in CODE:
+                file = (package / module).with_suffix(".py")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile((PACKAGE / module).with_suffix(".py"), file)
+            mlflow.pyfunc.save_model(
                 str(folder),
+                loader_module="touchline.models.photo_model",
+                data_path=shutil.copyfile(path, Path(parent, Path(StoredModel.KERAS).name)),
+                code_paths=[str(package)],
                 mlflow_model=Model(logged.artifact_location, run_id, model_id=logged.model_id),
-                # Unnamed: MLflow hands a named tensor over in a dict, which a model of one input refuses.
-                signature=ModelSignature(
-                    Schema([TensorSpec(np.dtype("uint8"), (-1, image_size, image_size, 3))]),
-                    Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))]),
-                ),
+                # Of the input it would allow one kind alone, bytes or pixels.
+                signature=ModelSignature(outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))])),
                 # Without a list MLflow finds it by loading the model in a new process, which takes 24 s.
                 pip_requirements=[f"{name}=={installed_version(name)}" for name in _REQUIREMENTS],
                 metadata={"classes": list(classes), "image_size": image_size},
