@@ -64,6 +64,9 @@ SMALL = {
     "evaluate.gallery": 2,
     "register.min_accuracy": 0.0,
     "register.min_shared_photos": 4,
+    "register.min_slice_accuracy": None,
+    "register.max_unknown_share": None,
+    "register.max_slowdown": None,
 }
 
 # In the environment of the run that all tests share: none of them may come to light (test_security.py).

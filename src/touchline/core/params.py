@@ -365,6 +365,10 @@ class RegisterParams(Section):
     min_accuracy: Fraction
     min_shared_photos: Count
     significance: Share
+    min_slice_accuracy: Fraction | None
+    min_slice_photos: Count
+    max_unknown_share: Fraction | None
+    max_slowdown: Ratio | None
 
 
 class ComputeParams(Section):
