@@ -3,7 +3,8 @@
     python benchmarks/recording.py --project DIR --photos DIR [--rounds 4] [--seconds 6] [--option=--record]
 
 DIR of `--project` has a champion (`make run` makes one); its record in data/served is written to. 32 clients ask again
-as soon as they were answered, from this process, so both share the processor. Where it is not quiet, look at the medians.
+as soon as they were answered, from this process, so both share the processor. Where it is not quiet, look at the
+medians.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from statistics import median
 from engine import TOUCHLINE, free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from load import Clients  # noqa: E402 - found by the line above
+from load import Clients
 
 
 def photos_a_second(project: Path, contents: list[bytes], seconds: float, *options: str) -> float:
@@ -58,7 +59,8 @@ def main() -> None:
             print(f"{option or 'without':16s} {rates[option][-1]:6.1f} photos/s", flush=True)
     without, with_it = (median(each) for each in rates.values())
     print(
-        f"medians: {without:.1f} without, {with_it:.1f} with {options.option}: {100 * (1 - with_it / without):+.1f} % slower"
+        f"medians: {without:.1f} without, {with_it:.1f} with {options.option}: "
+        f"{100 * (1 - with_it / without):+.1f} % slower"
     )
 
 

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, patch
 
 import psutil
 import pytest
+from conftest import names
 
 from touchline.core import stage
 from touchline.core.errors import TouchlineError
@@ -113,6 +116,36 @@ def test_what_a_stage_cost_is_written_when_it_has_ended_well(paths: Paths) -> No
     with pytest.raises(RuntimeError):
         fail()
     assert list(stage.costs(paths)) == ["split"]
+
+
+def run_costing(paths: Paths, seconds: float, megabytes: int) -> dict[str, Any]:
+    """Run a stage of nothing, as if it had taken that long and that much, and return what is kept of it."""
+    clock = iter([0.0, seconds])
+    measured = {"time": Mock(monotonic=lambda: next(clock)), "_memory": lambda: {"peak_megabytes": megabytes}}
+    with patch.multiple(stage, **measured), stage.running(paths, "train@cnn"):
+        pass
+    return stage.costs(paths)["train@cnn"]
+
+
+def test_a_stage_slower_than_all_earlier_runs_on_the_same_input_is_named(paths: Paths) -> None:
+    settings = paths.workspace / "params.yaml"
+    settings.write_text("seed: 1")
+
+    def named(cost: dict[str, Any]) -> list[str]:
+        return stage.slower({"train@cnn": cost}, limit=2.0)
+
+    assert named(run_costing(paths, 20, 900)) == []
+    # A quick one between, as where everything is in place, hides no later slowdown and causes none.
+    assert named(run_costing(paths, 1, 900)) == []
+    assert named(run_costing(paths, 40, 900)) == []
+    [line] = named(run_costing(paths, 81, 900))
+    assert names(line, "train@cnn", "81", "40")
+    [line] = named(run_costing(paths, 81, 1801))
+    assert names(line, "train@cnn", "1801", "900")
+    settings.write_text("seed: 2")
+    assert named(run_costing(paths, 9000, 9000)) == []
+    # Twice almost nothing is noise.
+    assert stage.slower({"split": {"seconds": 5.0, "earlier": {"seconds": 0.5}}}, 2.0) == []
 
 
 def test_a_stage_sweeps_away_what_killed_ones_left(paths: Paths) -> None:

@@ -39,6 +39,8 @@ def show(paths: Paths, params: Params) -> None:
     total = sum(cost["seconds"] for cost in costs.values())
     each = ", ".join(f"{name} {cost['seconds']:.0f}" for name, cost in costs.items())
     console.print(f"seconds     {total:.0f} ({each})")
+    if found := stage.slower(costs, params.compute.slowdown):
+        console.print(f"slower      {'; '.join(found)}")
     registered = outcome["registered"]
     if registered:
         aliases = " and ".join(registered["aliases"])

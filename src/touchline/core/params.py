@@ -375,6 +375,7 @@ class ComputeParams(Section):
     scheduler: Annotated[str, StringConstraints(pattern=r"^$|^(tcp|tls|ws|wss)://\S+:\d+$")]
     devices: Literal["one", "all"]
     engine: Literal["auto", "openvino", "tensorflow"]
+    slowdown: Ratio
 
 
 class PredictParams(Section):

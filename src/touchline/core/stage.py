@@ -3,12 +3,13 @@
 When DVC is killed, the stage's process lives on, and would write into the outputs of the next run.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from touchline.core.paths import Paths
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 _SECONDS_FOR_LOCK = 20.0
+# Of a stage's cost; smaller differences are noise, whatever their share.
+_LEAST = {"seconds": 5.0, "peak_megabytes": 200.0}
 SHELLS = {"sh", "dash", "bash", "zsh", "ksh", "fish"}
 
 
@@ -45,17 +48,55 @@ def running(paths: Paths, name: str) -> Iterator[None]:
             remove_partials(paths.reports)
             yield
             # Not an output: the cost differs from run to run, and must not cause later stages to run again.
-            write_json(paths.locks / f"{name}.json", {"seconds": round(time.monotonic() - began, 2), **_memory()})
+            spent = {"seconds": round(time.monotonic() - began, 2), **_memory()}
+            write_json(paths.locks / f"{name}.json", spent | _earlier(paths, name))
     except Timeout:
         raise TouchlineError(
             f"stage {name} is already running in {paths.workspace}: wait until it has ended, then run again"
         ) from None
 
 
-def costs(paths: Paths) -> dict[str, dict[str, float]]:
-    """What each stage's last run cost here, by the stage's name: `seconds` and `peak_megabytes`."""
+def costs(paths: Paths) -> dict[str, dict[str, Any]]:
+    """What each stage's last run cost here, by the stage's name.
+
+    These are `seconds` and `peak_megabytes`; a digest of its `input`; and `earlier`, the most that each of the two was
+    in earlier runs with that input. The most, because a run that finds photos or features in place does less.
+    """
     return {
         path.stem: read_json(path) for path in sorted(paths.locks.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    }
+
+
+def slower(costs: Mapping[str, Mapping[str, Any]], limit: float) -> list[str]:
+    """The stages whose last run took more than `limit` times what any earlier one took on the same input.
+
+    Args:
+        costs: as the function of that name gives them.
+    """
+    found = []
+    for name, cost in costs.items():
+        for key, before in cost.get("earlier", {}).items():
+            now, unit = cost.get(key, 0), "s" if key == "seconds" else "MB"
+            if now > limit * before and now - before >= _LEAST[key]:
+                found.append(f"{name} {now:.0f} {unit}, at most {before:.0f} in earlier runs on the same input")
+    return found
+
+
+def _earlier(paths: Paths, name: str) -> dict[str, Any]:
+    """The `input` of a run that has ended, and `earlier`; see `costs`."""
+    digest = hashlib.sha256()
+    # Every stage's input follows from these two, and code, whose cost is in question.
+    for path in (paths.workspace / "params.yaml", paths.photos_table):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    found = {"input": digest.hexdigest()}
+    last: dict[str, Any] = {}
+    with suppress(TouchlineError):  # none yet, or a torn one, for which no stage need fail
+        last = read_json(paths.locks / f"{name}.json")
+    if last.get("input") != found["input"]:
+        return found
+    most = last.get("earlier", {})
+    return found | {
+        "earlier": {key: max(last[key], most.get(key, 0)) for key in ("seconds", "peak_megabytes") if key in last}
     }
 
 

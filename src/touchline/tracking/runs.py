@@ -477,7 +477,7 @@ def _log_model(
             mlflow.pyfunc.save_model(
                 str(folder),
                 loader_module="touchline.models.photo_model",
-                data_path=shutil.copyfile(path, Path(parent, Path(StoredModel.KERAS).name)),
+                data_path=str(shutil.copyfile(path, Path(parent, Path(StoredModel.KERAS).name))),
                 code_paths=[str(package)],
                 mlflow_model=Model(logged.artifact_location, run_id, model_id=logged.model_id),
                 # Of the input it would allow one kind alone, bytes or pixels.
@@ -486,9 +486,9 @@ def _log_model(
                 pip_requirements=[f"{name}=={installed_version(name)}" for name in _REQUIREMENTS],
                 metadata={"classes": list(classes), "image_size": image_size},
             )
-            for suffix, file, _ in StoredModel.BESIDE:
+            for suffix, name_there, _ in StoredModel.BESIDE:
                 if path.with_suffix(suffix).is_file():
-                    shutil.copyfile(path.with_suffix(suffix), folder / file)
+                    shutil.copyfile(path.with_suffix(suffix), folder / name_there)
             Path(folder, StoredModel.PHOTOS).write_text(json.dumps(sorted(training_photos)))
             store.client.log_model_artifacts(logged.model_id, str(folder))
     except BaseException:
