@@ -43,9 +43,10 @@ def logged(project: Project, name: str, *, old: bool = True, model: bool = False
     store = store_of(project)
     parent = more.pop("parent", None)
     run_id = runs.start(store, name, {"touchline.git_dirty": "false", **more}, {}, DATASET, parent=parent)
-    figure = project.root.parent / "figure.png"
+    figure = project.root.parent / "figures of a run/figure.png"
+    figure.parent.mkdir(exist_ok=True)
     figure.write_bytes(b"a figure" * 1000)
-    runs.log_evaluation(store, run_id, {}, {"figure": figure})
+    runs.log_evaluation(store, run_id, {}, figure.parent)
     if model:
         from mlflow.entities import LoggedModelOutput
 

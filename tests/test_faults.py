@@ -415,7 +415,7 @@ def test_a_store_that_another_program_writes_to_is_waited_for(torn: Project, rec
         soon.start()
         runs.log_row(store, run_id, {"epoch": 0, "train/loss": 0.5})
         assert not soon.is_alive()
-    assert runs.logged_metrics(store, run_id)["train/loss"] == 0.5
+    assert runs.logged_metrics(store, run_id)["training/loss_train"] == 0.5
     runs.fail(store, run_id, "a test's own")
     record_property("fault", "store locked for 3 s: waited for, nothing lost")
 

@@ -1,5 +1,6 @@
 """What a person sees of the runs in MLflow's UI, in a real browser: a list, a comparison, a registered model."""
 
+import itertools
 import os
 import re
 import shutil
@@ -25,11 +26,12 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no Chromium or chromedriver here: apt-get install chromium chromium-driver"
 )
 MODELS = ("cnn", "transfer")
+CHARTS = "input[placeholder='Search metric charts']"
 
 
 @dataclass(frozen=True)
 class Page:
-    """MLflow's UI on a project's store, as `touchline mlflow` opens it.
+    """MLflow's UI on a project's store, as `touchline mlflow` opens it, in a window of 1500 by 950.
 
     Attributes:
         opened: the address that the command prints.
@@ -95,7 +97,7 @@ def page(tmp_path_factory) -> Iterator[Page]:
     for argument in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-        f"--user-data-dir={folder / 'profile'}", "--window-size=1600,1100",
+        f"--user-data-dir={folder / 'profile'}", "--window-size=1500,1037",
     ):  # fmt: skip
         options.add_argument(argument)
     with socket.socket() as probe:
@@ -132,10 +134,8 @@ def answers(port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def run_ids(page) -> dict[str, str]:
-    """The run of each model, and that of the pipeline."""
-    found = {model: page.project.json(f"models/{model}.json")["run_id"] for model in MODELS}
-    [pipeline] = projects.runs(page.project, "tags.`touchline.execution` LIKE '%'")
-    return found | {"pipeline": pipeline.info.run_id}
+    """The run of each model."""
+    return {model: page.project.json(f"models/{model}.json")["run_id"] for model in MODELS}
 
 
 def rows(page: Page) -> dict[str, list[str]]:
@@ -167,17 +167,38 @@ def metrics(page: Page) -> dict[str, list[str]]:
     return found
 
 
-def test_the_command_opens_the_list_of_runs_where_a_pipeline_stands_for_its_models(page, run_ids):
-    page.open(page.place)
-    decision = page.project.json("reports/registration.json")
-    better = page.project.json("reports/metrics.json")["models"][decision["better_model"]]
+def on_the_first_screen(page: Page) -> str:
+    """The text that is seen without scrolling, SVG included."""
+    return page.driver.execute_script("""
+        const words = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (walker.nextNode()) {
+            const range = document.createRange();
+            range.selectNode(walker.currentNode);
+            const box = range.getBoundingClientRect();
+            const inside = box.top >= 0 && box.left >= 0 && box.bottom <= innerHeight && box.right <= innerWidth;
+            if (box.width && box.height && inside)
+                words.push(walker.currentNode.textContent.trim());
+        }
+        return words.join("\\n");
+    """)
 
-    # Its row has the decision, and what the model that was chosen reached; the models are under it.
-    page.text("pipeline ", f"Champion: {decision['reason']}"[:30], str(better["accuracy"]), str(better["log_loss"]))
-    assert shown_runs(page) == {run_ids["pipeline"]}
-    page.picture("runs")
-    page.click(f"[row-id='{run_ids['pipeline']}'] [col-id='attributes.`Run Name`'] button")
-    page.until(lambda _: shown_runs(page) == set(run_ids.values()), "the models are not under their pipeline")
+
+def test_the_first_screen_of_a_new_browser_names_both_models_and_their_test_accuracies(page, run_ids):
+    models = page.project.json("reports/metrics.json")["models"]
+    names = {model: page.project.json(f"models/{model}.json")["run_name"] for model in MODELS}
+    page.driver.get(page.opened)
+    # Of the bars in the chart of test/accuracy, which have two digits, and in words above.
+    wanted = [*names.values(), *(f"{models[model]['accuracy']:.2f}" for model in MODELS)]
+    try:
+        page.until(lambda _: set(wanted) <= set(on_the_first_screen(page).splitlines()))
+    finally:
+        page.picture("runs")
+    seen = on_the_first_screen(page)
+    for model, name in names.items():
+        assert f"{name} {models[model]['accuracy']:.3f}" in seen
+    assert f"the champion is {names[page.project.json('reports/registration.json')['better_model']]}" in seen
+    assert "shared view" not in seen.lower()
+    assert shown_runs(page) == set(run_ids.values())
 
 
 def shown_runs(page: Page) -> set[str]:
@@ -192,25 +213,30 @@ def as_rounded(shown: list[str], wanted: list[float]) -> bool:
 
 def test_runs_of_both_models_are_compared(page, run_ids):
     page.open(page.place)
-    page.click(f"[row-id='{run_ids['pipeline']}'] [col-id='attributes.`Run Name`'] button")
     for model in MODELS:
         page.click(f"[row-id='{run_ids[model]}'] .ag-selection-checkbox input")
     page.picture("selected")
     page.press("Compare")
 
-    page.text("Comparing 2 Runs from 1 Experiment", "features.image_size", "confusion.png", "touchline.split_sha256")
+    # The first chart: what the models are, and what they reached.
+    page.text("Comparing 2 Runs from 1 Experiment", "image_size", "confusion.png", "touchline.split_sha256")
+    chosen = page.driver.find_elements(
+        By.CSS_SELECTOR, ".du-bois-light-select-selection-item, [class*=select-selection-item-content]"
+    )
+    assert {"architecture", "augmentation", "backbone", "test/accuracy"} <= {item.text for item in chosen}
     page.picture("compared")
     order = page.driver.current_url
     models = sorted(MODELS, key=lambda model: order.index(run_ids[model]))
     shown, judged = metrics(page), page.project.json("reports/metrics.json")["models"]
-    for key in judged["cnn"]:
+    for key in judged["cnn"].keys() - {"accuracy_low", "accuracy_high"}:
         assert as_rounded(shown[f"test/{key}"], [judged[model][key] for model in models]), key
     kept = [page.project.json(f"models/{model}.json")["metrics"] for model in models]
-    for key in ("train/accuracy", "train/loss", "validation/accuracy", "validation/loss", "seconds/train"):
-        assert as_rounded(shown[key], [found[key] for found in kept]), key
+    for subset, key in itertools.product(("train", "validation"), ("accuracy", "loss")):
+        assert as_rounded(shown[f"training/{key}_{subset}"], [found[f"{subset}/{key}"] for found in kept]), key
+    assert as_rounded(shown["training/seconds"], [found["seconds/train"] for found in kept])
 
     params = rows(page)
-    assert params["features.image_size"] == [{"cnn": "32", "transfer": "128"}[model] for model in models]
+    assert params["image_size"] == [{"cnn": "32", "transfer": "128"}[model] for model in models]
     assert not [value for values in params.values() for value in values if set(value) & set("{[")]
     # What a head has to say of fine-tuning, where there is none, is that there is none.
     assert [key for key in params if key.startswith("fine_tune")] == ["fine_tune.blocks"]
@@ -219,12 +245,27 @@ def test_runs_of_both_models_are_compared(page, run_ids):
     assert not {"touchline.pid", "touchline.host"} & params.keys()
 
 
+def test_the_curves_of_train_and_validation_are_side_by_side_for_one_run_and_for_two(page, run_ids):
+    curves = ["accuracy_train", "accuracy_validation", "loss_train", "loss_validation"]
+    of_one = f"/#/experiments/{page.experiment}/runs/{run_ids['cnn']}/model-metrics"
+    for name, place, prefix in (("one", of_one, ""), ("two", page.place, "training/")):
+        page.open(place)
+        page.until(lambda driver: driver.find_element(By.CSS_SELECTOR, CHARTS)).send_keys("training/")
+        text = page.text(*(prefix + curve for curve in curves))
+        page.picture(f"curves of {name}")
+        places = [text.index(f"\n{prefix}{curve}\n") for curve in curves]
+        assert places == sorted(places)
+
+
 def test_the_page_of_a_run_describes_it(page, run_ids):
     page.open(f"/#/experiments/{page.experiment}/runs/{run_ids['transfer']}")
     test = page.project.json("reports/metrics.json")["models"]["transfer"]
+    outcome = page.project.json("reports/registration.json")
+    assert outcome["better_model"] == "transfer"
+    decision = outcome["decision"]
 
     page.text(
-        "transfer efficientnet_lite0", "Regularised logistic regression",
+        "transfer efficientnet_lite0", f"Decision: {decision}", "Regularised logistic regression",
         "for training", "Kept: strength", f"On the test photos: accuracy {test['accuracy']:.3f}", "touchline train",
     )  # fmt: skip
     page.picture("run")

@@ -105,13 +105,12 @@ def test_a_killed_stage_is_made_good_by_the_next_repro(attacked: Project, undist
 @pytest.mark.slow
 def test_the_run_of_a_killed_training_is_closed_by_the_next_process_that_opens_the_store(attacked: Project) -> None:
     kill_in_the_middle(attacked, "train@cnn", both=True)
-    left = {run.info.run_id: run for run in runs(attacked, "attributes.status = 'RUNNING'")}
-    [model] = [run for run in left.values() if "mlflow.parentRunId" in run.data.tags]
-    assert set(left) == {model.info.run_id, model.data.tags["mlflow.parentRunId"]}
+    left = {run.info.run_id for run in runs(attacked, "attributes.status = 'RUNNING'")}
+    assert len(left) == 1
     versions(attacked)
     assert not runs(attacked, "attributes.status = 'RUNNING'")
     killed = {run.info.run_id for run in runs(attacked, "attributes.status = 'KILLED'")}
-    assert killed >= set(left)
+    assert killed >= left
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,11 +138,13 @@ def test_a_run_keeps_its_epochs_its_params_its_dataset_and_its_model(paths, stor
     assert run.info.status == "FINISHED"
     assert run.data.params == {"learning_rate": "0.001"}
     # One more point: what is shown of a run is that of the weights that were kept, not that of the last epoch.
-    assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "train/loss")] == [
+    assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "training/loss_train")] == [
         *((row["epoch"], row["train/loss"]) for row in HISTORY),
         (4, 0.5),
     ]
-    assert runs.logged_metrics(store, run_id) == {"train/loss": 0.5, "validation/accuracy": 0.75, "seconds/train": 1.5}
+    assert runs.logged_metrics(store, run_id) == {
+        "training/loss_train": 0.5, "training/accuracy_validation": 0.75, "training/seconds": 1.5
+    }  # fmt: skip
     assert (dataset.dataset.name, dataset.dataset.digest) == ("split", DATASET["digest"][:36])
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
     assert model.status == "READY"
@@ -172,12 +174,11 @@ def test_the_store_depends_neither_on_the_current_folder_nor_leaves_anything_the
 
 
 def test_evaluation_adds_test_metrics_and_figures(paths, store, run_id, tmp_path):
-    picture = tmp_path / "drawn.png"
-    picture.write_bytes(b"a picture")
+    (tmp_path / "confusion.png").write_bytes(b"a picture")
 
     runs.describe(store, run_id, "A simple network.")
     for _ in range(2):  # a second time changes nothing
-        runs.log_evaluation(store, run_id, {"accuracy": 0.9, "note": "text is left out"}, {"confusion": picture})
+        runs.log_evaluation(store, run_id, {"accuracy": 0.9, "note": "text is left out"}, tmp_path)
 
     mlflow = _client(paths)
     [metric] = [m for m in mlflow.get_logged_model(_model_id(paths, run_id)).metrics if m.key == "test/accuracy"]
@@ -196,7 +197,7 @@ def test_what_a_head_tried_is_kept_apart_from_the_curves_of_trainings(paths, sto
 
     mlflow = _client(paths)
     assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "tried/strength")] == [(0, 0.3), (1, 1.0)]
-    assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "train/loss")] == [(0, 0.2)]
+    assert [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "training/loss_train")] == [(0, 0.2)]
 
 
 def test_a_run_that_has_ended_says_nothing_of_its_process(paths, store):
@@ -211,101 +212,83 @@ def test_a_run_that_has_ended_says_nothing_of_its_process(paths, store):
     )
 
 
-@pytest.fixture
-def flow(monkeypatch, request):
-    """This process as the stages of one flow run."""
-    monkeypatch.setenv("TOUCHLINE_FLOW_RUN", request.node.name)
+def test_models_that_one_flow_run_trains_have_a_tag_in_common_and_no_run_above_them(monkeypatch):
+    assert runs.execution() == {}
+    monkeypatch.setenv("TOUCHLINE_FLOW_RUN", "a1")
+    assert runs.execution() == {"touchline.execution": "flow run a1"}
 
 
-def _under(store: Store) -> tuple[str, str]:
-    """A run of this execution of the pipeline, and the run that stands for it."""
-    parent = runs.execution(store, {"git": "abc"})
-    return runs.start(store, "cnn", {}, {}, DATASET, parent=parent), parent
+def test_the_decision_stands_on_the_better_run_and_above_the_list_of_runs(paths, store):
+    run_id = _start(store)
+    runs.describe(store, run_id, "A simple network.")
+    for decision in ("It is the champion.", "It stays the champion."):
+        runs.conclude(store, run_id, decision, f"Headline: {decision}")
+    mlflow = _client(paths)
+    assert mlflow.get_run(run_id).data.tags["mlflow.note.content"] == (
+        "**Decision**: It stays the champion.\n\nA simple network."
+    )
+    mlflow.set_experiment_tag(store.experiment_id, "mlflow.note.content", "Headline: old\n\nMine.\n\nAlso mine.")
+    runs.conclude(store, run_id, "An experiment's.")
+    runs.conclude(store, run_id, "It stays.", "Headline: new")
+    note = mlflow.get_experiment(store.experiment_id).tags["mlflow.note.content"]
+    assert note == "Headline: new\n\nMine.\n\nAlso mine."
 
 
-def test_a_stage_that_a_person_starts_stands_for_itself(store):
-    assert runs.execution(store, {}) is None
+def test_the_first_metric_that_runs_share_is_their_test_accuracy(paths, store):
+    """MLflow's page that compares runs begins with the metric they logged first."""
+    run_id = _start(store)
+    runs.expect_test(store, run_id)
+    for row in HISTORY:
+        runs.log_row(store, run_id, row)
+    assert math.isnan(runs.logged_metrics(store, run_id)["test/accuracy"])
+    runs.log_evaluation(store, run_id, {"accuracy": 0.5, "accuracy_low": 0.25}, paths.reports)
+    assert next(iter(runs.logged_metrics(store, run_id))) == "test/accuracy"
+    assert runs.logged_metrics(store, run_id)["test/accuracy"] == 0.5
+    assert "test/accuracy_low" not in runs.logged_metrics(store, run_id)
 
 
-def test_the_runs_of_one_flow_run_stand_under_one_that_runs_while_they_do(paths, store, flow, keras_file):
-    def status(run_id: str) -> str:
-        return _client(paths).get_run(run_id).info.status
+def test_the_report_in_the_store_links_to_nothing_that_it_lacks(paths, store, tmp_path):
+    run_id = _start(store)
+    links = (
+        '<a href="#models">Models</a> <a href="https://example.com/">a page</a> <a href="validation.html">photos</a>'
+    )
+    (tmp_path / "report.html").write_text(links)
+    (tmp_path / "figures/cnn").mkdir(parents=True)
+    for name in ("roc.png", "cnn/confusion.png"):
+        (tmp_path / "figures" / name).write_bytes(b"a picture")
+    assert not runs.has_report(store, run_id)
+    runs.log_report(store, run_id, tmp_path)
 
-    first, parent = _under(store)
-    second, same = _under(runs.open_store(paths, EXPERIMENT))
-    assert same == parent and status(parent) == "RUNNING"
-    _finish(store, first, keras_file)
-    assert status(parent) == "RUNNING"
-    runs.fail(store, second, "the loss is not a number")
-    assert status(parent) == "FAILED"
-
-    run = _client(paths).get_run(parent)
-    assert run.data.tags["git"] == "abc" and not run.outputs.model_outputs
-    assert "No decision yet" in run.data.tags["mlflow.note.content"]
-
-
-@pytest.mark.parametrize("died", ["in its run", "before it ended the parent"])
-def test_an_execution_whose_process_was_killed_is_closed(paths, store, flow, died):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    run_id, parent = _under(store)
-    if died == "in its run":
-        runs.set_tags(store, run_id, {"touchline.pid": ended.pid})
-    else:
-        _client(paths).set_terminated(run_id, "FINISHED")
-    assert _client(paths).get_run(parent).info.status == "RUNNING"
-
-    runs.open_store(paths, EXPERIMENT)
-
-    expected = "KILLED" if died == "in its run" else "FINISHED"
-    assert [_client(paths).get_run(run).info.status for run in (run_id, parent)] == [expected, expected]
-
-
-def test_what_was_decided_stands_on_the_last_execution(paths, store, monkeypatch):
-    ended, parents = [], []
-    for flow_run in ("an earlier one", "the last one"):
-        monkeypatch.setenv("TOUCHLINE_FLOW_RUN", flow_run)
-        run_id, parent = _under(store)
-        runs.end(store, run_id, {"validation/accuracy": 0.5, "seconds/train": 1})
-        ended.append(run_id)
-        parents.append(parent)
-
-    runs.conclude(store, ended, ended[0], "Champion: the first.")
-
-    earlier, last = (_client(paths).get_run(parent).data for parent in parents)
-    assert (last.tags["mlflow.note.content"], last.metrics) == ("Champion: the first.", {"validation/accuracy": 0.5})
-    assert "No decision yet" in earlier.tags["mlflow.note.content"] and earlier.metrics == {}
+    assert runs.has_report(store, run_id)
+    logged = {file.path for file in _client(paths).list_artifacts(run_id)}
+    assert logged == {"report.html", "roc.png"}
+    html = Path(_client(paths).download_artifacts(run_id, "report.html")).read_text()
+    assert re.findall('href="(.*?)"', html) == ["#models", "https://example.com/"] and "photos" in html
+    assert (tmp_path / "report.html").read_text() == links
 
 
 def test_the_stages_of_one_dvc_are_one_execution_and_another_dvc_is_another(tmp_path):
     """Two stages at once under a process that stands for DVC, and one under another, each through a shell."""
-    paths = _project(tmp_path)
     stage = tmp_path / "stage.py"
     stage.write_text(
         """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from touchline.core.paths import Paths
 from touchline.tracking import runs
-root = Path(sys.argv[1])
-print(runs.execution(runs.open_store(Paths(root, root), "both"), {}))
+print(runs.execution()["touchline.execution"])
 """
     )
     dvc = f"""
 import subprocess, sys
-commands = [["/bin/sh", "-c", f"{{sys.executable}} '{stage}' '{paths.project}'; true"]] * int(sys.argv[1])
+commands = [["/bin/sh", "-c", f"{{sys.executable}} '{stage}'; true"]] * int(sys.argv[1])
 stages = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-print(*(stage.communicate()[0].split()[-1] for stage in stages))
+print(*(stage.communicate()[0].strip() for stage in stages), sep="\\n")
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCES), "DVC_STAGE": "train"}
     said = [
-        subprocess.check_output([sys.executable, "-c", dvc, stages], env=environment, text=True).split()
+        subprocess.check_output([sys.executable, "-c", dvc, stages], env=environment, text=True).splitlines()
         for stages in ("2", "1")
     ]
 
-    assert len(set(said[0])) == 1 and "None" not in said[0]
-    assert said[1][0] not in {*said[0], "None"}
+    assert len(said[0]) == 2 and len({*said[0]}) == 1 and said[1][0] not in said[0]
 
 
 def test_a_failed_run_says_why(paths, store):
@@ -332,22 +315,12 @@ def test_only_runs_whose_process_is_gone_are_closed(paths, store):
     assert runs.close_killed(store) == []
 
 
-def test_a_lock_that_another_process_keeps_is_one_line(store, monkeypatch):
-    run_id = _start(store)
-    monkeypatch.setenv("TOUCHLINE_FLOW_RUN", "a flow run")
-    parent = runs.execution(store, {})
-    child = runs.start(store, "cnn", {}, {}, DATASET, parent=parent)
-    impatient = replace(store, lock=FileLock(store.lock.lock_file, timeout=0.05))
-    with FileLock(store.lock.lock_file):
-        for ask in (
-            lambda: _start(impatient),
-            lambda: runs.execution(impatient, {}),
-            lambda: runs.end(impatient, child, {}),
-        ):
-            with pytest.raises(StoreError, match=r"store\.lock is held by another process"):
-                ask()
-    runs.end(store, run_id, {})
-    assert _start(store)
+def test_a_lock_that_another_process_keeps_is_one_line(paths, store, monkeypatch):
+    lock = paths.project / ".dvc/tmp/touchline/store.lock"
+    monkeypatch.setattr(client, "_lock", lambda paths: FileLock(lock, timeout=0.05))
+    with FileLock(lock), pytest.raises(StoreError, match=r"store\.lock is held by another process"):
+        runs.open_store(paths, EXPERIMENT)
+    assert runs.open_store(paths, EXPERIMENT).experiment_id == store.experiment_id
 
 
 def test_versions_promotion_and_rollback(store, run_id):
@@ -406,10 +379,10 @@ def test_a_known_model_is_not_logged_again(store, run_id, keras_file):
 
 
 @pytest.fixture(scope="module")
-def pulled(tmp_path_factory, run_id, keras_file) -> SimpleNamespace:
+def pulled(tmp_path_factory, keras_file) -> SimpleNamespace:
     """A project whose models and reports came from elsewhere, synced with its own store, which knew nothing of them."""
     paths = _project(tmp_path_factory.mktemp("other machine"))
-    record = _record(run_id, keras_file)
+    record = _record("0123456789abcdef" * 2, keras_file)
     shutil.copyfile(keras_file, paths.models / "cnn.keras")
     (paths.models / "cnn.json").write_text(json.dumps(record))
     paths.reports.mkdir()
@@ -428,7 +401,18 @@ def pulled(tmp_path_factory, run_id, keras_file) -> SimpleNamespace:
         },
         "description": "The seventh.",
     }
-    (paths.reports / "registration.json").write_text(json.dumps({"registered": outcome}))
+    decided = {
+        "better_model": "cnn",
+        "experiment": None,
+        "decision": "It is the champion.",
+        "headline": "cnn 0.875",
+        "registered": outcome,
+    }
+    (paths.reports / "registration.json").write_text(json.dumps(decided))
+    (paths.reports / "report.html").write_text("<h1>The report</h1>")
+    for name in ("roc.png", "cnn/confusion.png"):
+        (paths.reports / "figures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (paths.reports / "figures" / name).write_bytes(b"a picture")
     lines = sync.sync(paths, EXPERIMENT)
     return SimpleNamespace(paths=paths, record=record, lines=lines)
 
@@ -441,17 +425,23 @@ def test_sync_puts_back_run_metrics_and_version(pulled):
     assert [line.split(" as run ")[0] for line in pulled.lines] == [
         "cnn: logged again",
         "cnn: test metrics logged again",
+        "cnn: decision and report logged again",
         f"cnn: registered again as version 1 of {EXPERIMENT}",
     ]
-    assert run.info.run_id != pulled.record["run_id"]
-    assert run.data.tags["touchline.restored"] == "true"
+    # What named it before (reports, Prefect) names it still.
+    assert run.info.run_id == run.data.tags["touchline.restored"] == pulled.record["run_id"]
     assert run.data.tags["mlflow.note.content"].startswith(
-        "A simple network.\n\n**On the test photos**: accuracy 0.875"
+        "**Decision**: It is the champion.\n\nA simple network.\n\n**On the test photos**: accuracy 0.875"
     )
+    artifacts = {file.path for file in _client(pulled.paths).list_artifacts(run.info.run_id)}
+    assert artifacts == {"confusion.png", "report.html", "roc.png"}
+    assert run.info.run_id in run.info.artifact_uri
+    experiment = _client(pulled.paths).get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.note.content"].startswith("cnn 0.875\n\nPhoto classifiers")
     assert "mlflow.parentRunId" not in run.data.tags
     assert run.info.end_time - run.info.start_time == 600_000
     assert run.data.metrics["test/accuracy"] == 0.875
-    assert run.data.metrics["validation/accuracy"] == 0.75
+    assert run.data.metrics["training/accuracy_validation"] == 0.75
     assert version.description.endswith("\n\nThe seventh.")
     assert "version 7" in version.description.partition("\n")[0]
     assert "version 7" in version.tags["touchline.reason"]
@@ -521,7 +511,6 @@ def test_two_trainings_may_start_at_once_on_a_fresh_store(tmp_path, keras_file):
     paths = _project(tmp_path)
     script = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 from touchline.core.paths import Paths
 from touchline.tracking import registry, runs
@@ -551,7 +540,7 @@ print(run_id)
     for output, _ in said:
         run = mlflow.get_run(output.split()[-1])
         assert run.info.status == "FINISHED"
-        assert len(mlflow.get_metric_history(run.info.run_id, "train/loss")) == 20
+        assert len(mlflow.get_metric_history(run.info.run_id, "training/loss_train")) == 20
     assert [version.number for version in registry.versions(runs.open_store(paths, "both"), "both")] == [1, 2]
 
 
@@ -611,9 +600,9 @@ def test_a_project_that_was_moved_or_copied_goes_on(keras_file, tmp_path, capsys
     store = runs.open_store(before, EXPERIMENT)
     run_id = _start(store)
     _finish(store, run_id, keras_file)
-    figure = tmp_path / "figure.png"
-    figure.write_bytes(b"a figure")
-    runs.log_evaluation(store, run_id, {"accuracy": 0.5}, {"roc": figure})
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/roc.png").write_bytes(b"a figure")
+    runs.log_evaluation(store, run_id, {"accuracy": 0.5}, tmp_path / "figures")
     registry.promote(store, EXPERIMENT, registry.register(store, EXPERIMENT, run_id, {}, ""))
     _client(before).create_experiment("of another program", (tmp_path / "theirs").as_uri())
     after = Paths(tmp_path / "it's 100 % ours", tmp_path / "it's 100 % ours")

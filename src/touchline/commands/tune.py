@@ -337,7 +337,9 @@ class _Study:
         told = facts(self._paths, changed, self._name, self._split)
         tags = told["tags"] | self._tags() | {"touchline.trial": trial.number}
         run_name = f"{told['run_name']} trial {trial.number}"
-        run_id = runs.start(self._store, run_name, tags, told["params"], told["dataset"], parent=self._parent)
+        # What is searched gets a param of its own, also where it is part of a text (augmentation).
+        tried = trial.user_attrs["values"] | told["params"]
+        run_id = runs.start(self._store, run_name, tags, tried, told["dataset"], parent=self._parent)
         runs.describe(self._store, run_id, told["description"])
         model = changed.models[self._name]
 

@@ -66,7 +66,7 @@ def draw(
     tables: Mapping[str, "pd.DataFrame"],
     heats: Mapping[str, np.ndarray],
 ) -> dict[str, Path]:
-    """Draw every figure into `reports/figures`: photos as JPEG, the rest as PNG.
+    """Draw every figure into `reports/figures`, those about one model into its folder: photos as JPEG, the rest as PNG.
 
     Args:
         split: rows of `data/split.csv` with their `source`.
@@ -81,15 +81,20 @@ def draw(
         "class_counts": lambda figure: _class_counts(figure, split, params.classes),
         "random_photos": lambda figure: _random_photos(figure, split, params, paths.workspace),
         "learning_curves": lambda figure: _learning_curves(figure, tables["curves"]),
-        "confusion": lambda figure: _confusion(figure, tables["predictions"], params.classes),
         "roc": lambda figure: _in_a_row(figure, _roc_panels(tables["roc"])),
         "calibration": lambda figure: _in_a_row(figure, [_calibration_panel(tables["predictions"], params)]),
-        "mistakes": lambda figure: _mistakes(figure, tables, heats, paths.workspace),
     }
+    for model in params.models:
+        of_model = {name: table[table["model"] == model] for name, table in tables.items() if "model" in table}
+        figures |= {
+            f"{model}/learning_curves": partial(_learning_curves, curves=of_model["curves"]),
+            f"{model}/confusion": partial(_confusion, predictions=of_model["predictions"], classes=params.classes),
+            f"{model}/mistakes": partial(_mistakes, tables=of_model, heats=heats, workspace=paths.workspace),
+        }
     made = {}
     for name, fill in figures.items():
         # Photos as PNG take six times the room.
-        suffix = ".jpg" if name in {"random_photos", "mistakes"} else ".png"
+        suffix = ".jpg" if name.endswith(("random_photos", "mistakes")) else ".png"
         made[name] = folder / f"{name}{suffix}"
         with replacing(made[name], suffix) as temporary:
             _save(fill, temporary)

@@ -109,8 +109,8 @@ def run(paths: Paths, params: Params) -> str:
         write_table(paths.reports / f"{name}.csv", table)
     with replacing(paths.reports / "heats.npz", ".npz") as temporary:
         np.savez_compressed(temporary, **heats)  # type: ignore[arg-type]  # NumPy's types take each name for `allow_pickle`
-    figures = plots.draw(paths, params, split, tables, heats)
-    _log(paths, params, records, metrics, facts, figures)
+    plots.draw(paths, params, split, tables, heats)
+    _log(paths, params, records, metrics, facts)
     return "test accuracy " + ", ".join(
         f"{name} {found['accuracy']:.3f} [{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]"
         for name, found in metrics["models"].items()
@@ -329,7 +329,6 @@ def _log(
     records: Mapping[str, Mapping[str, Any]],
     metrics: dict[str, Any],
     facts: dict[str, Any],
-    figures: dict[str, Path],
 ) -> None:
     from touchline.tracking import runs
 
@@ -337,4 +336,4 @@ def _log(
     for name, record in records.items():
         run_id = runs.ensure(store, record, paths.models / f"{name}.keras")
         speed = {"milliseconds_a_photo": facts[name]["milliseconds_a_photo"]}
-        runs.log_evaluation(store, run_id, metrics["models"][name] | speed, figures)
+        runs.log_evaluation(store, run_id, metrics["models"][name] | speed, paths.reports / "figures" / name)

@@ -90,14 +90,16 @@ def run(paths: Paths, params: Params) -> str:
         if not decision.promote or registry.replace(store, params.register_.name, champion, version):
             break
         say("another machine made a champion meanwhile: comparing with that one")
-    runs.conclude(store, run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
-    written = page.write(paths, params, metrics, speeds, records, outcome)
-    runs.log_report(store, run_ids[better], written)
+    outcome["decision"] = page.decision(outcome, records[better]["run_name"], params.register_.name)
+    outcome["headline"] = _headline(records, metrics, outcome)
+    runs.conclude(store, run_ids[better], outcome["decision"], "" if outcome["experiment"] else outcome["headline"])
+    page.write(paths, params, metrics, speeds, records, outcome)
+    runs.log_report(store, run_ids[better], paths.reports)
     # Last: this file records what was done.
     write_json(paths.reports / "registration.json", outcome)
     if outcome["experiment"]:
         say(f"to register its model: `dvc exp apply {outcome['experiment']}`, then {ONCE_MORE}")
-    return page.decision(outcome, records[better]["run_name"], params.register_.name)
+    return outcome["decision"]
 
 
 def choose(validation: Mapping[str, Mapping[str, float]], speeds: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
@@ -263,18 +265,14 @@ def _register(
     }
 
 
-def _concluded(
-    params: Params, records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], outcome: Mapping[str, Any]
-) -> str:
-    """What came of an execution of the pipeline, for the page of its run; the list of runs shows the beginning."""
-    registered = outcome["registered"]
-    version = f" It is version {registered['version']} of {params.register_.name}." if registered else ""
-    verdict = "Champion" if outcome["promoted"] else "No new champion"
-    return (
-        f"{verdict}: {outcome['reason']}.\n\n"
-        f"**Better model**: {records[outcome['better_model']]['run_name']}, {outcome['why_better']}.{version}\n\n"
-        f"{_side_by_side(records, metrics)}"
-    )
+def _headline(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], outcome: Mapping[str, Any]) -> str:
+    """Which model is better, in a line for the page of an experiment: the models, the most accurate first."""
+    accuracies = {record["run_name"]: metrics["models"][name]["accuracy"] for name, record in records.items()}
+    ranked = sorted(accuracies, key=lambda name: -accuracies[name])
+    reached = ", ".join(f"{name} {accuracies[name]:.3f}" for name in ranked)
+    better = records[outcome["better_model"]]["run_name"]
+    champion = f"the champion is {better}" if outcome["promoted"] else f"{better} did not become champion"
+    return f"Last run, accuracy on {metrics['test_photos']:,} test photos: {reached}; {champion}."
 
 
 def _side_by_side(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:

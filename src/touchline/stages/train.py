@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from touchline.tracking.client import Store
 
-_DVC_EXPERIMENT, _PREFECT_FLOW_RUN = "touchline.dvc_experiment", "touchline.prefect_flow_run"
 # Training photos on which OpenVINO is held against Keras.
 _COMPARED = 32
 
@@ -64,11 +63,10 @@ def run(paths: Paths, params: Params, name: str) -> str:
     )
     record = facts(paths, params, name, split) | {"started": started}
     store = runs.open_store(paths, params.register_.name)
-    # Who searches for an experiment or a flow run wants the runs of its models alone.
-    shared = {key: tag for key, tag in record["tags"].items() if key not in {_DVC_EXPERIMENT, _PREFECT_FLOW_RUN}}
-    parent = runs.execution(store, shared)
-    run_id = runs.start(store, record["run_name"], record["tags"], record["params"], record["dataset"], parent=parent)
+    record["tags"] |= runs.execution()
+    run_id = runs.start(store, record["run_name"], record["tags"], record["params"], record["dataset"])
     logged = _Logged(store, run_id, name)
+    logged.log(runs.expect_test)
     logged.log(runs.describe, record["description"])
     try:
         stored, devices = Arrays(paths.features / chosen.input), params.compute.devices
@@ -228,18 +226,26 @@ def _refuse_absent_gpus() -> None:
 
 
 def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -> dict[str, Any]:
-    """What a person compares between runs: no nested values, no names of files, nothing that changes nothing."""
+    """What a person compares between runs: every number once, no names of files, nothing without effect.
+
+    The first chart of a comparison in MLflow shows the first three that differ: architecture, augmentation, backbone.
+    """
     flat: dict[str, Any] = {}
-    chosen = model.model_dump()
+    chosen = model.model_dump(exclude={"input"})
     if isinstance(model, HeadParams) and not model.fine_tune.blocks:
         chosen["fine_tune"] = {"blocks": 0}
-    for key, value in (chosen | {"features": features.model_dump(exclude_none=True, exclude={"weights"})}).items():
+    changes = chosen.pop("augmentation", {})
+    for key, value in (features.model_dump(exclude_none=True, exclude={"weights"}) | chosen).items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": content for inner, content in value.items()}
         else:
             flat[key] = value
     flat = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in flat.items()}
-    return flat | {"split.seed": params.split.seed}
+    shared = {
+        "augmentation": ", ".join(f"{key} {value}" for key, value in changes.items() if value) or "none",
+        "backbone": "none",
+    }
+    return shared | flat | {"split.seed": params.split.seed}
 
 
 def _description(model: ModelParams, features: FeaturesParams, split: "pd.DataFrame", classes: Sequence[str]) -> str:
@@ -281,9 +287,9 @@ def _tags(paths: Paths) -> dict[str, str]:
         "touchline.hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
     }
     if experiment := os.environ.get("DVC_EXP_NAME"):
-        tags[_DVC_EXPERIMENT] = experiment
+        tags["touchline.dvc_experiment"] = experiment
     if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
-        tags[_PREFECT_FLOW_RUN] = flow_run
+        tags["touchline.prefect_flow_run"] = flow_run
     code = stage.code(paths)
     if code["commit"]:
         tags["mlflow.source.git.commit"] = code["commit"]

@@ -4,7 +4,6 @@ The store is a SQLite file in the project unless MLFLOW_TRACKING_URI names anoth
 deleted, or not know the models that DVC brought: `sync` puts back what is missing, from the project's files.
 """
 
-import json
 import os
 import re
 import shlex
@@ -24,22 +23,19 @@ from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 
 _EXPERIMENT_NOTE = """\
-Photo classifiers. A row "pipeline" is one run of the pipeline: its decision, and the metrics of the model it chose.
+No decision yet: `register` has not run.
 
-- **Its models** stand under it: press the plus.
-- **Compare**: tick the runs of models, press Compare; params, metrics, figures and tags stand side by side.
-- **train/\\***, **validation/\\***: one step an epoch; the last point is that of the weights that were kept.
-- **tried/\\***: of a model that has no epochs, one step a strength that was tried.
+Photo classifiers: a run for each trained model. The trials of a search (`touchline tune`) are under it: press the plus.
+
+- **Compare**: tick runs, press Compare; params, metrics, figures and tags stand side by side.
+- **Who won**: the better run of a pipeline has the decision in its description, and the report among its artifacts.
+- **Which were trained together**: group by the tag `touchline.execution`.
 - **test/\\***: by `evaluate`, on photos that no model learned from, and that chose none.
+- **training/\\***: one step an epoch; the last point is that of the weights that were kept.
+- **tried/\\***: of a model that has no epochs, one step a strength that was tried.
 - **Dataset**: the split, by digest. Runs with one digest learned from the same photos.
-- A run tagged `touchline.restored` was logged from the project's files, not while it trained.
+- A run tagged `touchline.restored` was logged from the project's files, not while it trained; the tag has its first id.
 """
-# Metrics that the run of a whole pipeline gets from the model it chose.
-CONCLUDED = ("test/accuracy", "test/log_loss", "validation/accuracy")
-# What the page of runs opens with: MLflow's own "Share view", under a key that is always the same.
-_VIEW = "touchline"
-_COLUMNS = ["attributes.`Description`", *(f"metrics.`{key}`" for key in CONCLUDED)]
-_VIEW_TAG, _VIEW_STATE = f"mlflow.sharedViewState.{_VIEW}", json.dumps({"selectedColumns": _COLUMNS})
 
 # Columns of MLflow's tables (`mlflow/store/{tracking,model_registry}/dbmodels/models.py`) that name a place for files.
 _PLACES = (
@@ -126,7 +122,6 @@ class Store:
     client: Client
     experiment_id: str
     place: str
-    lock: FileLock
 
 
 def connect(paths: Paths, experiment: str) -> Store:
@@ -142,14 +137,13 @@ def connect(paths: Paths, experiment: str) -> Store:
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
-    lock = _lock(paths)
     # Two trainings that start on a fresh machine would both create the tables and the experiment.
-    with held(lock):
+    with held(_lock(paths)):
         _prepare_database(paths, uri)
         with one_line_errors(place):
             client = Client(MlflowClient(uri, registry_uri(paths)), place)
         experiment_id = _experiment(client, experiment, uri, artifacts_uri(paths, uri))
-    return Store(client, experiment_id, place, lock)
+    return Store(client, experiment_id, place)
 
 
 def _lock(paths: Paths) -> FileLock:
@@ -262,7 +256,8 @@ def runs_page(paths: Paths, experiment: str) -> str:
         query = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
         with suppress(sqlite3.Error), closing(read_only(paths)) as store:
             if found := store.execute(query, (experiment,)).fetchone():
-                return f"/#/experiments/{found[0]}/runs?{machine_learning}&viewStateShareKey={_VIEW}"
+                # Charts show metrics beside the names of the runs; the table shows none until one adds columns.
+                return f"/#/experiments/{found[0]}/runs?{machine_learning}&compareRunsMode=CHART"
     return f"/#/experiments?{machine_learning}"
 
 
@@ -309,9 +304,7 @@ def _experiment(client: Client, name: str, uri: str, artifacts: str | None) -> s
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(
-                name, artifacts, {"mlflow.note.content": _EXPERIMENT_NOTE, _VIEW_TAG: _VIEW_STATE}
-            )
+            return client.create_experiment(name, artifacts, {"mlflow.note.content": _EXPERIMENT_NOTE})
         except ExistsError:  # another machine made it meanwhile
             experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage != "active":
@@ -324,8 +317,6 @@ def _experiment(client: Client, name: str, uri: str, artifacts: str | None) -> s
             f"{place} keeps the artifacts of {name} in {experiment.artifact_location}, not in {artifacts}: "
             "move the project back, name another store in MLFLOW_TRACKING_URI, or change register.name"
         )
-    if experiment.tags.get(_VIEW_TAG) != _VIEW_STATE:
-        client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, _VIEW_STATE)
     return experiment.experiment_id
 
 
@@ -382,6 +373,27 @@ def _follow_the_project(connection: sqlite3.Connection, artifacts: str) -> None:
                 connection.execute(update)
         line = f"the project was at {_folder(before).parents[1]}: its MLflow store now names the files here"
         print(line, file=sys.stderr)  # what a command writes to stdout may be JSON or CSV
+
+
+def under_id(store: Store, run_id: str, wanted: str) -> str:
+    """Give a run that has just been made the id of a lost one, which reports, links and Prefect name; return its id.
+
+    MLflow's API lets nobody choose an id, so this is done where the store is a SQLite file and has no such run.
+    """
+    uri = store.client.tracking_uri
+    if not uri.startswith("sqlite:///") or not re.fullmatch("[0-9a-f]{32}", wanted):
+        return run_id
+    names = {"wanted": wanted, "made": run_id}
+    try:
+        with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=20)) as database, database:
+            if database.execute("SELECT 1 FROM runs WHERE run_uuid = :wanted", names).fetchone():
+                return run_id
+            places = "artifact_uri = replace(artifact_uri, :made, :wanted)"
+            database.execute(f"UPDATE runs SET run_uuid = :wanted, {places} WHERE run_uuid = :made", names)  # noqa: S608  # nosec B608
+            database.execute("UPDATE tags SET run_uuid = :wanted WHERE run_uuid = :made", names)
+    except sqlite3.Error as error:
+        raise StoreError(f"{store.place}: {error}: {_remedy(str(error), _REMEDY)}") from None
+    return wanted
 
 
 def _folder(uri: str) -> Path:

@@ -1,6 +1,7 @@
 """Runs in the store: started, logged, ended, and found again; and the models that they logged."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -22,7 +23,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json, sha256
 from touchline.core.paths import Paths
 from touchline.core.stage import SHELLS
-from touchline.tracking.client import CONCLUDED, MissingError, Store, connect, held, one_line_errors, pages, texts
+from touchline.tracking.client import MissingError, Store, connect, one_line_errors, pages, texts, under_id
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -35,8 +36,13 @@ PARENT, REASON = "mlflow.parentRunId", "touchline.reason"
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
 _EXECUTION = "touchline.execution"
 _NOTE = "mlflow.note.content"
-_ON_TEST = "\n\n**On the test photos**: "
+_DECISION, _ON_TEST = "**Decision**: ", "\n\n**On the test photos**: "
 PACKAGE = Path(touchline.__file__).parent
+_SUBSETS = ("train/", "validation/", "cross_validation/")
+_OF_TRAINING = ("seconds/train", "epochs", "strength")
+_REPORT = "report.html"
+# The interval stands in the description; as metrics its bounds would crowd out others.
+_NOT_LOGGED = ("accuracy_low", "accuracy_high")
 _LONGEST_DIGEST = 36  # characters of a dataset digest that MLflow takes
 # What a logged model needs where this package is not installed, and the modules of this package that it carries.
 _REQUIREMENTS = ("tensorflow", "keras", "numpy", "opencv-python-headless", "pillow")
@@ -131,6 +137,7 @@ def start(
     dataset: Mapping[str, Any],
     started: datetime | None = None,
     parent: str | None = None,
+    run_id_before: str | None = None,
 ) -> str:
     """Open a run (RUNNING) and return its id.
 
@@ -140,19 +147,20 @@ def start(
         dataset: `name`, `digest` (cut to 36 characters), `source` (a path or URI) and `counts` (JSON).
         started: now when not given.
         parent: id of the run that this one is shown under.
+        run_id_before: id of the lost run that this one replaces; it is kept where the store lets us (see `under_id`).
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_USER
 
     own = {MLFLOW_USER: psutil.Process().username(), **({PARENT: parent} if parent else {}), **this_process()}
-    # A run that ends meanwhile would end the parent of both.
-    with held(store.lock):
-        run = store.client.create_run(
-            store.experiment_id, _milliseconds(started or datetime.now(UTC)), {**texts(tags), **own}, name
-        )
-        if parent:
-            store.client.update_run(parent, "RUNNING")
+    run = store.client.create_run(
+        store.experiment_id, _milliseconds(started or datetime.now(UTC)), {**texts(tags), **own}, name
+    )
     run_id = run.info.run_id
+    if parent:
+        store.client.update_run(parent, "RUNNING")
+    if run_id_before:
+        run_id = under_id(store, run_id, run_id_before)
     store.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
     split = Dataset(
         name=dataset["name"],
@@ -165,53 +173,49 @@ def start(
     return run_id
 
 
-def execution(store: Store, tags: Mapping[str, Any]) -> str | None:
-    """Id of the run that stands for this execution of the pipeline, made with `tags` when there is none.
-
-    What one Prefect flow run, or one process of DVC (`dvc repro`, an experiment), trains is shown under it. It is
-    RUNNING while one of those runs is, and has no model.
+def execution() -> dict[str, str]:
+    """The tag that the models trained by one process of DVC, or by one Prefect flow run, have in common.
 
     Returns:
-        None for a stage that was started by hand: its run stands for itself.
+        No tag for a stage that was started by hand.
     """
-    from mlflow.utils.mlflow_tags import MLFLOW_USER
-
-    key, since = _execution()
-    if not key:
-        return None
-    with held(store.lock):
-        known = search(store, f"tags.`{_EXECUTION}` = '{key}' AND attributes.start_time >= {since}")
-        if known:
-            return known[0].info.run_id
-        experiment = os.environ.get("DVC_EXP_NAME")
-        # The list of runs has room for some twenty letters.
-        named = f"exp {experiment}" if experiment else f"pipeline {datetime.now():%m-%d %H:%M}"
-        own = {
-            MLFLOW_USER: psutil.Process().username(),
-            _EXECUTION: key,
-            _NOTE: "No decision yet: `register` has not run since these models were trained.",
-            "mlflow.source.name": "dvc exp run" if experiment else "dvc repro",
-        }
-        run = store.client.create_run(store.experiment_id, None, {**texts(tags), **own}, named)
-        store.client.set_terminated(run.info.run_id, "FINISHED")
-        return run.info.run_id
+    if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
+        return {_EXECUTION: f"flow run {flow_run}"}
+    if not os.environ.get("DVC_STAGE"):
+        return {}
+    # DVC starts a stage through a shell.
+    dvc = next(process for process in psutil.Process().parents() if process.name() not in SHELLS)
+    experiment = os.environ.get("DVC_EXP_NAME")
+    what = f"experiment {experiment}" if experiment else "dvc repro"
+    # Process ids are reused.
+    since = datetime.fromtimestamp(dvc.create_time())
+    return {_EXECUTION: f"{what}, {since:%Y-%m-%d %H:%M} ({platform.node()} {dvc.pid})"}
 
 
-def conclude(store: Store, run_ids: Collection[str], better: str, description: str) -> None:
-    """Write what came of an execution of the pipeline on the run that stands for it (see `execution`).
+def expect_test(store: Store, run_id: str) -> None:
+    """Log `test/accuracy` as not known yet, before any other metric of a run.
 
-    The page of runs begins with those alone, in its list and in its charts: they get the better model's metrics.
+    The first chart of MLflow's page that compares runs shows the metric that they logged first.
+    """
+    _log_metrics(store, run_id, {"test/accuracy": math.nan})
+
+
+def conclude(store: Store, run_id: str, decision: str, headline: str = "") -> None:
+    """Write what was decided on the run of the better model, above its description.
 
     Args:
-        run_ids: the runs that were decided among; of several executions the last one's is meant.
-        better: the run of the model that was chosen.
+        decision: a sentence.
+        headline: one line for the experiment, shown above its list of runs; empty leaves what stands there.
     """
-    runs = [store.client.get_run(run_id) for run_id in run_ids]
-    last = max(runs, key=lambda run: run.info.start_time)
-    if parent := last.data.tags.get(PARENT):
-        found = logged_metrics(store, better)
-        _log_metrics(store, parent, {key: found[key] for key in CONCLUDED if key in found})
-        describe(store, parent, description)
+    described = store.client.get_run(run_id).data.tags.get(_NOTE, "")
+    if described.startswith(_DECISION):
+        described = described.partition("\n\n")[2]
+    describe(store, run_id, f"{_DECISION}{decision}\n\n{described}")
+    if headline:
+        before = store.client.get_experiment(store.experiment_id).tags.get(_NOTE, "")
+        # The first paragraph alone is ours to replace: people may have written below it.
+        note = "\n\n".join([headline, *before.split("\n\n")[1:]])
+        store.client.set_experiment_tag(store.experiment_id, _NOTE, note)
 
 
 def describe(store: Store, run_id: str, description: str) -> None:
@@ -222,11 +226,13 @@ def describe(store: Store, run_id: str, description: str) -> None:
 def log_row(store: Store, run_id: str, row: Mapping[str, float], when: datetime | None = None) -> None:
     """Log a row of a training's history: at step `epoch` its metrics (`train/loss`, `validation/accuracy`, ...).
 
+    MLflow makes a chart a metric, and groups and sorts them by name: see `_chart`.
+
     What a head reached with each `strength` is no training curve: it goes under `tried/`.
     """
     metrics = {key: value for key, value in row.items() if key != "epoch"}
     if "strength" in row:
-        metrics = {f"tried/{key.replace('/', '_')}": value for key, value in metrics.items()}
+        metrics = {f"tried/{_chart(key).removeprefix('training/')}": value for key, value in metrics.items()}
     _log_metrics(store, run_id, metrics, step=int(row["epoch"]), when=when)
 
 
@@ -304,9 +310,6 @@ def close_killed(store: Store) -> list[str]:
     for run_id in killed:
         set_tags(store, run_id, {REASON: "the process of this run is gone"})
         _terminate(store, run_id, "KILLED")
-    # A process may have ended between its run's end and that of the parent.
-    for run in search(store, f"attributes.status = 'RUNNING' AND tags.`{_EXECUTION}` LIKE '%'"):
-        _settle(store, run.info.run_id)
     return killed
 
 
@@ -316,25 +319,14 @@ def _terminate(store: Store, run_id: str, status: str, ended: datetime | None = 
     for key in this_process():
         with suppress(MissingError):
             store.client.delete_tag(run_id, key)
-    if parent := store.client.get_run(run_id).data.tags.get(PARENT):
-        _settle(store, parent)
 
 
-def _settle(store: Store, execution: str) -> None:
-    """End the run of an execution of the pipeline, as its runs have ended, unless one of them is RUNNING."""
-    with held(store.lock):
-        if _EXECUTION not in store.client.get_run(execution).data.tags:
-            return  # a search of hyperparameters, which ends its own run
-        ended = {run.info.status for run in search(store, f"tags.`{PARENT}` = '{execution}'")}
-        if "RUNNING" not in ended:
-            status = next((bad for bad in ("KILLED", "FAILED") if bad in ended), "FINISHED")
-            store.client.set_terminated(execution, status)
+def log_evaluation(store: Store, run_id: str, metrics: Mapping[str, float], figures: Path) -> None:
+    """Log `test/<metric>` on a run and its model, add them to its description, and log each figure of it.
 
-
-def log_evaluation(store: Store, run_id: str, metrics: Mapping[str, float], figures: Mapping[str, Path]) -> None:
-    """Log `test/<metric>` on a run and its model, add them to its description, and log each figure.
-
-    The figures lie at the root of the run's artifacts, where the page that compares runs finds them.
+    Args:
+        figures: the folder of those about this model; they lie at the root of the run's artifacts, where the page that
+            compares runs finds them.
     """
     logged = test_metrics(metrics)
     known = logged_metrics(store, run_id)
@@ -342,12 +334,21 @@ def log_evaluation(store: Store, run_id: str, metrics: Mapping[str, float], figu
     news = {key: value for key, value in logged.items() if known.get(key) != value}
     _log_metrics(store, run_id, news, model_id=logged_model(store, run_id))
     before = store.client.get_run(run_id).data.tags.get(_NOTE, "").partition(_ON_TEST)[0]
-    describe(store, run_id, before + _ON_TEST + _in_words(logged))
+    describe(store, run_id, before + _ON_TEST + _in_words(metrics))
+    _log_files(store, run_id, figures)
+
+
+def log_report(store: Store, run_id: str, reports: Path) -> None:
+    """Log `report.html` and the figures about several models, for the run of the better one.
+
+    MLflow shows the page alone, so its links to other files become text.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        for name, path in figures.items():
-            named = Path(folder, name + path.suffix)
-            shutil.copyfile(path, named)
-            store.client.log_artifact(run_id, str(named))
+        page = Path(folder, _REPORT)
+        html = (reports / _REPORT).read_text(encoding="utf-8")
+        page.write_text(re.sub(r'<a href="(?!#|https?:)[^"]*">(.*?)</a>', r"\1", html), encoding="utf-8")
+        store.client.log_artifact(run_id, str(page))
+    _log_files(store, run_id, reports / "figures")
 
 
 def log_use(store: Store, run_id: str, metrics: Mapping[str, float], when: datetime) -> None:
@@ -356,9 +357,13 @@ def log_use(store: Store, run_id: str, metrics: Mapping[str, float], when: datet
     _log_metrics(store, run_id, named, step=int(when.timestamp()) // (24 * 60 * 60), when=when)
 
 
-def log_report(store: Store, run_id: str, page: Path) -> None:
-    """Log an HTML page as an artifact of a run, which the UI shows as a page."""
-    store.client.log_artifact(run_id, str(page))
+def has_report(store: Store, run_id: str) -> bool:
+    return any(file.path == _REPORT for file in store.client.list_artifacts(run_id))
+
+
+def _log_files(store: Store, run_id: str, folder: Path) -> None:
+    for file in sorted(path for path in folder.glob("*") if path.is_file()):
+        store.client.log_artifact(run_id, str(file))
 
 
 def logged_metrics(store: Store, run_id: str) -> dict[str, float]:
@@ -407,26 +412,16 @@ def _restore(store: Store, record: Mapping[str, Any], model_path: Path) -> str:
         if file.is_file() and sha256(file) != record.get(tag.removeprefix("touchline.")):
             raise TouchlineError(f"{file} is not the file its .json describes: run `dvc repro` to renew both")
     started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
-    tags = {**record["tags"], "touchline.restored": "true"}
-    parent = _parent(store, record["run_id"])
-    run_id = start(store, record["run_name"], tags, record["params"], record["dataset"], started, parent)
+    tags = {**record["tags"], "touchline.restored": record["run_id"]}
+    arguments = record["run_name"], tags, record["params"], record["dataset"], started
+    run_id = start(store, *arguments, run_id_before=record["run_id"])
+    expect_test(store, run_id)
     describe(store, run_id, record["description"])
     for row in record["history"]:
         log_row(store, run_id, row, when=ended)
     results = {key: record[key] for key in ("image_size", "classes", "training_photos", "metrics", "history")}
     finish(store, run_id, model_path=model_path, **results, ended=ended)
     return run_id
-
-
-def _parent(store: Store, run_id: str) -> str | None:
-    """Id of the run that another, broken off or deleted, is shown under; None unless the store has both."""
-    try:
-        parent = store.client.get_run(run_id).data.tags.get(PARENT)
-        found = store.client.get_run(parent).info if parent else None
-    except MissingError:
-        return None
-    there = found and found.lifecycle_stage == "active" and found.experiment_id == store.experiment_id
-    return parent if there else None
 
 
 def model(store: Store, run_id: str) -> StoredModel:
@@ -471,17 +466,21 @@ def _log_model(
         with tempfile.TemporaryDirectory() as parent, one_line_errors(store.place):
             package, folder = Path(parent, "touchline"), Path(parent, "model")
             for module in CODE:
-                file = (package / module).with_suffix(".py")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile((PACKAGE / module).with_suffix(".py"), file)
+                carried = package / f"{module}.py"
+                carried.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(PACKAGE / f"{module}.py", carried)
             mlflow.pyfunc.save_model(
                 str(folder),
                 loader_module="touchline.models.photo_model",
                 data_path=str(shutil.copyfile(path, Path(parent, Path(StoredModel.KERAS).name))),
                 code_paths=[str(package)],
-                mlflow_model=Model(logged.artifact_location, run_id, model_id=logged.model_id),
-                # Of the input it would allow one kind alone, bytes or pixels.
-                signature=ModelSignature(outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))])),
+                # A signature of the input would allow one kind alone; as an argument of `save_model` it would warn.
+                mlflow_model=Model(
+                    logged.artifact_location,
+                    run_id,
+                    signature=ModelSignature(outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))])),
+                    model_id=logged.model_id,
+                ),
                 # Without a list MLflow finds it by loading the model in a new process, which takes 24 s.
                 pip_requirements=[f"{name}=={installed_version(name)}" for name in _REQUIREMENTS],
                 metadata={"classes": list(classes), "image_size": image_size},
@@ -508,7 +507,7 @@ def _log_closing(
 ) -> None:
     # MLflow shows the value of the last step: one more point shows those of the weights that were kept.
     after = len(history) if history and "strength" not in history[-1] else 0
-    curves = {key: value for key, value in metrics.items() if key.startswith(("train/", "validation/"))}
+    curves = {key: value for key, value in metrics.items() if key.startswith(_SUBSETS)}
     _log_metrics(store, run_id, curves, step=after, model_id=model_id)
     others = {key: value for key, value in metrics.items() if key not in curves}
     _log_metrics(store, run_id, others, model_id=model_id)
@@ -525,8 +524,19 @@ def _log_metrics(
     from mlflow.entities import Metric
 
     timestamp = _milliseconds(when or datetime.now(UTC))
-    logged = [Metric(key, float(value), timestamp, step, model_id) for key, value in metrics.items()]
+    logged = [Metric(_chart(key), float(value), timestamp, step, model_id) for key, value in metrics.items()]
     store.client.log_batch(run_id, metrics=logged)
+
+
+def _chart(key: str) -> str:
+    """The name of a metric in MLflow, where `train/loss` and `validation/loss` are neighbours in one group of charts.
+
+    `training/` follows `test/`, so that what was reached on the test photos stands first.
+    """
+    subset, _, metric = key.partition("/")
+    if f"{subset}/" in _SUBSETS:
+        return f"training/{metric}_{subset}"
+    return f"training/{subset}" if key in _OF_TRAINING else key
 
 
 def logged_model(store: Store, run_id: str) -> str | None:
@@ -539,11 +549,9 @@ def search(store: Store, filter_string: str) -> "list[Run]":
     return list(pages(store.client.search_runs, [store.experiment_id], filter_string))
 
 
-def _in_words(logged: Mapping[str, float]) -> str:
-    """`test/*` in a sentence."""
-    accuracy, low, high, loss = (
-        logged.get(f"test/{key}") for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
-    )
+def _in_words(metrics: Mapping[str, Any]) -> str:
+    """The numbers of a model in reports/metrics.json in a sentence."""
+    accuracy, low, high, loss = map(metrics.get, ("accuracy", "accuracy_low", "accuracy_high", "log_loss"))
     words = [f"accuracy {accuracy:.3f}"] if accuracy is not None else []
     words += [f"95 % interval {low:.3f} to {high:.3f}"] if low is not None and high is not None else []
     words += [f"log loss {loss:.3f}"] if loss is not None else []
@@ -553,9 +561,9 @@ def _in_words(logged: Mapping[str, float]) -> str:
 def test_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a model in reports/metrics.json, by the names they are logged under."""
     return {
-        f"test/{key.removeprefix('test/')}": float(value)
+        f"test/{key}": float(value)
         for key, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in _NOT_LOGGED
     }
 
 
@@ -563,18 +571,6 @@ def this_process() -> dict[str, str]:
     """Tags by which `is_alive` knows this process."""
     process = psutil.Process()
     return {_HOST: platform.node(), _PID: str(process.pid), _PROCESS_STARTED: repr(_since_boot(process))}
-
-
-def _execution() -> tuple[str, int]:
-    """What runs this stage, a flow or DVC, and since when (milliseconds); ("", 0) if a person started it."""
-    if flow_run := os.environ.get("TOUCHLINE_FLOW_RUN"):
-        return f"flow run {flow_run}", 0
-    if not os.environ.get("DVC_STAGE"):
-        return "", 0
-    # DVC starts a stage through a shell. Process ids are reused, so older runs are not its own; the start time of a
-    # process shifts a little when the clock is set.
-    dvc = next(process for process in psutil.Process().parents() if process.name() not in SHELLS)
-    return f"dvc {platform.node()} {dvc.pid}", int((dvc.create_time() - 2) * 1000)
 
 
 def is_alive(tags: Mapping[str, str]) -> bool:

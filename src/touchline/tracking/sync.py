@@ -23,14 +23,16 @@ from touchline.tracking.runs import REASON
 def sync(paths: Paths, registered_name: str) -> list[str]:
     """Put into the store what the project's files hold and the store lacks; return a line for each thing put back.
 
-    Each `models/*.json` gets its run, with its test metrics from reports/metrics.json; the version in
-    reports/registration.json gets registered. An alias that another version holds stays there.
+    Each `models/*.json` gets its run, under its old id where the store lets us, with its test metrics from
+    reports/metrics.json and its figures; the better one of reports/registration.json gets the decision and the report;
+    the version there gets registered. An alias that another version holds stays there.
 
     Raises:
         TouchlineError: the store does not answer, or a model file is missing or not the one described.
     """
     expected, file = _expected_runs(paths), paths.reports / "registration.json"
-    registered = read_json(file).get("registered") if file.is_file() else None
+    outcome = read_json(file) if file.is_file() else {}
+    registered = outcome.get("registered")
     if not expected and registered is None:
         return []
     store = runs.open_store(paths, registered_name)
@@ -41,9 +43,14 @@ def sync(paths: Paths, registered_name: str) -> list[str]:
         logged[digest] = run_id = known or runs.ensure(store, record, paths.models / f"{model}.keras")
         if known is None:
             lines.append(f"{model}: logged again as run {run_id}")
-        if not metrics.items() <= runs.logged_metrics(store, run_id).items():
-            runs.log_evaluation(store, run_id, metrics, {})
+        if not runs.test_metrics(metrics).items() <= runs.logged_metrics(store, run_id).items():
+            runs.log_evaluation(store, run_id, metrics, paths.reports / "figures" / model)
             lines.append(f"{model}: test metrics logged again")
+        decided = outcome.get("better_model") == model and "decision" in outcome and metrics
+        if decided and (paths.reports / "report.html").is_file() and not runs.has_report(store, run_id):
+            runs.conclude(store, run_id, outcome["decision"], "" if outcome["experiment"] else outcome["headline"])
+            runs.log_report(store, run_id, paths.reports)
+            lines.append(f"{model}: decision and report logged again")
     if registered is None:
         return lines
     digest = registered["model_sha256"]
@@ -82,7 +89,7 @@ def _expected_runs(paths: Paths) -> list[tuple[dict[str, Any], dict[str, float]]
     expected = []
     for record in filter(None, map(model_record, sorted(paths.models.glob("*.json")))):
         same = judged.get(record["model"], {}).get("model_sha256") == record["model_sha256"]
-        expected.append((record, runs.test_metrics(metrics[record["model"]]) if same else {}))
+        expected.append((record, metrics[record["model"]] if same else {}))
     return expected
 
 
