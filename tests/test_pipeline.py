@@ -86,6 +86,7 @@ photos = numpy.load("photos.npy")
 model = mlflow.pyfunc.load_model("models:/{REGISTERED}@champion")
 contents = [open(path, "rb").read() for path in {[str(project.root / path) for path in rows["path"]]!r}]
 found = [model.predict(given).tolist() for given in (photos, contents, pandas.DataFrame({{"photo": contents}}))]
+found.append(mlflow.tensorflow.load_model("models:/{REGISTERED}@champion").predict(photos, verbose=0).tolist())
 file = keras.models.load_model({str(project.root / "models" / f"{better}.keras")!r}).predict(photos, verbose=0)
 json.dump([*found, file.tolist()], open("found.json", "w"))
 """

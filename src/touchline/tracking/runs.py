@@ -469,18 +469,22 @@ def _log_model(
                 carried = package / f"{module}.py"
                 carried.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(PACKAGE / f"{module}.py", carried)
+            about = Model(
+                logged.artifact_location,
+                run_id,
+                # A signature of the input would allow one kind alone; as an argument of `save_model` it would warn.
+                signature=ModelSignature(outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))])),
+                model_id=logged.model_id,
+            )
+            # `mlflow.tensorflow.load_model` gives the Keras model itself.
+            keras_model = {"model_type": "keras", "keras_version": installed_version("keras"), "save_format": "tf"}
+            about.add_flavor("tensorflow", data=str(Path(StoredModel.KERAS).parent), **keras_model)
             mlflow.pyfunc.save_model(
                 str(folder),
                 loader_module="touchline.models.photo_model",
                 data_path=str(shutil.copyfile(path, Path(parent, Path(StoredModel.KERAS).name))),
                 code_paths=[str(package)],
-                # A signature of the input would allow one kind alone; as an argument of `save_model` it would warn.
-                mlflow_model=Model(
-                    logged.artifact_location,
-                    run_id,
-                    signature=ModelSignature(outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))])),
-                    model_id=logged.model_id,
-                ),
+                mlflow_model=about,
                 # Without a list MLflow finds it by loading the model in a new process, which takes 24 s.
                 pip_requirements=[f"{name}=={installed_version(name)}" for name in _REQUIREMENTS],
                 metadata={"classes": list(classes), "image_size": image_size},
