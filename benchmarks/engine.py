@@ -1,6 +1,7 @@
 """What looking at photos costs: the table of one run, on this machine, with the champion of a project.
 
-    python benchmarks/engine.py --project DIR --photos DIR [--only predict,many,files,...] [--rounds 3]
+    python benchmarks/engine.py --project DIR --photos DIR [--only predict,many,files,...] [--rounds 3] [--count 1205]
+        [--drawn 1000 3000] [--rows 10000 100000]
 
 DIR of `--project` has a champion (`make run` makes one). Every row uses the command line alone, so the same file
 measures older versions of the code: put that version's `src` first on PYTHONPATH. Seconds are those of the clock;
@@ -8,14 +9,14 @@ processor seconds and memory are what the system counted for the process and tho
 
 - predict: `touchline predict` of one photo, the whole command.
 - many: the same of `--count` links to the photos.
-- files: 2,000 links to the photos beside Keras's own pipeline with the same network: benchmarks/predict.py.
+- files: `--count` links to the photos beside Keras's own pipeline with the same network: benchmarks/predict.py.
 - serve: `touchline serve`, from its start to its first answer, its memory after it, and seconds of an answer with one
   and with eight clients.
 - features: `touchline features pooled` of all photos of the project, in a copy of its folder, twice: with nothing
   stored, and once more after the stored rows were deleted.
 - run: `dvc repro` from nothing in a copy of the project's folder, what `make run` does after installation.
-- stages: each stage at 1,000 and 3,000 drawn photos, and with --large at 10,000: benchmarks/pipeline.py.
-- head: a head on 10,000 and 100,000 rows, and with --large on 1,000,000: benchmarks/head.py.
+- stages: each stage at `--drawn` photos: benchmarks/pipeline.py.
+- head: a head on `--rows` rows, 1,000,000 of which take 5 GB of disk: benchmarks/head.py.
 - engines: the champion exported to other formats and run in one process, in turns, on the same photos, 32 at a time.
 """
 
@@ -53,10 +54,13 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1205)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="10,000 photos and 1,000,000 rows too: 6 GB of disk")
+    parser.add_argument("--drawn", nargs="+", default=["1000", "3000"])
+    parser.add_argument("--rows", nargs="+", default=["10000", "100000"])
     parser.add_argument("--only", default=",".join(ROWS), help="some of these rows, separated by commas")
     options = parser.parse_args()
     project = options.project.resolve()
+    # DVC finds `touchline` on PATH, where this Python's environment may not be.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     found = sorted(path.resolve() for path in options.photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
     print(f"{platform.node()}: {os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}", flush=True)
     for row in options.only.split(","):
@@ -101,15 +105,16 @@ def beside(script: str, *arguments: str) -> None:
 
 
 def files(project: Path, _: object, options: argparse.Namespace) -> None:
-    beside("predict.py", "--photos", str(options.photos), "--model", str(project / "models/transfer.keras"))
+    model = str(project / "models/transfer.keras")
+    beside("predict.py", "--photos", str(options.photos), "--model", model, "--count", str(options.count))
 
 
 def stages(*given: Any) -> None:
-    beside("pipeline.py", "memory", "--photos", "1000", "3000", *(["10000"] if given[-1].large else []))
+    beside("pipeline.py", "memory", "--photos", *given[-1].drawn)
 
 
 def head(*given: Any) -> None:
-    beside("head.py", "--rows", "10000", "100000", *(["1000000"] if given[-1].large else []))
+    beside("head.py", "--rows", *given[-1].rows)
 
 
 def serve(project: Path, found: list[Path], options: argparse.Namespace) -> None:

@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("what", choices=["noop", "memory", "retrain"])
     parser.add_argument("--photos", type=int, nargs="+", default=[1000, 10000], help="for memory: how many photos")
     arguments = parser.parse_args()
+    # DVC finds `touchline` on PATH, where this Python's environment may not be.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as folder:
         if arguments.what == "noop":

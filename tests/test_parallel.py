@@ -17,6 +17,7 @@ from typing import Any
 
 import boards
 import numpy as np
+import psutil
 import pytest
 from distributed import Client
 from PIL import Image
@@ -503,3 +504,22 @@ def test_a_process_without_this_package_is_named(doomed: Callable[..., Cluster],
     cluster.add_worker(*(without if who == "worker" else ()))
     says = error_of(parallel.spread(told, range(3), cluster.address, 2))
     assert re.match(rf"Dask {who} tcp://127\.0\.0\.1:\d+.*Touchline", says)
+
+
+def test_processes_end_with_the_program_that_is_killed() -> None:
+    code = "import os, time; from touchline.core import parallel; "
+    code += "print(parallel.in_process(os.getpid), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout
+        worker = psutil.Process(int(program.stdout.readline()))
+        assert worker.pid != program.pid
+        assert worker.is_running()
+        program.kill()
+    worker.wait(10)
+
+
+def test_a_process_that_is_killed_is_one_line() -> None:
+    code = "import os; from touchline.core import parallel, errors\n"
+    code += "try: parallel.in_process(os._exit, 3)\nexcept errors.TouchlineError: print('told')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "told\n"

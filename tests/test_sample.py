@@ -108,7 +108,7 @@ def test_another_seed_draws_other_scenes() -> None:
 
 def test_more_scenes_and_more_classes_leave_the_old_ones_as_they_were() -> None:
     origin = scenes("soccer")[3]
-    assert offered()[origin].read() == offered(SampleParams(per_class=30, seed=7), [*CLASSES, "hockey"])[origin].read()
+    assert offered()[origin].read() == offered(SampleParams(per_class=60, seed=7), [*CLASSES, "hockey"])[origin].read()
 
 
 def test_scenes_are_photos_of_usual_sizes_in_three_formats() -> None:

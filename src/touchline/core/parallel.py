@@ -9,11 +9,15 @@ cancelled when the caller stops reading.
 
 import hashlib
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
@@ -64,6 +68,40 @@ def in_order(work: Callable[[S], T], items: Iterable[S], ahead: int = 64) -> Ite
     # A cluster's worker processes one batch per thread already.
     with ThreadPoolExecutor(1 if _AT_WORKER.get() else os.cpu_count()) as pool:
         yield from _ordered(pool, work, items, lambda: ahead, Future.result)
+
+
+def in_process(work: Callable[..., T], *arguments: object) -> T:
+    """`work` of some arguments in another process, of which this program starts one for each core, once.
+
+    For work that holds Python's lock, so that threads would take turns; call it from the threads of `in_order`. All of
+    it must be picklable.
+
+    Raises:
+        TouchlineError: the process was killed.
+    """
+    try:
+        return _processes().submit(work, *arguments).result()
+    except BrokenProcessPool:
+        raise TouchlineError("a process of this program was killed (often too little memory): run again") from None
+
+
+@cache
+def _processes() -> ProcessPoolExecutor:
+    # Not forked: a fork of a program with threads may wait for a lock for ever.
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """End this process of a pool with the program that started it, however that ends; Ctrl-C is the program's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
 def spread(

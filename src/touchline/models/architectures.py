@@ -182,13 +182,15 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
     losses = heads.cross_validated(sample, labels, groups, weights, params.strengths, params.folds, params.seed)
     kept = int(np.argmin(losses))
     strength = params.strengths[kept]
-    fitted = list(heads.path(sample, labels, weights, params.strengths))
+    # Of a stream, heads of the sample are only compared, and a start for the head of all rows.
+    tolerance = heads.ROUGH if isinstance(rows, Stream) else heads.EXACT
+    fitted = list(heads.path(sample, labels, weights, params.strengths, tolerance))
     of_both = heads.balance(both.labels, both.groups, params.balance)
     if isinstance(rows, Stream):
         of_train = heads.balance(train.labels, train.groups, params.balance)
         counts = of_train[chosen] * stand_for
         refined = partial(heads.refined, strength=strength, sample=sample, sample_weights=counts)
-        near = next(heads.path(sample, labels, counts, [strength]))
+        near = next(heads.path(sample, labels, counts, [strength], tolerance))
         fitted[kept] = refined(near, cast("Stream", learned), train.labels, of_train)
         whole = refined(fitted[kept], rows, both.labels, of_both)
     else:

@@ -7,7 +7,7 @@ apart.
 
 Among the scenes lie, on purpose, the files that real downloads hold: see `_oddities`.
 
-A scene depends on (seed, class, index) alone: photos may be drawn in any order, in many threads and on any processor.
+A scene depends on (seed, class, index) alone: photos may be drawn in any order, in many processes and on any processor.
 """
 
 import io
@@ -18,6 +18,7 @@ from functools import partial
 import cv2
 import numpy as np
 
+from touchline.core import parallel
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params, SampleParams
 from touchline.core.paths import Paths
@@ -25,6 +26,8 @@ from touchline.sources import Candidate, Planned, Source
 from touchline.sources.scenes import BALLS, GOALS, SHIRTS, Image, Rng, Sport, draw, resized
 
 _LICENCE = "CC0-1.0"
+# Scenes that are worth the start of processes: drawing holds Python's lock most of the time.
+_MANY = 100
 _FORMATS = {7: "png", 13: "webp"}  # of the scenes whose index ends so, modulo 20; the others are JPEG
 
 
@@ -52,10 +55,11 @@ def candidates(params: SampleParams, classes: Sequence[str]) -> Iterator[Candida
         TouchlineError: there are more classes than sports.
     """
     sports = {name: sport_of(name, position) for position, name in enumerate(classes)}
+    many = params.per_class * len(classes) > _MANY
 
     def photo(name: str, index: int) -> bytes:
-        rng = _generator(params.seed, name, index)
-        return encode(draw(sports[name], rng), _FORMATS.get(index % 20, "jpg"), int(rng.integers(35, 96)))
+        wanted = params.seed, sports[name], name, index
+        return parallel.in_process(_photo, *wanted) if many else _photo(*wanted)
 
     def scene(name: str, index: int) -> Image:
         return draw(sports[name], _generator(params.seed, name, index))
@@ -72,6 +76,11 @@ def encode(image: Image, extension: str, quality: int = 90) -> bytes:
     """`image` as a `jpg`, `png` or `webp` file; `quality` (0 to 100) is for the lossy two."""
     flags = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, quality], "webp": [cv2.IMWRITE_WEBP_QUALITY, quality], "png": []}
     return cv2.imencode(f".{extension}", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), flags[extension])[1].tobytes()
+
+
+def _photo(seed: int, sport: Sport, name: str, index: int) -> bytes:
+    rng = _generator(seed, name, index)
+    return encode(draw(sport, rng), _FORMATS.get(index % 20, "jpg"), int(rng.integers(35, 96)))
 
 
 def _generator(seed: int, name: str, index: int) -> Rng:
