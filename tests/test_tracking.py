@@ -152,10 +152,12 @@ def test_a_run_keeps_its_epochs_its_params_its_dataset_and_its_model(paths, stor
 
 
 def test_the_logged_model_file_is_the_one_that_was_given(paths, store, run_id, keras_file):
+    from mlflow.models import Model
+
     [logged] = (paths.mlflow / "artifacts").rglob(f"{_model_id(paths, run_id)}/**/model.keras")
 
     assert logged.read_bytes() == keras_file.read_bytes()
-    assert {"python_function", "tensorflow"} <= mlflow.models.Model.load(logged.parents[1]).flavors.keys()
+    assert {"python_function", "tensorflow"} <= Model.load(logged.parents[1]).flavors.keys()
 
 
 def _model_id(paths: Paths, run_id: str) -> str:
