@@ -412,13 +412,16 @@ def try_models(
     port: _Port = 7860,
     model: Annotated[str, typer.Option(help="model shown first, as for `predict` (default: the champion)")] = "",
     allowed_host: _Allowed = None,
+    who: Annotated[str, typer.Option(help="your name, for decisions.csv (default: your login)")] = "",
 ) -> None:
-    """Serve a page to try the models on photos and correct their answers, until Ctrl-C."""
+    """Serve a page to try the models, correct their answers and review doubtful photos, until Ctrl-C."""
+    from getpass import getuser
+
     from touchline.commands import app
     from touchline.core import ports
 
     ports.bound(host, port).close()
-    app.run(*_project(), model, host, port, allowed_host or ())
+    app.run(*_project(), model, host, port, allowed_host or (), who or getuser())
 
 
 @app.command()
