@@ -196,6 +196,22 @@ def audit(
 
 
 @app.command()
+def suggest(
+    names: Annotated[list[str], typer.Argument(metavar="PHOTO|FOLDER|GLOB|-", help="as for `predict`")],
+    count: Annotated[int, typer.Option(help="how many photos to suggest", min=1)] = 20,
+    model: _Model = "",
+    form: Annotated[Format, typer.Option("--format", help="json: an object a line")] = Format.table,
+) -> None:
+    """List the photos whose labels would tell the model most: doubtful, and unlike each other.
+
+    `touchline app` shows them under Review, to be labelled there. Photos that the project has are left out.
+    """
+    from touchline.commands import suggest
+
+    suggest.run(*_project(), names, model, count, form.value)
+
+
+@app.command()
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="an entry of `models` in params.yaml")],
     trials: Annotated[
