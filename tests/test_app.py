@@ -1,5 +1,6 @@
 """`touchline app`: which models it asks and what it shows of them; and the whole page, in a real browser."""
 
+import csv
 import hashlib
 import io
 import json
@@ -382,6 +383,89 @@ def test_a_test_photo_can_be_tried_and_its_author_is_named(page: Page, browser: 
     found(browser, ".gallery-item").click()
     found(browser, "#first", "Answered by")
     assert requested(browser, page)
+
+
+@pytest.fixture
+def suspects(page: Page) -> list[str]:
+    """Three photos of rugby that the audit takes for soccer, as it would write them."""
+    table = files.read_table(page.project.root / "data/validated.csv")
+    chosen = table[table["class"] == "rugby"].head(3)[["path", "sha256", "class"]]
+    found = chosen.assign(problem="wrong label", score=[0.9, 0.8, 0.7], suggested="soccer", near_to="")
+    files.write_table(page.project.root / "reports/audit.csv", found)
+    files.write_text(page.project.root / "data/decisions.csv", "photo,decision,label,who,why\n")
+    return list(chosen["path"])
+
+
+def decided(page: Page) -> list[list[str]]:
+    text = (page.project.root / "data/decisions.csv").read_text()
+    return [row[:4] for row in list(csv.reader(io.StringIO(text)))[1:]]
+
+
+def to_review(browser: Any, page: Page) -> None:
+    opened(browser, page)
+    found(browser, "#to-review-button").click()
+
+
+@in_a_browser
+def test_the_audit_runs_from_the_page(page: Page, browser: Any) -> None:
+    (page.project.root / "reports/audit.csv").unlink(missing_ok=True)
+    to_review(browser, page)
+    found(browser, "#review .aside", "Press the button")
+    found(browser, "#audit").click()
+    found(browser, "#made", "looked on")
+    assert (page.project.root / "reports/audit.csv").is_file()
+
+
+@in_a_browser
+def test_suspects_are_settled_with_a_mouse(page: Page, browser: Any, suspects: list[str]) -> None:
+    to_review(browser, page)
+    assert len(found(browser, ".review .grid").find_elements("css selector", "img")) == 3
+    found(browser, f"article[data-shown='{suspects[0]}']")
+    # Beside it: what the model looked at, and the most similar photos of each class.
+    assert len(found(browser, ".review .pair").find_elements("css selector", "img")) == 2
+    assert all(found(browser, ".review .aside", f"photos of {label}") for label in ("rugby", "soccer"))
+    picture(browser, "review")
+    name = found(browser, "#who textarea, #who input")
+    name.clear()
+    name.send_keys("Ann d12")  # keys that mean nothing here
+    found(browser, ".acts [data-label=soccer]").click()
+    found(browser, f"article[data-shown='{suspects[1]}']")
+    found(browser, f".grid [data-photo='{suspects[2]}']").click()
+    found(browser, f"article[data-shown='{suspects[2]}']")
+    found(browser, ".acts [data-act=drop]").click()
+    found(browser, ".review .left", "1 left, 2 done")
+    found(browser, ".acts [data-act=keep]").click()
+    found(browser, ".review .left", "0 left, 3 done")
+    assert "dvc repro" in found(browser, ".review").text
+    assert decided(page) == [
+        [suspects[0], "relabel", "soccer", "Ann d12"], [suspects[2], "drop", "", "Ann d12"],
+        [suspects[1], "keep", "", "Ann d12"],
+    ]  # fmt: skip
+    found(browser, ".acts [data-act=undo]").click()
+    found(browser, ".review .left", "1 left, 2 done")
+    assert len(decided(page)) == 2
+    assert requested(browser, page)
+
+
+@in_a_browser
+def test_suspects_are_settled_with_keys(page: Page, browser: Any, suspects: list[str]) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    def press(key: str, left: int, done: int) -> None:
+        ActionChains(browser).send_keys(key).perform()
+        found(browser, ".review .left", f"{left} left, {done} done")
+
+    to_review(browser, page)
+    found(browser, f"article[data-shown='{suspects[0]}']")
+    for key, left, done in (("2", 2, 1), ("d", 1, 2), ("u", 2, 1), ("k", 1, 2), ("1", 0, 3)):
+        press(key, left, done)
+    assert [row[:3] for row in decided(page)] == [
+        [suspects[0], "relabel", "soccer"], [suspects[1], "keep", ""], [suspects[2], "keep", ""],
+    ]  # fmt: skip
+    # The tab that is hidden does not listen.
+    opened(browser, page)
+    ActionChains(browser).send_keys("u").perform()
+    assert len(decided(page)) == 3
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import cv2
 import projects
 import pytest
 from boards import Board, free_ports
+from PIL import Image
 from ruamel.yaml import YAML
 from test_export import EXPORT
 from test_serve import ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_ASK, MLFLOW_JSON, MLFLOW_SERVE, SERVE
@@ -48,6 +49,7 @@ NOT_HERE = {
     **dict.fromkeys(
         ("touchline serve --record", "touchline serve --record-photos"), "test_served.py, which reads what it keeps"
     ),
+    "touchline predict rtsp://camera.example/live --seconds 60": "test_video.py, which has a camera on loopback",
     EXPORT: "test_export.py, which asks the exported model",
 }
 # What runs until Ctrl-C: how to give it other ports than the printed ones, and where it then answers.
@@ -97,7 +99,7 @@ COMMANDS = [
     for document, commands in blocks_to_run()
 ]
 # One command and no more of a shell, that would start TensorFlow or MLflow: this process has them.
-HERE = re.compile(r"touchline (?:predict|drift|export|audit|clean|promote|rollback|registry)\b[^|&;<>$]*")
+HERE = re.compile(r"touchline (?:predict|suggest|drift|export|audit|clean|promote|rollback|registry)\b[^|&;<>$]*")
 SETTINGS = [
     pytest.param(block, id=f"{document.name} {number}")
     for document in DOCUMENTS
@@ -151,6 +153,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     for _ in range(4):
         clip.write(cv2.resize(cv2.imread(str(root / "photo.jpg")), (96, 96)))
     clip.release()
+    # One that has no label yet.
+    Image.effect_noise((200, 150), 90).convert("RGB").save(album / "new.jpg")
     return made
 
 

@@ -196,6 +196,22 @@ def audit(
 
 
 @app.command()
+def suggest(
+    names: Annotated[list[str], typer.Argument(metavar="PHOTO|FOLDER|GLOB|-", help="as for `predict`")],
+    count: Annotated[int, typer.Option(help="how many photos to suggest", min=1)] = 20,
+    model: _Model = "",
+    form: Annotated[Format, typer.Option("--format", help="json: an object a line")] = Format.table,
+) -> None:
+    """List the photos whose labels would tell the model most: doubtful, and unlike each other.
+
+    `touchline app` shows them under Review, to be labelled there. Photos that the project has are left out.
+    """
+    from touchline.commands import suggest
+
+    suggest.run(*_project(), names, model, count, form.value)
+
+
+@app.command()
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="an entry of `models` in params.yaml")],
     trials: Annotated[
@@ -412,13 +428,16 @@ def try_models(
     port: _Port = 7860,
     model: Annotated[str, typer.Option(help="model shown first, as for `predict` (default: the champion)")] = "",
     allowed_host: _Allowed = None,
+    who: Annotated[str, typer.Option(help="your name, for decisions.csv (default: your login)")] = "",
 ) -> None:
-    """Serve a page to try the models on photos and correct their answers, until Ctrl-C."""
+    """Serve a page to try the models, correct their answers and review doubtful photos, until Ctrl-C."""
+    from getpass import getuser
+
     from touchline.commands import app
     from touchline.core import ports
 
     ports.bound(host, port).close()
-    app.run(*_project(), model, host, port, allowed_host or ())
+    app.run(*_project(), model, host, port, allowed_host or (), who or getuser())
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""`touchline app`: a page to try the models on photos, two side by side, and to say where they are wrong.
+"""`touchline app`: a page to try the models on photos, two side by side, and to say where they are wrong. A second tab
+is for doubtful photos: see `touchline.commands.review`.
 
 A photo's own bytes go through `classifier.pixels` and the forward pass of `predict`, so the page and the command line
 have one answer. Uploads lie in a temporary folder for an hour at most; only what a person sends as a correction stays,
@@ -26,6 +27,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from touchline.commands import review
 from touchline.core import guard, ports
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
@@ -53,7 +55,7 @@ _SWEEP, _KEPT, _UPLOAD = 600, 3600, 120
 # Uploads kept at most, in files and in bytes, and bytes on their way at most.
 _UPLOADS, _UPLOADED, _UPLOADING = 100, 256 * 2**20, 128 * 2**20
 _NONE = ""
-_INTRO = Markup("<h1>{}</h1><p>Give a photo, and see what a model makes of it and where it looked.</p>")
+_INTRO = "<p>Give a photo, and see what a model makes of it and where it looked.</p>"
 _WRONG = """<h2>Wrong?</h2><p>Say what it is. Only then is the photo kept, in <code>data/feedback</code>: to be learned
 from, and it may be seen in reports. Leave photos of anything else.</p>"""
 _EMPTY = '<p class="aside">Its answer comes here.</p>'
@@ -174,6 +176,30 @@ class Models:
         """
         if wanted not in self._offered:
             raise TouchlineError("there is no such model: load the page again")
+        classifier, row, answer, picture = self._judged(wanted, content)
+        files = terms.files(self._paths, self._params)
+        similar = [(jpeg(thumbnail(files[each.sha256], _SMALL)), each.label) for each in classifier.nearest(row, files)]
+        return Said(classifier.name, answer, picture, similar)
+
+    def look(self, content: bytes, without: str) -> tuple[str, str, dict[str, list[str]]]:
+        """What the first model makes of a photo; see `review.Look`.
+
+        Raises:
+            TouchlineError: as `ask`.
+        """
+        classifier, row, answer, picture = self._judged(next(iter(self.choices())), content)
+        files, similar = terms.files(self._paths, self._params), {}
+        if classifier.reference:
+            labels = dict(zip(classifier.reference.digests, classifier.reference.labels, strict=True))
+            for label in classifier.classes:
+                among = {each for each in files if labels.get(each) == label and each != without}
+                nearest = classifier.nearest(row, among)
+                similar[label] = [jpeg(thumbnail(files[each.sha256], _SMALL)) for each in nearest]
+        perhaps = "" if answer.label == answer.guess else f" (perhaps {answer.guess})"
+        return f"{classifier.name} says {answer.label}{perhaps}, {answer.confidence:.0%}", picture, similar
+
+    def _judged(self, wanted: str, content: bytes) -> tuple[Classifier, np.ndarray, Answer, str]:
+        """The model, what it makes of a photo, its answer, and the heat map."""
         loaded = self._loaded(wanted)
         classifier = loaded.classifier
         try:
@@ -186,9 +212,7 @@ class Models:
         if loaded.explainer:
             heat = loaded.explainer(photo, np.array([classifier.classes.index(answer.guess)]))[0]
             picture = _picture(content, heat)
-        files = terms.files(self._paths, self._params)
-        similar = [(jpeg(thumbnail(files[each.sha256], _SMALL)), each.label) for each in classifier.nearest(row, files)]
-        return Said(classifier.name, answer, picture, similar)
+        return classifier, row, answer, picture
 
     def warm(self) -> None:
         """Load the first model, so that what is wrong with it is said before a page is there."""
@@ -208,11 +232,14 @@ class Models:
         return _Loaded(classifier, explainer)
 
 
-def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
+def run(
+    paths: Paths, params: Params, wanted: str, host: str, port: int, allowed_hosts: Sequence[str] = (), who: str = ""
+) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
 
     Args:
         allowed_hosts: see `guard.Guard`.
+        who: the name that decisions are signed with, unless the page is given another.
 
     Raises:
         TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `classifier.resolve`.
@@ -230,7 +257,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
         except ModuleNotFoundError:
             raise TouchlineError("`touchline app` needs Gradio: pip install 'touchline[app]'") from None
         models.warm()
-        built, uploads = page(paths, params, models), _Uploads(folder)
+        built, uploads = page(paths, params, models, who), _Uploads(folder)
 
         @asynccontextmanager
         async def guarded(server: "gradio.routes.App") -> AsyncIterator[None]:
@@ -250,7 +277,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
             prevent_thread_lock=True, quiet=True,
             max_file_size=f"{_MAX_MEGABYTES}mb", footer_links=[], run_history=False, ssr_mode=False,
             enable_monitoring=False, mcp_server=False, pwa=False, inbrowser=False, num_workers=0,
-            state_session_capacity=_SESSIONS, app_kwargs={"lifespan": guarded}, css=_STYLE,
+            state_session_capacity=_SESSIONS, app_kwargs={"lifespan": guarded}, css=_STYLE + review.STYLE,
             theme=gradio.themes.Default(
                 primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
                 font_mono=["ui-monospace", "monospace"],
@@ -315,7 +342,7 @@ class _Uploads:
         return {path: stat for path, stat in found.items() if S_ISREG(stat.st_mode)}
 
 
-def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
+def page(paths: Paths, params: Params, models: Models, who: str = "") -> "gradio.Blocks":
     """The page, to be launched."""
     import gradio
 
@@ -360,36 +387,38 @@ def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
         return Markup("{} as <strong>{}</strong>; {}.").format("Kept" if new else "Kept before", label, learned)
 
     with gradio.Blocks(title=_title(params), analytics_enabled=False) as built:
-        gradio.HTML(_INTRO.format(_title(params)), js_on_load=None)
-        kept = gradio.State(time_to_live=_KEPT)
-        with gradio.Row(equal_height=False):
-            with gradio.Column(min_width=300):
-                photo = gradio.Image(
-                    label="Photo", type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
-                    webcam_options=gradio.WebcamOptions(mirror=False), buttons=[], height=320, elem_id="photo",
-                    placeholder="# Drop a photo here\nor click to choose one",
-                )  # fmt: skip
-                _take_bytes(photo)
-                examples = _examples(paths, params)
-                if len(examples):
-                    gradio.Examples(
-                        [[str(paths.workspace / path)] for path in examples["path"]], photo, label="Or a test photo",
-                        api_visibility="private",
+        gradio.HTML(Markup("<h1>{}</h1>").format(_title(params)), js_on_load=None)
+        with gradio.Tab("Try", id="try"):
+            gradio.HTML(_INTRO, js_on_load=None)
+            kept = gradio.State(time_to_live=_KEPT)
+            with gradio.Row(equal_height=False):
+                with gradio.Column(min_width=300):
+                    photo = gradio.Image(
+                        label="Photo", type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
+                        webcam_options=gradio.WebcamOptions(mirror=False), buttons=[], height=320, elem_id="photo",
+                        placeholder="# Drop a photo here\nor click to choose one",
                     )  # fmt: skip
-                    known = examples[["title", "author", "licence", "landing_page"]].drop_duplicates()
-                    if known.ne("").any(axis=None):
-                        gradio.HTML(html.render("credits.html", credits=known.to_dict("records")), js_on_load=None)
-            with gradio.Column(min_width=300):
-                first = gradio.Dropdown(label="Model", filterable=False, **choices()[0])
-                first_card = gradio.HTML(_EMPTY, js_on_load=None, elem_id="first")
-            with gradio.Column(min_width=300):
-                second = gradio.Dropdown(label="Beside it", filterable=False, **choices()[1])
-                second_card = gradio.HTML(_EMPTY if second.value else "", js_on_load=None, elem_id="second")
-        with gradio.Column(visible=False, elem_id="wrong") as wrong:
-            gradio.HTML(_WRONG, js_on_load=None)
-            label = gradio.Radio(params.classes, label="It is", elem_id="label")
-            button = gradio.Button("Keep the correction", variant="primary", elem_id="keep")
-            outcome = gradio.HTML(js_on_load=None, elem_id="outcome")
+                    _take_bytes(photo)
+                    examples = _examples(paths, params)
+                    if len(examples):
+                        gradio.Examples(
+                            [[str(paths.workspace / path)] for path in examples["path"]], photo,
+                            label="Or a test photo", api_visibility="private",
+                        )  # fmt: skip
+                        known = examples[["title", "author", "licence", "landing_page"]].drop_duplicates()
+                        if known.ne("").any(axis=None):
+                            gradio.HTML(html.render("credits.html", credits=known.to_dict("records")), js_on_load=None)
+                with gradio.Column(min_width=300):
+                    first = gradio.Dropdown(label="Model", filterable=False, **choices()[0])
+                    first_card = gradio.HTML(_EMPTY, js_on_load=None, elem_id="first")
+                with gradio.Column(min_width=300):
+                    second = gradio.Dropdown(label="Beside it", filterable=False, **choices()[1])
+                    second_card = gradio.HTML(_EMPTY if second.value else "", js_on_load=None, elem_id="second")
+            with gradio.Column(visible=False, elem_id="wrong") as wrong:
+                gradio.HTML(_WRONG, js_on_load=None)
+                label = gradio.Radio(params.classes, label="It is", elem_id="label")
+                button = gradio.Button("Keep the correction", variant="primary", elem_id="keep")
+                outcome = gradio.HTML(js_on_load=None, elem_id="outcome")
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
         gradio.on(
             [photo.change, first.input, second.input], answer, [photo, first, second],
@@ -398,6 +427,7 @@ def page(paths: Paths, params: Params, models: Models) -> "gradio.Blocks":
         )  # fmt: skip
         built.load(refresh, None, [first, second], show_progress="hidden", **options)
         button.click(correct, [kept, label], outcome, show_progress="hidden", **options)
+        review.tab(paths, params, models.look, who, options)
         built.queue(max_size=_WAITING, api_open=False)
     return built
 

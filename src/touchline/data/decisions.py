@@ -1,23 +1,31 @@
 """`data/decisions.csv`: what people decided of single photos, a line each; `validate` honours it.
 
-It is written by hand, so whatever is wrong in it is one line that names the file's line.
+It is written by hand and by clicks in `touchline app`, so whatever is wrong in it is one line that names the file's
+line. A click also notes when; lines by hand may do without.
 """
 
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from touchline.core.errors import TouchlineError
+from touchline.core.files import no_formula, write_bytes
+from touchline.core.paths import Paths
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("photo", "decision", "label", "who", "why")
+_WHEN = "when"
 KINDS = ("keep", "drop", "relabel")
+# Spreadsheets put a byte order mark in front.
+_MARK = "\ufeff"
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
 _PATH = re.compile(r"data/photos/[^/]+/([0-9a-f]{16})\.[a-z]+")
 
@@ -58,14 +66,80 @@ def read(path: Path, classes: Sequence[str]) -> list[Decision]:
     Raises:
         TouchlineError: a line that cannot be followed; named by its number.
     """
-    name = "/".join(path.parts[-2:])
+    content = _content(path)
+    return [] if content is None else _parsed(path, content, classes)
+
+
+def add(
+    paths: Paths, classes: Sequence[str], photo: str, kind: str, label: str = "", who: str = "", why: str = ""
+) -> str:
+    """Write a decision into the file, safely beside other processes that do so.
+
+    Args:
+        photo, kind, label, who, why: as of `Decision`.
+
+    Returns:
+        The line, for `take_back`; empty if the same had been decided before.
+
+    Raises:
+        TouchlineError: the photo has another decision, or a line of the file cannot be followed.
+    """
+    with _locked(paths):
+        content = re.sub(r"\r(?!\n)", "\n", _content(paths.decisions) or ",".join(COLUMNS) + "\n")
+        digest = Decision(photo, kind, label, who, why, "").digest
+        for other in _parsed(paths.decisions, content, classes):
+            if digest.startswith(other.digest) or other.digest.startswith(digest):
+                if (other.kind, other.label) == (kind, label):
+                    return ""
+                by = f" by {other.who}" if other.who else ""
+                raise TouchlineError(f"it was decided{by} already: {other.kind} {other.label}".rstrip())
+        end = "\r\n" if "\r\n" in content else "\n"
+        head, _, rest = content.partition("\n")
+        columns = [column.strip() for column in next(csv.reader([head.removeprefix(_MARK)]))]
+        if _WHEN not in columns:
+            columns.append(_WHEN)
+            content = f"{head.rstrip()},{_WHEN}{end}{rest}"
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        texts = {"who": _plain(who), "why": _plain(why), "photo": photo, "decision": kind, "label": label, _WHEN: when}
+        new = _csv([texts.get(column, "") for column in columns])
+        gap = "" if content.endswith("\n") else end
+        write_bytes(paths.decisions, f"{content}{gap}{new}{end}".encode())
+        return new
+
+
+def take_back(paths: Paths, line: str) -> bool:
+    """Delete a line that `add` wrote; False if it is not there any more."""
+    with _locked(paths):
+        lines = (_content(paths.decisions) or "").splitlines(keepends=True)
+        places = [place for place, each in enumerate(lines) if each.rstrip("\r\n") == line]
+        if places:
+            del lines[places[-1]]
+            write_bytes(paths.decisions, "".join(lines).encode())
+        return bool(places)
+
+
+@contextmanager
+def _locked(paths: Paths) -> Iterator[None]:
+    from filelock import FileLock
+
+    paths.locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.locks / "decisions.lock"):
+        yield
+
+
+def _content(path: Path) -> str | None:
     try:
-        # Spreadsheets put a byte order mark in front.
-        content = path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode()
     except FileNotFoundError:
-        return []
+        return None
     except UnicodeDecodeError as error:
+        name = "/".join(path.parts[-2:])
         raise TouchlineError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+
+
+def _parsed(path: Path, content: str, classes: Sequence[str]) -> list[Decision]:
+    name = "/".join(path.parts[-2:])
+    content = content.removeprefix(_MARK)
     lines = csv.reader(io.StringIO(content, newline=""), strict=True)
     try:
         header = [column.strip() for column in next(lines, [])]
@@ -81,6 +155,8 @@ def read(path: Path, classes: Sequence[str]) -> list[Decision]:
 
 
 def _decision(header: Sequence[str], values: Sequence[str], classes: Sequence[str], where: str) -> Decision:
+    if header[-1] == _WHEN and len(values) == len(header) - 1:
+        values = [*values, ""]
     if len(values) != len(header):
         raise TouchlineError(
             f"{where} has {len(values)} values, not {len(header)}: put double quotes around what holds a comma"
@@ -148,6 +224,15 @@ def match(decisions: Sequence[Decision], photos: "pd.DataFrame") -> tuple[list[D
 
 def line(photo: str, kind: str, label: str = "", who: str = "", why: str = "") -> str:
     """A line for the file, quoted where it must be, without a line break."""
+    return _csv((photo, kind, label, who, why))
+
+
+def _csv(values: Sequence[str]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow((photo, kind, label, who, why))
+    csv.writer(text, lineterminator="").writerow(values)
     return text.getvalue()
+
+
+def _plain(text: str) -> str:
+    """One line that no spreadsheet runs."""
+    return no_formula(" ".join(text.split()))

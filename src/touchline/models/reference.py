@@ -146,6 +146,10 @@ class Reference:
         with replacing(path, ".npz") as temporary:
             np.savez(temporary, **content)  # type: ignore[arg-type]  # NumPy's types take each name for `allow_pickle`
 
+    def described(self, features: np.ndarray) -> np.ndarray:
+        """What photos, features of shape (n, channels), are compared by: float32, shape (n, columns), unit length."""
+        return _described(features, self.imagenet)
+
     def similarities(self, features: np.ndarray) -> np.ndarray:
         """Of photos, features of shape (n, channels), to each row kept: float32, shape (n, rows), -1 to 1."""
         return _described(features, self.imagenet) @ self._exact.T

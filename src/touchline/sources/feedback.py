@@ -7,6 +7,7 @@ entry of the first, and each is written whole, so neither a crash nor two people
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,52 @@ def remember(folder: Path, content: bytes, label: str, answers: Sequence[dict[st
     when = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(record, {"photo": name, "label": label, "when": when, "answers": list(answers)})
     return True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a person said of a photo.
+
+    Attributes:
+        photo: its file.
+        guess, confidence: what the first model had said; empty and 0 where none was asked.
+    """
+
+    photo: Path
+    sha256: str
+    label: str
+    guess: str
+    confidence: float
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The entries of the queue whose photo lies beside them, for people to look through; ingest takes `candidates`."""
+    found = []
+    for record in sorted(folder.glob("*.json")):
+        name, label = _read(record)
+        photo = folder / name
+        if (
+            name
+            and Path(name).name == name
+            and photo.stem == record.stem
+            and photo.is_file()
+            and not photo.is_symlink()
+        ):
+            said = read_json(record).get("answers")
+            first = said[0] if isinstance(said, list) and said and isinstance(said[0], dict) else {}
+            confidence = first.get("confidence")
+            confidence = confidence if isinstance(confidence, float) else 0.0
+            found.append(Entry(photo, record.stem, label, str(first.get("guess", "")), confidence))
+    return found
+
+
+def forget(folder: Path, digest: str) -> bool:
+    """Take a photo out of the queue again; False if it is not there any more."""
+    found = next((entry for entry in entries(folder) if entry.sha256 == digest), None)
+    if found:
+        (folder / f"{digest}.json").unlink(missing_ok=True)
+        found.photo.unlink(missing_ok=True)
+    return found is not None
 
 
 def candidates(received: Received, classes: Sequence[str]) -> Iterator[Candidate]:
