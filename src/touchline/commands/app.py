@@ -31,10 +31,10 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import terms
+from touchline.data import rights
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import explain
-from touchline.models.classifier import Answer, Classifier, pixels, resolve
+from touchline.models.classifier import Answer, Classifier, pixels, resolve_to_serve
 from touchline.models.engines import Explain
 from touchline.report import html
 from touchline.sources import feedback
@@ -186,7 +186,7 @@ class Models:
         if loaded.explainer:
             heat = loaded.explainer(photo, np.array([classifier.classes.index(answer.guess)]))[0]
             picture = _picture(content, heat)
-        files = terms.files(self._paths, self._params)
+        files = rights.files(self._paths, self._params)
         similar = [(jpeg(thumbnail(files[each.sha256], _SMALL)), each.label) for each in classifier.nearest(row, files)]
         return Said(classifier.name, answer, picture, similar)
 
@@ -200,7 +200,7 @@ class Models:
         return self._load(wanted, file.stat().st_mtime_ns if file.is_file() else 0)
 
     def _load_now(self, wanted: str, _: int) -> _Loaded:
-        classifier = resolve(self._paths, self._params, wanted)
+        classifier = resolve_to_serve(self._paths, self._params, wanted)
         try:
             explainer = classifier.explainer()
         except TouchlineError:
@@ -215,7 +215,7 @@ def run(paths: Paths, params: Params, wanted: str, host: str, port: int, allowed
         allowed_hosts: see `guard.Guard`.
 
     Raises:
-        TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `classifier.resolve`.
+        TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `resolve_to_serve`.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own server whether it is up, and a proxy of the network would not know it.
@@ -467,4 +467,4 @@ def _examples(paths: Paths, params: Params) -> "pd.DataFrame":
     known = known.drop_duplicates("path").drop(columns=["class", "subset", "group", "sha256"])
     test = split[split["subset"] == "test"].merge(known, on="path")
     there = test["path"].map(lambda path: (paths.workspace / path).is_file())
-    return terms.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)
+    return rights.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TEXT = dict.fromkeys(
     (
         "path", "class", "subset", "source", "group", "sha256", "perceptual_hash", "licence", "author", "origin",
-        "title", "author_page", "landing_page", "retrieved", "model", "predicted", "slice",
+        "title", "author_page", "spdx", "use", "landing_page", "retrieved", "model", "predicted", "slice",
     ),
     str,
 )  # fmt: skip

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from touchline.core import parallel
-from touchline.core.files import check_digest, model_records, read_json, read_table, write_json
+from touchline.core.files import check_digest, model_records, read_json, read_table, write_json, write_table
 from touchline.core.params import Params, RegisterParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.data import photos
+from touchline.data import photos, rights
 from touchline.models import classifier, inference, scores
 from touchline.models.classifier import Classifier
 from touchline.report import page
@@ -54,6 +54,9 @@ def run(paths: Paths, params: Params) -> str:
     for name in records:
         check_digest(paths.models / f"{name}.json", speeds[name]["record_sha256"], evaluated)
     better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
+    rows = rights.learned_from(paths, records[better]["training_photos"])
+    rights.check_use(better, rows, params)
+    write_table(paths.reports / "licences.csv", rights.by_author(rows))
     store = runs.open_store(paths, params.register_.name)
     run_ids = {name: runs.ensure(store, record, paths.models / f"{name}.keras") for name, record in records.items()}
     slices = read_table(paths.reports / "slices.csv")
@@ -84,7 +87,7 @@ def run(paths: Paths, params: Params) -> str:
             outcome["reason"] = f"an experiment moves no alias; this one {verb} have become champion: {decision.reason}"
             break
         outcome["registered"] = _register(
-            store, params, records, better, run_ids[better], metrics, why_better, decision
+            store, params, records, better, run_ids[better], metrics, why_better, decision, rights.names(rows)
         )
         version = outcome["registered"]["version"]
         if not decision.promote or registry.replace(store, params.register_.name, champion, version):
@@ -92,7 +95,8 @@ def run(paths: Paths, params: Params) -> str:
         say("another machine made a champion meanwhile: comparing with that one")
     runs.conclude(store, run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
     written = page.write(paths, params, metrics, speeds, records, outcome)
-    runs.log_report(store, run_ids[better], written)
+    for file in (written, paths.reports / "licences.csv"):
+        runs.log_report(store, run_ids[better], file)
     # Last: this file records what was done.
     write_json(paths.reports / "registration.json", outcome)
     if outcome["experiment"]:
@@ -226,6 +230,7 @@ def _register(
     metrics: Mapping[str, Any],
     why_better: str,
     decision: Decision,
+    licences: Mapping[str, int],
 ) -> dict[str, Any]:
     """Make the version, unless this very model is one already, and move the alias `challenger` to it."""
     name = params.register_.name
@@ -236,12 +241,15 @@ def _register(
         "validation/accuracy": record["metrics"]["validation/accuracy"],
         runs.REASON: decision.reason,
         "touchline.classes": json.dumps(record["classes"]),
+        runs.LICENCES: json.dumps(licences),
     }
     # MLflow's list of versions shows the beginning, as plain text.
     verdict = "Became champion" if decision.promote else "Did not become champion"
     description = (
         f"{verdict} when it was registered: {decision.reason}.\n\n{record['description']}\n\n"
         f"**Data**: split `{record['dataset']['digest']}`; classes, in order: {', '.join(record['classes'])}.\n\n"
+        f"**Licences** of the photos: {_licences(licences)}. Their authors are with the run: "
+        "`licences.csv`.\n\n"
         f"**Chosen** for its {why_better}.\n\n{_side_by_side(records, metrics)}"
     )
     same = [known for known in registry.versions(store, name) if known.model_sha256 == record["model_sha256"]]
@@ -261,6 +269,10 @@ def _register(
         "tags": tags,
         "description": description,
     }
+
+
+def _licences(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name or 'not known'} {count:,}" for name, count in counts.items())
 
 
 def _concluded(
