@@ -13,7 +13,7 @@ from PIL import Image
 
 from touchline.core import licences, params
 from touchline.core.errors import ParamsError, TouchlineError
-from touchline.core.files import read_json, read_table
+from touchline.core.files import read_json, read_table, sha256, write_json
 from touchline.core.licences import Licence
 from touchline.core.paths import Paths
 from touchline.data import opt_outs, rights
@@ -321,9 +321,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
 def restricted(built: projects.Project, tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     """A copy, in which a training photo is not for commerce."""
     made = projects.copy(built, tmp_path_factory.mktemp("restricted") / "the project")
-    table, split = (read_table(made.root / f"data/{name}.csv") for name in ("validated", "split"))
-    table.loc[table["path"] == split.loc[split["subset"] == "train", "path"].iloc[0], "licence"] = "CC BY-NC 2.0"
-    table.to_csv(made.root / "data/validated.csv", index=False)
+    table = read_table(made.root / "data/split.csv")
+    table.loc[table.index[table["subset"] == "train"][0], "licence"] = "CC BY-NC 2.0"
+    table.to_csv(made.root / "data/split.csv", index=False)
+    # `register` refuses models of another split.
+    evaluated = made.json("reports/evaluation.json")
+    for file in (made.root / "models").glob("*.json"):
+        record = read_json(file)
+        record["tags"]["touchline.split_sha256"] = sha256(made.root / "data/split.csv")
+        write_json(file, record)
+        evaluated[file.stem]["record_sha256"] = sha256(file)
+    write_json(made.root / "reports/evaluation.json", evaluated)
     return made
 
 
@@ -339,7 +347,7 @@ def test_each_version_carries_the_licences_and_authors_of_what_it_learned_from(b
         }
     ]  # fmt: skip
     artifacts = MlflowClient(f"sqlite:///{built.root}/mlflow/mlflow.db").list_artifacts(version.run_id)
-    assert {"licences.csv", "report.html"} <= {artifact.path for artifact in artifacts}
+    assert {"licences.csv", "report.html", "model-card.md"} <= {artifact.path for artifact in artifacts}
 
 
 @pytest.mark.parametrize("use", ["internal", "product"])

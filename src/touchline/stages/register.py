@@ -13,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from touchline.core import parallel
-from touchline.core.files import check_digest, model_records, read_json, read_table, write_json, write_table
+from touchline.core.files import (
+    check_digest,
+    model_records,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+    write_text,
+)
 from touchline.core.params import Params, RegisterParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.data import photos, rights
 from touchline.models import classifier, inference, scores
 from touchline.models.classifier import Classifier
-from touchline.report import page
+from touchline.report import card, page
 from touchline.stages import gates
 from touchline.stages.gates import Candidate, Cost, Duel
 from touchline.tracking import registry, runs
@@ -56,7 +64,8 @@ def run(paths: Paths, params: Params) -> str:
     better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
     rows = rights.learned_from(paths, records[better]["training_photos"])
     rights.check_use(better, rows, params)
-    write_table(paths.reports / "licences.csv", rights.by_author(rows))
+    licences = rights.by_author(rows)
+    write_table(paths.reports / "licences.csv", licences)
     store = runs.open_store(paths, params.register_.name)
     run_ids = {name: runs.ensure(store, record, paths.models / f"{name}.keras") for name, record in records.items()}
     slices = read_table(paths.reports / "slices.csv")
@@ -95,7 +104,12 @@ def run(paths: Paths, params: Params) -> str:
         say("another machine made a champion meanwhile: comparing with that one")
     runs.conclude(store, run_ids.values(), run_ids[better], _concluded(params, records, metrics, outcome))
     written = page.write(paths, params, metrics, speeds, records, outcome)
-    for file in (written, paths.reports / "licences.csv"):
+    described = paths.reports / card.NAME
+    costs = page.costs(paths, params)
+    write_text(
+        described, card.markdown(paths, params, records[better], metrics, speeds, slices, licences, outcome, costs)
+    )
+    for file in (written, described, paths.reports / "licences.csv"):
         runs.log_report(store, run_ids[better], file)
     # Last: this file records what was done.
     write_json(paths.reports / "registration.json", outcome)
@@ -248,8 +262,8 @@ def _register(
     description = (
         f"{verdict} when it was registered: {decision.reason}.\n\n{record['description']}\n\n"
         f"**Data**: split `{record['dataset']['digest']}`; classes, in order: {', '.join(record['classes'])}.\n\n"
-        f"**Licences** of the photos: {_licences(licences)}. Their authors are with the run: "
-        "`licences.csv`.\n\n"
+        f"**Licences** of the photos: {_licences(licences)}. Their authors, and a model card, are with the run: "
+        "`licences.csv`, `model-card.md`.\n\n"
         f"**Chosen** for its {why_better}.\n\n{_side_by_side(records, metrics)}"
     )
     same = [known for known in registry.versions(store, name) if known.model_sha256 == record["model_sha256"]]
