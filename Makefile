@@ -79,7 +79,7 @@ format: setup  ## fix and format what ruff can
 # No index address goes into the lock; --universal makes it one for every Python and system.
 lock: setup  ## rewrite requirements.lock from pyproject.toml
 	@uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group dev \
-		--extra app --extra onnx --extra dask --extra team --python-version 3.11 pyproject.toml --output-file requirements.lock
+		--extra app --extra c2pa --extra onnx --extra dask --extra team --python-version 3.11 pyproject.toml --output-file requirements.lock
 
 setup: $(VENV)/.installed
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || dvc config --local core.no_scm true

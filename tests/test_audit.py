@@ -143,7 +143,7 @@ class Audited:
 
     def params(self, share: bool = False) -> Params:
         content = YAML(typ="safe", pure=True).load((Path(__file__).parents[1] / "params.yaml").read_text())
-        content["ingest"]["imagenet"]["share"] = share
+        content["rights"]["show"] = "any" if share else "permitted"
         return check({**content, "classes": list(self.classes)})
 
     def run(self, top: int = 24, share: bool = False) -> None:
@@ -158,7 +158,7 @@ class Audited:
             (self.paths.workspace / path).write_bytes(file.getvalue())
             rows.append(
                 {"path": path, "class": self.classes[label], "source": self.source.get(row, "folder"), "sha256": digest,
-                 "width": 60, "height": 30, "origin": self.origin.get(row, ""), "group": "",
+                 "width": 60, "height": 30, "licence": "", "origin": self.origin.get(row, ""), "group": "",
                  "perceptual_hash": digest[:16]}
             )  # fmt: skip
         self.table = pd.DataFrame(rows)

@@ -22,6 +22,7 @@ TOY = '''
 import cv2
 import numpy as np
 
+from touchline.core.licences import Licence
 from touchline.core.params import Count, NetworkParams, Section
 from touchline.models.architectures import Architecture
 from touchline.models.training import network
@@ -30,7 +31,6 @@ from touchline.sources import Candidate, Planned, Source
 
 class ToySection(Section):
     photos: Count
-    share: bool
 
 
 def drawn(number, label):
@@ -43,7 +43,7 @@ def drawn(number, label):
 def offers(paths, params):
     for number in range(params.ingest.toy.photos):
         for label, name in enumerate(params.classes):
-            licence = "" if number == 1 else "CC0-1.0"
+            licence = "" if number == 1 else "the toys' own terms"
             yield Candidate(name, "toy", f"{name}/{number}", lambda n=number, l=label: drawn(n, l), licence=licence)
 
 
@@ -51,7 +51,8 @@ def plan(paths, params):
     return [Planned("toys", "the toy box", 0.0, "to draw", "CC0-1.0")]
 
 
-SOURCE = Source("toy", offers, plan, params=ToySection, licensed=True)
+TERMS = Licence("LicenseRef-Toys", "research", share=False)
+SOURCE = Source("toy", offers, plan, params=ToySection, licence=TERMS, licensed=True)
 
 
 class ToyParams(NetworkParams):
@@ -107,7 +108,7 @@ def project(box: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pro
     made = projects.make(
         tmp_path_factory.mktemp("extended") / "the project",
         {
-            "ingest.sources": ["toy"], "ingest.toy": {"photos": 40, "share": False}, "ingest.remote": "private",
+            "ingest.sources": ["toy"], "ingest.toy": {"photos": 40}, "ingest.remote": "private",
             "models": {"toy": MODEL}, "features.pooled": projects.GONE, "split.near_duplicate_bits": 0,
         },
     )  # fmt: skip
@@ -116,7 +117,7 @@ def project(box: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pro
         # The set is faulty: two photos have no licence.
         assert "licence" in made.call("ingest").err + made.call("validate", exit_code=1).err
         source = box / "toy_box.py"
-        source.write_text(TOY.replace('"" if number == 1 else "CC0-1.0"', '"CC0-1.0"'))
+        source.write_text(TOY.replace('"" if number == 1 else ', ""))
         sys.modules.pop("toy_box")
         for stage in (["ingest"], ["validate"], ["split"], ["features", "pixels"], ["train", "toy"], ["evaluate"]):
             made.call(*stage)
@@ -131,8 +132,8 @@ def test_a_source_is_one_object(project: projects.Project) -> None:
     assert len(read_table(project.root / "data/validated.csv")) == 80
     page = (project.root / "reports/report.html").read_text()
     assert '<td class="text">toy</td>' in page
-    # Its section has `share: false`.
-    assert "rugby/3" not in page and "80 photos of toy may not be passed on" in page
+    # Its licence does not allow it.
+    assert "rugby/3" not in page and "80 photos of toy may not be shown" in page
 
 
 def test_what_a_source_would_fetch_is_shown(project: projects.Project) -> None:
@@ -140,18 +141,20 @@ def test_what_a_source_would_fetch_is_shown(project: projects.Project) -> None:
 
 
 def test_a_section_of_a_source_is_checked(shipped: dict, box: Path) -> None:
-    shipped["ingest"] |= {"sources": ["toy"], "toy": {"photos": 0, "share": True}}
+    shipped["ingest"] |= {"sources": ["toy"], "remote": "private", "toy": {"photos": 0}}
     with pytest.raises(ParamsError, match=r"ingest\.toy\.photos is 0"):
         params.check(shipped)
-    shipped["ingest"]["toy"] = {"photos": 3, "share": True}
+    shipped["ingest"]["toy"] = {"photos": 3}
     known = params.check(shipped)
     assert params.check(known.model_dump(mode="json", by_alias=True, exclude_unset=True)) == known
     del shipped["ingest"]["toy"]
     with pytest.raises(ParamsError, match=r"ingest\.toy is missing"):
         params.check(shipped)
-    shipped["ingest"] |= {"toy": {"photos": 3, "share": False}, "remote": ""}
-    with pytest.raises(ParamsError, match=r"toy\.share"):
+    shipped["ingest"] |= {"toy": {"photos": 3}, "remote": ""}
+    with pytest.raises(ParamsError, match="LicenseRef-Toys"):
         params.check(shipped)
+    shipped["rights"]["push"] = ["LicenseRef-Toys"]
+    params.check(shipped)
 
 
 def test_an_architecture_is_one_object(project: projects.Project) -> None:

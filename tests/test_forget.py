@@ -117,9 +117,11 @@ def test_imagenet_loses_members_of_tars_files_and_lines_of_lists(paths: Paths, p
     folder = paths.project / "data/imagenet"
     classes = {"rugby": [RUGBY_BALL], "soccer": [SOCCER_BALL]}
     imagenet = params_with().ingest.imagenet.model_dump() | {
-        "accept_terms": True, "origin": "folder", "classes": classes, "share": True,
+        "accept_terms": True, "origin": "folder", "classes": classes,
     }  # fmt: skip
-    params = params_with(ingest={"sources": ["imagenet"], "min_per_class": 1, "imagenet": imagenet})
+    params = params_with(
+        ingest={"sources": ["imagenet"], "min_per_class": 1, "imagenet": imagenet, "remote": "private"}
+    )
     balls, soccer = synset(RUGBY_BALL, range(3)), synset(SOCCER_BALL, range(2))
     for name, content in {
         f"{RUGBY_BALL}.tar": tar_of(balls),

@@ -43,7 +43,7 @@ from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params, check, load
 from touchline.core.paths import Paths
-from touchline.data import decisions, layout, photos
+from touchline.data import decisions, layout, opt_outs, photos
 from touchline.models import classifier, torch_weights
 from touchline.models.classifier import Classifier
 from touchline.models.engines import Network
@@ -607,6 +607,24 @@ def _looked_at(path: Path, content: bytes) -> None:
         assert photos.decode(content, SIDE).shape == (SIDE, SIDE, 3)
     image = classifier.pixels(content, SIDE, 60)
     assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
+
+
+_XMP = (
+    b'<?xpacket begin=""?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:plus="http://ns.useplus.org/ldf/xmp/1.0/">'
+    b"<rdf:Description><plus:DataMining>DMI-PROHIBITED</plus:DataMining></rdf:Description></rdf:RDF></x:xmpmeta>"
+)
+_XMP_PARTS = [
+    b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"<x:xmpmeta ", b"</x:xmpmeta>", b"jumdc2pa\0\x11\0\x10", b"\xff",
+]  # fmt: skip
+
+
+@FUZZ
+@given(content=mutated(_XMP, _XMP_PARTS))
+def test_what_a_file_says_of_machine_learning(watch: Watch, content: bytes) -> None:
+    with watch.case():
+        found = opt_outs.read(b"\xff\xd8\xff" + content)
+        assert "\n" not in found.forbids + found.unreadable
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])

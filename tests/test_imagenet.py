@@ -47,7 +47,6 @@ DOWNLOAD = servers.settings(tries=3, max_megabytes=20.0)
 def params_for(**changed: Any) -> ImageNetParams:
     values = {
         "accept_terms": True,
-        "share": False,
         "origin": "winter21",
         "url": "http://127.0.0.1:9/winter21_whole",
         "archive": "http://127.0.0.1:9/ILSVRC2012_img_train.tar",

@@ -13,7 +13,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json, read_table
 from touchline.core.params import Params, check
 from touchline.core.paths import Paths
-from touchline.data import terms
+from touchline.data import rights
 from touchline.sources.imagenet import TERMS
 from touchline.stages import ingest as ingestion
 
@@ -78,9 +78,10 @@ def test_nothing_is_taken_before_the_terms_are_accepted(paths: Paths, params: Pa
 @pytest.mark.parametrize("share", [False, True])
 def test_figures_show_photos_of_imagenet_only_if_they_may_be_passed_on(params: Params, share: bool) -> None:
     values = params.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    values["ingest"]["imagenet"]["share"] = share
+    values["rights"]["show"] = ["CC-BY-2.0", "LicenseRef-ImageNet"] if share else "permitted"
     rows = pd.DataFrame({"path": ["a", "b", "c"], "source": ["openimages", "imagenet", "folder"]})
-    assert list(terms.shown(rows, check(values))["path"]) == (["a", "b", "c"] if share else ["a", "c"])
+    rows["licence"] = ["https://creativecommons.org/licenses/by/2.0/", TERMS, ""]
+    assert list(rights.shown(rows, check(values))["path"]) == (["a", "b", "c"] if share else ["a", "c"])
 
 
 def test_dvc_pushes_photos_to_the_remote_that_params_name_and_to_no_other(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from touchline.commands import app
 from touchline.core import files, params
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
-from touchline.data import terms
+from touchline.data import rights
 from touchline.models import classifier, engines, unknown
 from touchline.models.reference import NEIGHBOURS, ImageNet, Reference
 from touchline.stages import train
@@ -56,6 +56,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     files.write_json(root / "models/cnn.json", {"classes": CLASSES, **written})
     sources = ["imagenet" if number % 4 < 2 else "folder" for number in range(len(learned_from.files))]
     table = {"path": map(paths.relative, learned_from.files), "sha256": learned_from.digests, "source": sources}
+    table["licence"] = ""
     files.write_table(paths.photos_table, pd.DataFrame(table))
     return paths
 
@@ -149,7 +150,7 @@ def test_similar_photos_are_of_their_class_and_may_be_shown(project: Paths, tmp_
     shipped = params.load(project.workspace / "params.yaml")
     found = classifier.resolve(project, shipped, "cnn")
     red = np.full((1, SIDE, SIDE, 3), COLOURS["red"], np.uint8)
-    may = terms.files(project, shipped)
+    may = rights.files(project, shipped)
     nearest = found.nearest(found.forward(red)[0], may)
     assert [each.label for each in nearest] == ["red"] * 3 and {each.sha256 for each in nearest} <= set(may)
     assert [each.similarity for each in nearest] == sorted((each.similarity for each in nearest), reverse=True)

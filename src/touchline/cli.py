@@ -474,6 +474,30 @@ def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -
 
 
 @app.command()
+def describe(
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="default: data/croissant.json, which `split` writes too")
+    ] = None,
+) -> None:
+    """Describe the photos for machines, as Croissant: files, subsets, classes, licences, sources, labels, biases."""
+    from touchline.commands import describe
+
+    describe.run(*_project(), output)
+
+
+@app.command()
+def card(
+    version: Annotated[
+        int | None, typer.Argument(help="of the registered model (default: the champion)", min=1, show_default=False)
+    ] = None,
+) -> None:
+    """Show the model card of a version: data, figures with intervals, slices, limits, licences, cost."""
+    from touchline.commands import card
+
+    card.run(*_project(), version)
+
+
+@app.command()
 def summary() -> None:
     """Show the last run in a table: models, intervals, seconds, decision, where to look."""
     from touchline.commands import summary

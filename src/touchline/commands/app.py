@@ -33,10 +33,10 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import terms
+from touchline.data import rights
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import explain
-from touchline.models.classifier import Answer, Classifier, pixels, resolve
+from touchline.models.classifier import Answer, Classifier, pixels, resolve_to_serve
 from touchline.models.engines import Explain
 from touchline.report import html
 from touchline.sources import feedback
@@ -177,7 +177,7 @@ class Models:
         if wanted not in self._offered:
             raise TouchlineError("there is no such model: load the page again")
         classifier, row, answer, picture = self._judged(wanted, content)
-        files = terms.files(self._paths, self._params)
+        files = rights.files(self._paths, self._params)
         similar = [(jpeg(thumbnail(files[each.sha256], _SMALL)), each.label) for each in classifier.nearest(row, files)]
         return Said(classifier.name, answer, picture, similar)
 
@@ -188,7 +188,7 @@ class Models:
             TouchlineError: as `ask`.
         """
         classifier, row, answer, picture = self._judged(next(iter(self.choices())), content)
-        files, similar = terms.files(self._paths, self._params), {}
+        files, similar = rights.files(self._paths, self._params), {}
         if classifier.reference:
             labels = dict(zip(classifier.reference.digests, classifier.reference.labels, strict=True))
             for label in classifier.classes:
@@ -224,7 +224,7 @@ class Models:
         return self._load(wanted, file.stat().st_mtime_ns if file.is_file() else 0)
 
     def _load_now(self, wanted: str, _: int) -> _Loaded:
-        classifier = resolve(self._paths, self._params, wanted)
+        classifier = resolve_to_serve(self._paths, self._params, wanted)
         try:
             explainer = classifier.explainer()
         except TouchlineError:
@@ -242,7 +242,7 @@ def run(
         who: the name that decisions are signed with, unless the page is given another.
 
     Raises:
-        TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `classifier.resolve`.
+        TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `resolve_to_serve`.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own server whether it is up, and a proxy of the network would not know it.
@@ -497,4 +497,4 @@ def _examples(paths: Paths, params: Params) -> "pd.DataFrame":
     known = known.drop_duplicates("path").drop(columns=["class", "subset", "group", "sha256"])
     test = split[split["subset"] == "test"].merge(known, on="path")
     there = test["path"].map(lambda path: (paths.workspace / path).is_file())
-    return terms.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)
+    return rights.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)

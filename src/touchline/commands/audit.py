@@ -16,7 +16,7 @@ from touchline.core.files import positions, read_table, write_table, write_text
 from touchline.core.params import BackboneFeatures, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.data import decisions, similarity, terms
+from touchline.data import decisions, rights, similarity
 from touchline.data.feature_store import Arrays
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import heads
@@ -315,7 +315,7 @@ def _listed(found: Sequence[Finding], table: "pd.DataFrame", classes: Sequence[s
 
 def _thumbnails(paths: Paths, params: Params, table: "pd.DataFrame", shown: Sequence[Finding]) -> dict[int, str]:
     """JPEGs in base64 of the photos on the page that may be seen by others, by position."""
-    allowed = set(terms.shown(table.reset_index(drop=True), params).index)
+    allowed = set(rights.shown(table.reset_index(drop=True), params).index)
     wanted = dict.fromkeys(row for each in shown for row in (each.photo, each.near) if row is not None)
     chosen = [row for row in wanted if row in allowed]
     files = [paths.workspace / table["path"].iloc[row] for row in chosen]

@@ -28,7 +28,7 @@ from touchline.core.files import no_formula, replacing, write_bytes
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import track
-from touchline.data import photos, terms
+from touchline.data import photos, rights
 from touchline.data.served import Asked, Recorder
 from touchline.models import engines
 from touchline.models import explain as explaining
@@ -279,7 +279,7 @@ def _answered(
     explain: bool,
 ) -> Iterator[tuple[Answer | str | None, Path]]:
     """The answer for each photo, or why there is none; None for another file that lies about in a folder."""
-    draw = _overlays(classifier, terms.files(paths, params)) if explain else None
+    draw = _overlays(classifier, rights.files(paths, params)) if explain else None
     scheduler = parallel.scheduler(params)
     with _forward(paths, classifier, scheduler, params.compute.engine) as (forward, reads):
         work = partial(

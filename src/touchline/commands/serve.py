@@ -25,7 +25,7 @@ from touchline.core import guard, ports
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.data.served import Recorder
-from touchline.models.classifier import Answer, Classifier, resolve
+from touchline.models.classifier import Answer, Classifier, resolve_to_serve
 from touchline.models.inference import BATCH
 from touchline.report import html
 
@@ -112,7 +112,7 @@ def run(
     record: bool = False,
     record_photos: bool = False,
 ) -> None:
-    """Serve the model that is asked for (see `classifier.resolve`) until Ctrl-C or SIGTERM.
+    """Serve the model that is asked for (see `classifier.resolve_to_serve`) until Ctrl-C or SIGTERM.
 
     Args:
         allowed_hosts: see `guard.Guard`.
@@ -125,7 +125,7 @@ def run(
     # What ends a server from outside ends it as Ctrl-C does, also while the model is being loaded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), ports.bound(host, port) as listening, ExitStack() as recording:
-        classifier = resolve(paths, params, wanted)
+        classifier = resolve_to_serve(paths, params, wanted)
         recorder = None
         if record or record_photos:
             model = classifier.name, classifier.files.model_sha256

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _TEXT = dict.fromkeys(
     (
         "path", "class", "subset", "source", "group", "sha256", "perceptual_hash", "licence", "author", "origin",
-        "title", "author_page", "landing_page", "retrieved", "model", "predicted", "slice", "suggested", "near_to",
-        "guess", "label", "photo",
+        "title", "author_page", "spdx", "use", "landing_page", "retrieved", "model", "predicted", "slice", "suggested",
+        "near_to", "guess", "label", "photo",
     ),
     str,
 )  # fmt: skip

@@ -29,8 +29,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from touchline.core import extensions
+from touchline.core import extensions, licences
 from touchline.core.errors import ParamsError, one_line
+from touchline.core.licences import Licence, Use
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
@@ -154,7 +155,6 @@ def _without_password(place: str) -> str:
 
 class ImageNetParams(Section):
     accept_terms: bool
-    share: bool
     origin: Literal["winter21", "ilsvrc2012", "folder", "kaggle", "huggingface"]
     url: Url
     archive: Annotated[Text, AfterValidator(_without_password)]
@@ -196,11 +196,6 @@ class IngestParams(Section):
         sections = tuple((name, section) for name, section in found if section)
         return _ingest_with(sections).model_validate(content) if sections else handler(content)
 
-    @property
-    def unshared(self) -> list[str]:
-        """The sources whose photos may not be passed on: their section has `share: false`."""
-        return [name for name, section in self if getattr(section, "share", True) is False]
-
     @model_validator(mode="after")
     def _enough_can_come(self) -> "IngestParams":
         # The other sources may give more than per_class, or are not held to min_per_class.
@@ -214,23 +209,51 @@ class IngestParams(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _terms_are_kept(self) -> "IngestParams":
-        for name in self.unshared:
-            if name in self.sources and not self.remote:
-                raise PydanticCustomError(
-                    "options",
-                    "{name}, whose photos may not be passed on, only with a DVC remote of your own named in `remote` "
-                    "(`dvc remote add private /a/folder`), or with `{name}.share: true`",
-                    {"name": name},
-                )
-        return self
-
 
 @cache
 def _ingest_with(sections: tuple[tuple[str, type[Section]], ...]) -> type[IngestParams]:
     fields: dict[str, Any] = {name: (section, ...) for name, section in sections}
     return create_model("IngestParams", __base__=IngestParams, **fields)
+
+
+def _licences(*words: str) -> PlainValidator:
+    """Takes one of some words or a list of licences, which comes back as a list of their SPDX names."""
+
+    def check(value: object) -> str | list[str]:
+        if isinstance(value, list) and value:
+            names = [licences.named(each).name if isinstance(each, str) else "" for each in value]
+            if all(names):
+                return names
+        elif isinstance(value, str) and value in words:
+            return value
+        allowed = " or ".join(words)
+        raise PydanticCustomError(
+            "licences", f"{allowed}, or a list of SPDX names ([CC0-1.0, CC-BY-2.0], LicenseRef-...)"
+        )
+
+    return PlainValidator(check)
+
+
+# What is done with photos.
+Kind = Literal["train", "show", "push", "serve"]
+
+
+class RightsParams(Section):
+    train: Annotated[str | list[str], _licences("any")]
+    show: Annotated[str | list[str], _licences("permitted", "any")]
+    push: Annotated[str | list[str], _licences("permitted", "any")]
+    serve: Annotated[str | list[str], _licences("any")]
+    unknown: Literal["allow", "refuse"]
+    opt_outs: Literal["honour", "ignore"]
+
+    def allows(self, kind: Kind, licence: Licence) -> bool:
+        """Whether something may be done with photos under a licence."""
+        setting = getattr(self, kind)
+        if isinstance(setting, list) and licence.name:
+            return licence.name in setting
+        if licence.use is None:
+            return self.unknown == "allow"
+        return setting == "any" or (setting == "permitted" and licence.share)
 
 
 class ValidateParams(Section):
@@ -369,6 +392,7 @@ class RegisterParams(Section):
     min_slice_photos: Count
     max_unknown_share: Fraction | None
     max_slowdown: Ratio | None
+    use: Use = "research"
 
 
 class ComputeParams(Section):
@@ -441,6 +465,7 @@ class Params(Section):
     classes: Annotated[list[ClassName], Field(min_length=2), AfterValidator(_distinct)]
     # With the sections of whatever sources it has.
     ingest: SerializeAsAny[IngestParams]
+    rights: RightsParams
     validate_: Annotated[ValidateParams, Field(alias="validate")]
     split: SplitParams
     features: Annotated[dict[Name, FeaturesParams], Field(min_length=1)]
@@ -451,6 +476,22 @@ class Params(Section):
     compute: ComputeParams
     drift: DriftParams
     monitor: MonitorParams
+
+    @model_validator(mode="after")
+    def _terms_are_kept(self) -> "Params":
+        for name in self.ingest.sources if not self.ingest.remote else ():
+            if (
+                (source := extensions.source(name))
+                and source.licence
+                and not self.rights.allows("push", source.licence)
+            ):
+                raise PydanticCustomError(
+                    "input",
+                    "ingest allows {name}, whose photos may not be passed on, only with a DVC remote of your own in "
+                    "`remote` (`dvc remote add private /a/folder`), or {licence} in `rights.push`",
+                    {"name": name, "licence": source.licence.name},
+                )
+        return self
 
     @model_validator(mode="after")
     def _inputs_exist(self) -> "Params":

@@ -4,6 +4,7 @@ A photo is decoded as for training, by `photos.decode`. `predict`, `serve`, `app
 module, so that one photo has one answer.
 """
 
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from touchline.core.files import read_json
 from touchline.core.params import Params, PredictParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.data import photos
+from touchline.data import photos, rights
 from touchline.models import explain
 from touchline.models.engines import Explain, Forward, Network
 from touchline.models.inference import ModelFiles
@@ -42,6 +43,8 @@ class Classifier:
         name: what people call it: `rugby-soccer version 3`, `models/cnn.keras`.
         files: where it lies.
         reference: what photos of something else are told by; None where the model has none, or it is switched off.
+        licences: of the photos that it learned from, as `rights.names` has them; None where its version
+            does not tell.
     """
 
     network: Network
@@ -49,6 +52,7 @@ class Classifier:
     name: str
     files: ModelFiles
     reference: Reference | None = None
+    licences: tuple[str, ...] | None = None
 
     @property
     def side(self) -> int:
@@ -162,6 +166,18 @@ def resolve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
     return found if params.predict.unknown_share is None else with_reference(found)
 
 
+def resolve_to_serve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
+    """As `resolve`; raises TouchlineError too where `rights.serve` does not allow the photos that it learned from."""
+    found = resolve(paths, params, wanted)
+    licences, record = found.licences, found.files.model.with_suffix(".json")
+    if licences is None and record.is_file() and paths.split_table.is_file():
+        digests = read_json(record).get("training_photos", [])
+        rows = rights.learned_from(paths, digests)
+        licences = (*rights.names(rows), *([""] if len(rows) < len(digests) else []))
+    rights.check_served(found.name, licences, params)
+    return found
+
+
 def with_reference(found: Classifier) -> Classifier:
     """A model with its reference; if it has none, a line says so."""
     reference = found.files.read_reference() if found.network.described else None
@@ -193,7 +209,9 @@ def _from_store(paths: Paths, params: Params, wanted: str) -> Classifier:
         version = next((each for each in known if (wanted or CHAMPION) in each.aliases), None)
     if version:
         stored = registered.model(paths, version)
-        return from_stored(stored, f"{name} version {version.number}", params.compute.engine)
+        found = from_stored(stored, f"{name} version {version.number}", params.compute.engine)
+        noted = version.tags.get(runs.LICENCES)
+        return replace(found, licences=tuple(json.loads(noted))) if noted else found
     if not wanted:
         raise TouchlineError(f"{name} has no champion yet: `make run` trains one, or name a model with --model")
     raise ParamsError(

@@ -13,7 +13,7 @@ from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import RENEW, read_table, sha256, write_text
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
-from touchline.data import terms, thumbnails
+from touchline.data import rights, thumbnails
 from touchline.models import explain, scores
 from touchline.report import html, plots
 
@@ -75,8 +75,8 @@ def write(
         mistakes={name: int((part["class"] != part["predicted"]).sum()) for name, part in of_model},
         galleries=_galleries(paths, tables["gallery"], split),
         unlike=_unlike(paths, params, tables["similarity"], split),
-        hidden=split.loc[split.index.difference(terms.shown(split, params).index), "source"].tolist(),
-        costs=_costs(paths, params),
+        hidden=split.loc[split.index.difference(rights.shown(split, params).index), "source"].tolist(),
+        costs=costs(paths, params),
         hardware=records[outcome["better_model"]]["tags"]["touchline.hardware"],
         code=stage.code(paths),
         digests=_digests(paths, records),
@@ -162,7 +162,7 @@ def _unlike(
 ) -> dict[str, list[dict[str, Any]]]:
     """For each model the test photos least similar to the training photos, of those that may be shown."""
     known = split.drop(columns=["class"])
-    rows = terms.shown(similarity[similarity["subset"] == "test"].merge(known, on="path"), params)
+    rows = rights.shown(similarity[similarity["subset"] == "test"].merge(known, on="path"), params)
     return {
         name: [
             _card(row, _thumbnail(paths, row))
@@ -190,11 +190,11 @@ def _card(row: Mapping[str, Any], pixels: np.ndarray) -> dict[str, Any]:
     return {**row, "photo": thumbnails.jpeg(pixels)}
 
 
-def _costs(paths: Paths, params: Params) -> list[dict[str, Any]]:
+def costs(paths: Paths, params: Params) -> list[dict[str, Any]]:
     """What each stage's last run on this machine cost, in the order in which they follow each other."""
     known = {"", *params.features, *params.models}
-    costs = stage.costs(paths).items()
-    rows: list[dict[str, Any]] = [{"stage": name, "peak_megabytes": None, **cost} for name, cost in costs]
+    of_stages = stage.costs(paths).items()
+    rows: list[dict[str, Any]] = [{"stage": name, "peak_megabytes": None, **cost} for name, cost in of_stages]
     rows = [row for row in rows if row["stage"].split("@")[0] in _STAGES and row["stage"].partition("@")[2] in known]
     return sorted(rows, key=lambda row: _STAGES.index(row["stage"].split("@")[0]))
 

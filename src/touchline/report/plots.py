@@ -15,7 +15,7 @@ import numpy as np
 from touchline.core.files import replacing
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
-from touchline.data import photos, terms
+from touchline.data import photos, rights
 from touchline.models import explain
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def svgs(params: Params, tables: Mapping[str, "pd.DataFrame"]) -> dict[str, list
 
 def random_photos(split: "pd.DataFrame", params: Params, most: int = _PHOTOS_A_CLASS) -> Iterator["pd.DataFrame"]:
     """For each class, rows of `split` drawn at random from those that may be shown; always the same ones."""
-    rows = terms.shown(split, params)
+    rows = rights.shown(split, params)
     for label in params.classes:
         members = rows[rows["class"] == label]
         yield members.sample(min(most, len(members)), random_state=params.split.seed)

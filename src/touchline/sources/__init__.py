@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from touchline.core import extensions
+from touchline.core.licences import Licence
 
 if TYPE_CHECKING:
     from touchline.core.params import Params, Section
@@ -76,13 +77,15 @@ class Source:
         name: in `ingest.sources` of params.yaml, and in the column `source` of photos.csv.
         offers: the photos it has, in a stable order. Of a network they are asked for as long as there is room.
         plan: what `offers` and its photos would fetch, without fetching it.
-        params: its section of params.yaml, `ingest.<name>`; None where it has none, or `IngestParams` states it. A
-            section with a key `share` that is false keeps its photos from reports, MLflow and the default remote.
+        params: its section of params.yaml, `ingest.<name>`; None where it has none, or `IngestParams` states it.
+        licence: of its photos, where their own words name none that SPDX knows. One with `share=False` keeps them from
+            reports, MLflow, pages and the default remote, unless `rights` in params.yaml names it.
         network: it needs the network, and has more photos than somebody put there: too few are an error.
         by_url: its candidates have a `url`, not `read`.
         licensed: it states a licence for each photo, so one without is a fault.
         corrects: people gave its photos to correct others. They are taken beyond `ingest.per_class`, and their classes
             win.
+        collected, labelled: how its photos and their labels came about, in a sentence each.
         facts: what reports/ingest.json says of it besides how many photos were taken.
         forget: deletes what the source itself keeps of forgotten photos in the project, files and rows, and returns how
             many; it may be asked again at any time.
@@ -92,10 +95,13 @@ class Source:
     offers: "Callable[[Paths, Params], Iterator[Candidate]]"
     plan: "Callable[[Paths, Params], list[Planned]]"
     params: "type[Section] | None" = None
+    licence: Licence | None = None
     network: bool = False
     by_url: bool = False
     licensed: bool = False
     corrects: bool = False
+    collected: str = ""
+    labelled: str = ""
     facts: "Callable[[Paths, Params], dict[str, Any]]" = lambda *_: {}
     forget: "Callable[[Paths, Params, Forgotten], int]" = lambda *_: 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import read_json, remove_partials, write_bytes, write_json
+from touchline.core.licences import Licence
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
@@ -156,4 +157,13 @@ def _forget(paths: Paths, _: Params, gone: Forgotten) -> int:
     return len(files)
 
 
-SOURCE = Source("feedback", _offers, _plan, corrects=True, forget=_forget)
+SOURCE = Source(
+    "feedback",
+    _offers,
+    _plan,
+    licence=Licence("LicenseRef-Feedback", "internal"),
+    corrects=True,
+    collected="Photos that people gave at the page of `touchline app`.",
+    labelled="By the person who gave the photo.",
+    forget=_forget,
+)

@@ -220,4 +220,11 @@ def _without_rows(folder: Path, origins: Sequence[str], going: Set[str], gone: F
     return len(rows) - len(left)
 
 
-SOURCE = Source("folder", _offers, _plan, forget=_forget)
+SOURCE = Source(
+    "folder",
+    _offers,
+    _plan,
+    collected="A folder of photos that the people who run the project put there.",
+    labelled="By the name of the folder; trusted.",
+    forget=_forget,
+)

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import read_json, remove_partials, replacing, sha256, write_bytes, write_json
+from touchline.core.licences import Licence
 from touchline.core.params import DownloadParams, ImageNetParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
@@ -895,4 +896,13 @@ def _tar_without(path: Path, gone: Forgotten) -> int:
     return len(going)
 
 
-SOURCE = Source("imagenet", _offers, _plan, network=True, forget=_forget)
+SOURCE = Source(
+    "imagenet",
+    _offers,
+    _plan,
+    licence=Licence("LicenseRef-ImageNet", "research", share=False),
+    network=True,
+    collected="ImageNet's photos of whole synsets, found on the web.",
+    labelled="By the synset, which people verified for ImageNet; trusted.",
+    forget=_forget,
+)

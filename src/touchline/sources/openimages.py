@@ -635,4 +635,15 @@ def _facts(paths: Paths, params: Params) -> dict[str, Any]:
     return {"labels": facts(params.ingest.openimages, params.classes, paths.openimages)}
 
 
-SOURCE = Source("openimages", _offers, _plan, network=True, by_url=True, licensed=True, facts=_facts, forget=_forget)
+SOURCE = Source(
+    "openimages",
+    _offers,
+    _plan,
+    network=True,
+    by_url=True,
+    licensed=True,
+    facts=_facts,
+    collected="Photos of Open Images V7, published on Flickr under CC BY 2.0, at most some of each author.",
+    labelled="Image-level labels that people verified; photos of two classes or of excluded ones are left out.",
+    forget=_forget,
+)

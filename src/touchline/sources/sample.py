@@ -138,4 +138,11 @@ def _plan(_: Paths, params: Params) -> list[Planned]:
     return [Planned(f"{drawn:,} drawn scenes", "this program", 0.0, "to draw", _LICENCE)]
 
 
-SOURCE = Source("sample", lambda _, params: candidates(params.ingest.sample, params.classes), _plan, licensed=True)
+SOURCE = Source(
+    "sample",
+    lambda _, params: candidates(params.ingest.sample, params.classes),
+    _plan,
+    licensed=True,
+    collected="Scenes of made-up matches, drawn by a program from a seed.",
+    labelled="By what was drawn.",
+)

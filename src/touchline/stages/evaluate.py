@@ -23,7 +23,7 @@ from touchline.core.files import (
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.data import photos, terms
+from touchline.data import photos, rights
 from touchline.models import classifier, inference, scores, unknown
 from touchline.models.classifier import Classifier
 from touchline.models.engines import SUFFIX
@@ -181,7 +181,7 @@ def _gallery(name: str, test: "pd.DataFrame", probabilities: np.ndarray, params:
     import pandas as pd
 
     rows = _predictions(test, {name: probabilities}, params.classes)
-    rows = terms.shown(rows, params)[["model", "path", "class", "predicted", "confidence"]]
+    rows = rows.loc[rights.shown(test, params).index, ["model", "path", "class", "predicted", "confidence"]]
     right = rows["class"] == rows["predicted"]
     mistakes = rows[~right].nlargest(params.evaluate.gallery, "confidence")
     room = max(0, min(_LEAST_SHOWN, params.evaluate.gallery) - len(mistakes))

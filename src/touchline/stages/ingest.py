@@ -21,9 +21,10 @@ from touchline.core.files import read_table, remove_partials, write_bytes, write
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.data import forgotten
+from touchline.data import forgotten, rights
 from touchline.data.forgotten import Forgotten
 from touchline.sources import Candidate, Planned, Source, fetch
+from touchline.sources.permission import Permissions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,18 +40,21 @@ _ATTRIBUTION = {
 }  # fmt: skip
 # How far the share of a source may lie apart from class to class before a person is told.
 _TELLING = 0.2
+# What passes over a source add up to.
+_SPENT = {"fetched", "megabytes", "seconds"}
 # The class and subset of photos that fill one place each.
 _Place = tuple[str, str]
 
 
 def run(paths: Paths, params: Params) -> str:
-    """Fill `data/photos`; write `data/photos.csv`, `data/ATTRIBUTION.csv` and `reports/ingest.json`.
+    """Fill `data/photos`; write the tables photos.csv and ATTRIBUTION.csv, and the reports ingest.json and rights.json.
 
     Returns:
         How many photos there are of each class.
 
     Raises:
-        TouchlineError: a source cannot be read or offers nothing, or a class stays below `ingest.min_per_class`.
+        TouchlineError: a source cannot be read or offers nothing, a class stays below `ingest.min_per_class`, or a
+            photo may not be pushed to where DVC would push it.
     """
     import pandas as pd
 
@@ -61,21 +65,24 @@ def run(paths: Paths, params: Params) -> str:
     rows: list[Sequence[object]] = []
     report: dict[str, Any] = {}
     gone = forgotten.read(paths.forgotten)
-    chosen = [_without(source, gone) for source in sources.chosen(params)]
+    chosen, permissions = [_without(source, gone) for source in sources.chosen(params)], Permissions(params.rights)
     for source in chosen:
-        fill = _by_url if source.by_url else _by_reading
-        found, counts = fill(paths, params, source, taken, {known for known in rejected if known[1] == source.name})
+        before = {known for known in rejected if known[1] == source.name}
+        found, counts, taken = _permitted(paths, params, source, taken, before, permissions)
         rows += found
         if gone and source.network:  # a list or an archive that was fetched again names or holds it again
             source.forget(paths, params, gone)
         report[source.name] = counts | source.facts(paths, params)
     # The same bytes may come from another origin, which shows when they are read.
     offered = pd.DataFrame(rows, columns=list(COLUMNS)).loc[lambda table: ~table["sha256"].isin(gone.photos)]
+    permissions.tell()
     if offered.empty:
+        allowed = " that `rights` allows" if permissions.refused else ""
         raise TouchlineError(
-            f"the sources {', '.join(params.ingest.sources)} offer no photo: see `ingest` in params.yaml"
+            f"the sources {', '.join(params.ingest.sources)} offer no photo{allowed}: see `ingest` in params.yaml"
         )
     table = _corrected(offered, [source.name for source in chosen if source.corrects])
+    _check_remote(table, params)
     _remove_unwanted(paths, set(table["path"]), {digest[:16] for digest in gone.photos})
     write_table(paths.photos_table, table)
     write_table(paths.photos_table.with_name("ATTRIBUTION.csv"), _attribution(table))
@@ -86,6 +93,7 @@ def run(paths: Paths, params: Params) -> str:
         paths.reports / "ingest.json",
         {"per_class": params.ingest.per_class, "photos": photos, "notes": notes, "sources": report},
     )
+    write_json(paths.reports / "rights.json", permissions.report())
     for note in notes:
         say(f"note: {note}")
     short = {label: count for label, count in photos.items() if count < params.ingest.min_per_class}
@@ -112,6 +120,52 @@ def _without(source: Source, gone: Forgotten) -> Source:
                 yield each
 
     return replace(source, offers=offers) if gone else source
+
+
+def _permitted(
+    paths: Paths,
+    params: Params,
+    source: Source,
+    taken: Counter[_Place],
+    rejected: Set[tuple[str, str, str]],
+    permissions: Permissions,
+) -> tuple[list[Sequence[object]], dict[str, Any], Counter[_Place]]:
+    """Rows of the photos that may be learned from, what to report of the source, and the places taken after it.
+
+    Whether a file forbids it is known once it is here. Another pass then gives its place to another photo, unless that
+    would read all of a remote source again.
+    """
+    fill = _by_url if source.by_url else _by_reading
+    earlier: dict[str, Any] = {}
+    while True:
+        places = taken.copy()
+        rows, counts = fill(paths, params, permissions.of(source), places, rejected)
+        # Of all passes; the other figures are those of the last one.
+        counts |= {key: round(counts[key] + earlier.get(key, 0), 2) for key in _SPENT & counts.keys()}
+        of_rows = [(str(row[1]), str(row[2]), str(row[9])) for row in rows]
+        refused = permissions.look_into(
+            [(each, paths.workspace / str(row[0])) for each, row in zip(of_rows, rows, strict=True)]
+        )
+        if not refused or (source.network and not source.by_url):
+            break
+        earlier = counts
+    if left_out := permissions.left_out(source.name):
+        counts["left_out"] = counts.get("left_out", {}) | left_out
+    kept = [row for each, row in zip(of_rows, rows, strict=True) if each not in refused]
+    return kept, counts | {"photos": len(kept)}, places
+
+
+def _check_remote(table: "pd.DataFrame", params: Params) -> None:
+    """Raise TouchlineError where `dvc push` would send photos to a remote that `rights.push` does not allow."""
+    if params.ingest.remote:
+        return
+    closed = table.drop(rights.allowed(table, "push", params).index)
+    if not closed.empty:
+        counts = ", ".join(f"{count:,} under {name}" for name, count in rights.counted(closed).items())
+        raise TouchlineError(
+            f"photos that `rights.push` does not let go to the default remote: {counts}: name a DVC remote of your own "
+            "in `ingest.remote` (`dvc remote add private /a/folder`), or their licences in `rights.push`"
+        )
 
 
 def _by_reading(

@@ -13,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from touchline.core import parallel
-from touchline.core.files import check_digest, model_records, read_json, read_table, write_json
+from touchline.core.files import (
+    check_digest,
+    model_records,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+    write_text,
+)
 from touchline.core.params import Params, RegisterParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.data import photos
+from touchline.data import photos, rights
 from touchline.models import classifier, inference, scores
 from touchline.models.classifier import Classifier
-from touchline.report import page
+from touchline.report import card, page
 from touchline.stages import gates
 from touchline.stages.gates import Candidate, Cost, Duel
 from touchline.tracking import registry, runs
@@ -54,6 +62,10 @@ def run(paths: Paths, params: Params) -> str:
     for name in records:
         check_digest(paths.models / f"{name}.json", speeds[name]["record_sha256"], evaluated)
     better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
+    rows = rights.learned_from(paths, records[better]["training_photos"])
+    rights.check_use(better, rows, params)
+    licences = rights.by_author(rows)
+    write_table(paths.reports / "licences.csv", licences)
     store = runs.open_store(paths, params.register_.name)
     run_ids = {name: runs.ensure(store, record, paths.models / f"{name}.keras") for name, record in records.items()}
     slices = read_table(paths.reports / "slices.csv")
@@ -84,7 +96,7 @@ def run(paths: Paths, params: Params) -> str:
             outcome["reason"] = f"an experiment moves no alias; this one {verb} have become champion: {decision.reason}"
             break
         outcome["registered"] = _register(
-            store, params, records, better, run_ids[better], metrics, why_better, decision
+            store, params, records, better, run_ids[better], metrics, why_better, decision, rights.names(rows)
         )
         version = outcome["registered"]["version"]
         if not decision.promote or registry.replace(store, params.register_.name, champion, version):
@@ -94,7 +106,14 @@ def run(paths: Paths, params: Params) -> str:
     outcome["headline"] = _headline(records, metrics, outcome)
     runs.conclude(store, run_ids[better], outcome["decision"], "" if outcome["experiment"] else outcome["headline"])
     page.write(paths, params, metrics, speeds, records, outcome)
+    described = paths.reports / card.NAME
+    costs = page.costs(paths, params)
+    write_text(
+        described, card.markdown(paths, params, records[better], metrics, speeds, slices, licences, outcome, costs)
+    )
     runs.log_report(store, run_ids[better], paths.reports)
+    for file in (described, paths.reports / "licences.csv"):
+        runs.log_file(store, run_ids[better], file)
     # Last: this file records what was done.
     write_json(paths.reports / "registration.json", outcome)
     if outcome["experiment"]:
@@ -228,6 +247,7 @@ def _register(
     metrics: Mapping[str, Any],
     why_better: str,
     decision: Decision,
+    licences: Mapping[str, int],
 ) -> dict[str, Any]:
     """Make the version, unless this very model is one already, and move the alias `challenger` to it."""
     name = params.register_.name
@@ -238,12 +258,15 @@ def _register(
         "validation/accuracy": record["metrics"]["validation/accuracy"],
         runs.REASON: decision.reason,
         "touchline.classes": json.dumps(record["classes"]),
+        runs.LICENCES: json.dumps(licences),
     }
     # MLflow's list of versions shows the beginning, as plain text.
     verdict = "Became champion" if decision.promote else "Did not become champion"
     description = (
         f"{verdict} when it was registered: {decision.reason}.\n\n{record['description']}\n\n"
         f"**Data**: split `{record['dataset']['digest']}`; classes, in order: {', '.join(record['classes'])}.\n\n"
+        f"**Licences** of the photos: {_licences(licences)}. Their authors, and a model card, are with the run: "
+        "`licences.csv`, `model-card.md`.\n\n"
         f"**Chosen** for its {why_better}.\n\n{_side_by_side(records, metrics)}"
     )
     same = [known for known in registry.versions(store, name) if known.model_sha256 == record["model_sha256"]]
@@ -273,6 +296,10 @@ def _headline(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, An
     better = records[outcome["better_model"]]["run_name"]
     champion = f"the champion is {better}" if outcome["promoted"] else f"{better} did not become champion"
     return f"Last run, accuracy on {metrics['test_photos']:,} test photos: {reached}; {champion}."
+
+
+def _licences(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name or 'not known'} {count:,}" for name, count in counts.items())
 
 
 def _side_by_side(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:

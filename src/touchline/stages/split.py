@@ -16,6 +16,7 @@ from touchline.core.files import read_table, write_json, write_table
 from touchline.core.params import SUBSETS, Params, SplitParams
 from touchline.core.paths import Paths
 from touchline.data import similarity
+from touchline.report import croissant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +53,9 @@ class Conflict:
 
 
 def run(paths: Paths, params: Params) -> str:
-    """Write `data/split.csv` and `reports/split.json`, which lists the photos that were moved or left out.
+    """Write `data/split.csv`, its description in `data/croissant.json`, and `reports/split.json`.
+
+    The report lists the photos that were moved or left out.
 
     Returns:
         How many photos each subset has, and how many were moved or left out.
@@ -70,7 +73,8 @@ def run(paths: Paths, params: Params) -> str:
             f"{paths.validated_table} holds no perceptual hash in a row: run `dvc repro -f -s validate`"
         )
     split, moves, conflicts = assign(photos.assign(given=photos["subset"]), params.split)
-    write_table(paths.split_table, split.sort_values(["subset", "class", "path"])[list(COLUMNS)])
+    table = split.sort_values(["subset", "class", "path"])[list(COLUMNS)]
+    write_table(paths.split_table, table)
     counts = {
         subset: {
             label: int(((split["subset"] == subset) & (split["class"] == label)).sum()) for label in params.classes
@@ -99,6 +103,7 @@ def run(paths: Paths, params: Params) -> str:
             f"needs {FEWEST_TO_LEARN_FROM} of each class: add photos, change split.seed, or make split.test_share or "
             "split.validation_share smaller"
         )
+    write_json(croissant.place(paths), croissant.described(paths, params, table))
     sizes = ", ".join(f"{subset} {sum(counts[subset].values()):,} ({shares[subset]:.1%})" for subset in SUBSETS)
     near = f"; near-duplicates: {len(moves):,} moved, {len(conflicts):,} left out, see reports/split.json"
     return sizes + (near if moves or conflicts else "")

@@ -20,7 +20,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.params import Params, ValidateParams
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.data import decisions, terms, thumbnails
+from touchline.data import decisions, rights, thumbnails
 from touchline.data.photos import Measurement, measure
 from touchline.report import html
 
@@ -136,7 +136,9 @@ def run(paths: Paths, params: Params) -> str:
     report = summarise_run(outcomes, classes, rejected, decided)
     files.write_json(paths.reports / "validation.json", report)
     pictures = _pictures(paths, params, rejected)
-    files.write_text(paths.reports / "validation.html", render_page(report, outcomes, rejected, pictures))
+    # Of a table that `ingest` did not write nothing is known.
+    left_out = files.read_json(refused) if (refused := paths.reports / "rights.json").is_file() else None
+    files.write_text(paths.reports / "validation.html", render_page(report, outcomes, rejected, pictures, left_out))
     if not os.environ.get("DVC_EXP_NAME"):
         # Ingest knows photos by the class it found them under.
         of_ingest = offered.assign(reason=judged["reason"])
@@ -454,12 +456,17 @@ def summarise_run(
 
 
 def render_page(
-    report: dict[str, Any], outcomes: Sequence[Outcome], rejected: "pd.DataFrame", pictures: Mapping[str, str]
+    report: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    rejected: "pd.DataFrame",
+    pictures: Mapping[str, str],
+    left_out: Mapping[str, Any] | None,
 ) -> str:
     """reports/validation.html: one file that needs nothing but itself; every value in it is escaped.
 
     Args:
         pictures: thumbnails of some rejected photos, JPEG in base64, by path.
+        left_out: reports/rights.json: what licences and files forbid.
     """
     column_of = {outcome.rule.reason: outcome.rule.column for outcome in outcomes}
     return html.render(
@@ -469,6 +476,7 @@ def render_page(
         failures=_failures(outcomes),
         outcomes=outcomes,
         pictures=pictures,
+        left_out=left_out,
         rejected=[
             {**row, "address": quote(f"../{row['path']}"), "seen": _seen(column_of.get(row["reason"], "decided"), row)}
             for row in rejected.to_dict("records")
@@ -482,7 +490,7 @@ def _pictures(paths: Paths, params: Params, rejected: "pd.DataFrame") -> dict[st
     What a person decided is not shown: a photo may have been dropped because it must not be seen.
     """
     # Only a photo that decodes, and is not taken for a decompression bomb, has a contrast.
-    rows = terms.shown(rejected[rejected["contrast"].notna() & rejected["decided"].eq("")], params)
+    rows = rights.shown(rejected[rejected["contrast"].notna() & rejected["decided"].eq("")], params)
     turn = rows.groupby("reason").cumcount().sort_values(kind="stable")
     chosen = rows.loc[turn.index[:_MOST_PICTURES], "path"]
     return {path: thumbnails.jpeg(thumbnails.thumbnail(paths.workspace / path, _LONGER_SIDE)) for path in chosen}

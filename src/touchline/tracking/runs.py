@@ -33,6 +33,8 @@ MODEL_SHA256, _OPENVINO_SHA256, _REFERENCE_SHA256 = DIGESTS = (
     "touchline.model_sha256", "touchline.openvino_sha256", "touchline.reference_sha256"
 )  # fmt: skip
 PARENT, REASON = "mlflow.parentRunId", "touchline.reason"
+# Of a version: how many of the photos it learned from have which licence.
+LICENCES = "touchline.licences"
 _HOST, _PID, _PROCESS_STARTED = "touchline.host", "touchline.pid", "touchline.process_started"
 _EXECUTION = "touchline.execution"
 _NOTE = "mlflow.note.content"
@@ -366,6 +368,11 @@ def _log_files(store: Store, run_id: str, folder: Path) -> None:
         store.client.log_artifact(run_id, str(file))
 
 
+def log_file(store: Store, run_id: str, file: Path) -> None:
+    """Log a page or a table as an artifact of a run, which the UI shows as such."""
+    store.client.log_artifact(run_id, str(file))
+
+
 def logged_metrics(store: Store, run_id: str) -> dict[str, float]:
     """The last logged value of each metric of a run."""
     return store.client.get_run(run_id).data.metrics
@@ -447,6 +454,11 @@ def fetch(store: Store, uri: str, what: str) -> Path:
         # What lies on this disk is not copied; what is fetched is deleted when the process ends.
         target = None if is_local_uri(uri) else tempfile.mkdtemp(dir=get_or_create_tmp_dir())
         return Path(mlflow.artifacts.download_artifacts(uri, None, None, target, store.client.tracking_uri))
+
+
+def artifact(store: Store, run_id: str, name: str) -> Path:
+    """Path of a file that was logged with a run, downloaded if it is elsewhere. Raises StoreError if there is none."""
+    return fetch(store, f"{store.client.get_run(run_id).info.artifact_uri}/{name}", name)
 
 
 def _log_model(

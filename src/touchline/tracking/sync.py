@@ -58,6 +58,9 @@ def sync(paths: Paths, registered_name: str) -> list[str]:
         return lines
     if digest not in logged:
         raise TouchlineError(f"{file} names a model that {paths.models} no longer holds: run `dvc repro register`")
+    for file in (paths.reports / name for name in ("licences.csv", "model-card.md")):
+        if file.is_file():
+            runs.log_file(store, logged[digest], file)
     return lines + _register_again(store, registered_name, registered, logged[digest])
 
 

@@ -1,0 +1,22 @@
+"""`touchline describe`: the photos described for machines, as the stage `split` does it."""
+
+from pathlib import Path
+
+from touchline.core.files import read_table, write_json
+from touchline.core.params import Params
+from touchline.core.paths import Paths
+from touchline.report import croissant
+
+
+def run(paths: Paths, params: Params, output: Path | None) -> None:
+    """Write the description as Croissant, and say where.
+
+    Args:
+        output: the file; None for data/croissant.json.
+
+    Raises:
+        TouchlineError: `validate` or `split` has not run yet.
+    """
+    found = croissant.described(paths, params, read_table(paths.split_table))
+    write_json(file := output or croissant.place(paths), found)
+    print(f"{file}: {found['name']}, {found['description']}")
