@@ -8,7 +8,7 @@ import pytest
 
 from touchline.commands import presets
 from touchline.core import params
-from touchline.core.editing import as_yaml, change, set_values
+from touchline.core.editing import as_yaml, change, remove_entries, set_values
 from touchline.core.errors import ParamsError
 
 SHIPPED = (Path(__file__).parents[1] / "params.yaml").read_text()
@@ -51,6 +51,24 @@ def test_a_value_changes_and_nothing_else(file: Path, key: str, value: object, l
 
 def test_the_present_values_leave_the_file_as_it_is(file: Path) -> None:
     set_values(file, {"models.cnn.augmentation.rotation": 30.0, "models.cnn.epochs": 20})
+    assert file.read_text() == SHIPPED
+
+
+@pytest.mark.parametrize("name,other", [("cnn", "transfer"), ("transfer", "cnn")])
+def test_an_entry_goes_with_its_lines_and_nothing_else(file: Path, name: str, other: str) -> None:
+    for _ in range(2):
+        remove_entries(file, [f"models.{name}"])
+        left = file.read_text()
+        assert list(params.load(file).models) == [other]
+        lines = SHIPPED.splitlines()
+        gone = [line for line in lines if line not in left.splitlines()]
+        assert gone[0].startswith(f"  {name}:") and all(line.startswith("    ") for line in gone[1:])
+        assert len(lines) - len(left.splitlines()) >= len(gone)
+
+
+def test_the_last_model_is_not_taken_out(file: Path) -> None:
+    with pytest.raises(ParamsError, match="models"):
+        remove_entries(file, ["models.cnn", "models.transfer"])
     assert file.read_text() == SHIPPED
 
 

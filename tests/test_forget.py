@@ -2,25 +2,45 @@
 
 import hashlib
 import io
+import json
+import sqlite3
+import subprocess
 import tarfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from unittest.mock import patch
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import imagenet_files
+import numpy as np
+import pandas as pd
+import psutil
 import pytest
 import servers
 from imagenet_files import RUGBY_BALL, SOCCER_BALL, synset, tar_of
 from openimages_files import RUGBY, SOCCER, Shot, publish
+from projects import REGISTERED, UP_TO_DATE, aliases, built, copy, make, versions
 from servers import Host
+from test_clean import logged, store_of, wait_until
 from test_ingest import offer, photo
 
-from touchline.core.errors import TouchlineError
-from touchline.core.files import read_table, write_json
-from touchline.core.params import Params
+from touchline.commands import forget as forgetting
+from touchline.commands.forget_search import Traces, search, thumbnails
+from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.files import read_table, write_json, write_table
+from touchline.core.params import Params, SampleParams
 from touchline.core.paths import Paths
 from touchline.data import forgotten
 from touchline.data.forgotten import Forgotten, author_digest, origin_digest
-from touchline.sources import feedback, named
+from touchline.data.thumbnails import jpeg, thumbnail
+from touchline.sources import feedback, named, sample
 from touchline.stages import ingest
+from touchline.tracking import registry, runs
+from touchline.tracking.runs import StoredModel
 
 ParamsWith = Callable[..., Params]
 
@@ -191,3 +211,242 @@ def test_open_images_loses_the_photo_from_its_lists_and_an_author_s_other_photos
     asked = [request.path for request in host.requests[before:]]
     assert [path for path in asked if "/photos/" in path] == [f"/photos/test/{shots[1].image}.jpg"]
     assert not (paths.spare / f"{digest(photo(0))[:16]}.jpg").exists()
+
+
+SCENES = [
+    each.read()
+    for each in islice(sample.candidates(SampleParams(per_class=10, seed=99), ["rugby", "soccer"]), 2)
+    if each.read
+]
+AUTHOR = "Jürgen O'Example"
+
+
+def left_of(root: Path, content: bytes, names: list[str]) -> set[str]:
+    """Files that hold a photo's bytes, its thumbnail, its digest or a name; told without the code under test."""
+    pictures = [jpeg(thumbnail(content, side)) for side in (160, 240)]
+    wanted = [content, digest(content)[:16].encode(), *(picture[-300:-40].encode() for picture in pictures)]
+    wanted += [form.encode() for name in names for form in (name, json.dumps(name), name.replace("'", "&#39;"))]
+
+    def pieces(file: Path) -> Iterator[bytes]:
+        yield file.read_bytes()
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                yield from (archive.read(name) for name in archive.namelist())
+
+    files = (file for file in root.rglob("*") if file.is_file() and ".git" not in file.relative_to(root).parts)
+    return {
+        file.relative_to(root).as_posix()
+        for file in files
+        for piece in pieces(file)
+        if any(each in piece or each in piece.replace(b"\0", b"") for each in wanted)
+    }
+
+
+def test_the_search_looks_into_archives_databases_arrays_and_pages(paths: Paths) -> None:
+    content = SCENES[0]
+    root = paths.project
+    picture, name = jpeg(thumbnail(content, 240)), digest(content)[:16]
+    with zipfile.ZipFile(root / "model.keras", "w") as archive:
+        archive.writestr("inner.jpg", content)
+    np.savez(root / "reference.npz", digests=np.array(["0" * 64, digest(content)]), rows=np.zeros(3))
+    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        database.execute("CREATE TABLE tags (value TEXT)")
+        database.execute("INSERT INTO tags VALUES (?)", [f"by {AUTHOR}, 2024"])
+    for file, text in {
+        "in.tar": tar_of({"a.jpg": content}), "named.tar": tar_of({f"{name}.jpg": b"x"}), "as it is": content,
+        "page.html": f'<img src="data:image/jpeg;base64,{picture}">'.encode(),
+        "escaped.json": json.dumps({"author": AUTHOR}).encode(),
+        "table.csv": f"path,class\ndata/photos/rugby/{name}.jpg,rugby\n".encode(),
+        "other.csv": b"path,class\ndata/photos/rugby/0123456789abcdef.jpg,rugby\n",
+        "longer.txt": f"x{AUTHOR}x".encode(), "other.html": f"base64,{jpeg(thumbnail(SCENES[1], 240))}".encode(),
+        "src/code.py": content, "passed over": content,
+    }.items():  # fmt: skip
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_bytes(text)
+    photos = dict.fromkeys([digest(content), *thumbnails(content)], digest(content))
+    found = search(paths, Traces(photos, [AUTHOR]), [root / "passed over"])
+    assert {file.name: bool(hits - {""}) for file, hits in found.items()} == {
+        "model.keras": True, "reference.npz": True, "mlflow.db": False, "in.tar": True, "named.tar": True,
+        "as it is": True, "page.html": True, "escaped.json": False, "table.csv": True,
+    }  # fmt: skip
+
+
+ROWS = [
+    {"sha256": letter * 64, "source": "openimages", "origin": letter, "author": author, "author_page": page}
+    for letter, author, page in [
+        ("a", "Ann Example", "https://example.com/ann"), ("b", "Ann E.", "https://example.com/ann"),
+        ("c", "Bo Example", ""), ("d", "", ""),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ann  example", "Ann E.", "https://example.com/ann"])
+def test_an_author_with_two_names_is_one_by_the_page(name: str) -> None:
+    written, rows = forgetting._of_author(ROWS, name, forgetting.Task())
+    assert [row["origin"] for row in rows] == ["a", "b"]
+    assert {"Ann Example", "Ann E.", "https://example.com/ann"} <= set(written)
+
+
+@pytest.mark.parametrize("name,told", [("", "--author"), ("Bob Example", "Bo Example")])
+def test_an_author_without_a_name_or_a_photo_is_one_line(name: str, told: str) -> None:
+    with pytest.raises(TouchlineError, match=told) as raised:
+        forgetting._of_author(ROWS, name, forgetting.Task())
+    assert "\n" not in str(raised.value)
+
+
+def test_digits_name_one_photo_in_all_its_classes_and_never_two(paths: Paths) -> None:
+    rows = [*ROWS, {**ROWS[0], "class": "soccer"}, {**ROWS[0], "sha256": "a" * 63 + "b"}]
+    assert len(forgetting._rows_of_photo(paths, rows[:5], "a" * 8, forgetting.Task())) == 2
+    assert len(forgetting._rows_of_photo(paths, rows, "a" * 64, forgetting.Task())) == 2
+    for name in ("a" * 9, "rugby", "aaa"):
+        with pytest.raises(ParamsError):
+            forgetting._rows_of_photo(paths, rows, name, forgetting.Task())
+
+
+def test_rows_about_the_photo_go_and_the_others_stay_as_they_were_typed(paths: Paths) -> None:
+    photo_, other = "a" * 64, "b" * 64
+    url = "https://example.com/a.jpg"
+    columns = ["sha256", "class", "source", "origin", "reason"]
+    write_table(
+        paths.ledger,
+        pd.DataFrame([[each, "rugby", "folder", "x", "small"] for each in (photo_, other)], columns=columns),
+    )
+    entries = [{"url": url, "absent": 404}, {"url": f"{url}2", "sha256": other}, {"url": "u", "sha256": photo_}]
+    paths.journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    kept = f'photo,decision,label,who,why\n{other[:16]},keep,,"me, you", "two\nlines"\n'
+    paths.decisions.write_text(
+        f'{kept}data/photos/rugby/{photo_[:16]}.jpg,drop,,me,"asked by\nAnn"\n{photo_[:9]},drop,,,\n'
+    )
+    with closing(sqlite3.connect(paths.project / "served.sqlite")) as database, database:
+        database.executescript("PRAGMA journal_mode = WAL; CREATE TABLE answers (photo TEXT, label TEXT)")
+        database.executemany("INSERT INTO answers VALUES (?, 'rugby')", [(photo_,), (other,)])
+    task = forgetting.Task([photo_], names=[url])
+    for _ in range(2):
+        forgetting._delete_rows(paths, task)
+        forgetting._delete_answers(paths.project / "served.sqlite", task.photos)
+        assert read_table(paths.ledger, dtype=str)["sha256"].tolist() == [other]
+        assert [json.loads(line) for line in paths.journal.read_text().splitlines()] == entries[1:2]
+        assert paths.decisions.read_text() == kept
+    files = paths.project.glob("served.sqlite*")
+    assert not any(photo_.encode() in file.read_bytes() for file in files)
+    assert other.encode() in (paths.project / "served.sqlite").read_bytes()
+
+
+def test_a_photo_of_old_commits_leaves_every_store_and_a_remote_that_is_away_is_named(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    project = copy(built(tmp_path_factory).project, tmp_path / "the project")
+    root, content, name = project.root, SCENES[0], digest(SCENES[0])
+    names = [AUTHOR, "jürgen.jpg"]
+    # Of an earlier commit: the photo, and the table that says whose it is.
+    table = read_table(root / "data/photos.csv")
+    row = {"sha256": name, "author": AUTHOR, "source": "folder", "origin": "rugby/jürgen.jpg"}
+    table.loc[[0]].assign(**row).to_csv(root / "old.csv", index=False, lineterminator="\n")
+    (root / "old.jpg").write_bytes(content)
+    project.dvc("add", "--quiet", "old.csv", "old.jpg")
+    for file in root.glob("old.*"):
+        file.unlink()
+    # The page of the app and the audit have it too, and so have a version in MLflow and the page of its run.
+    feedback.remember(root / "data/feedback", content, "rugby", [])
+    page = root / "reports/audit.html"
+    page.write_text(f'<img src="data:image/jpeg;base64,{jpeg(thumbnail(content, 240))}">')
+    store, run_id = store_of(project), logged(project, "an old run", old=False, model=True)
+    store.client.log_artifact(run_id, str(page))
+    model = store.client.get_logged_model(str(runs.logged_model(store, run_id)))
+    write_json(Path(url2pathname(urlsplit(model.artifact_location).path), StoredModel.PHOTOS), [name])
+    registry.set_alias(store, REGISTERED, "old", registry.register(store, REGISTERED, run_id, {}, ""))
+    champion = aliases(project)["champion"]
+    project.dvc("remote", "add", "away", "http://127.0.0.1:9/")
+    project.commit("before")
+    before = left_of(root, content, names)
+    assert len(before) >= 6
+
+    assert "--yes" in project.call("forget", name[:12]).out
+    assert left_of(root, content, names) == before
+    said = project.call("forget", "--author", AUTHOR.upper(), "--remote", "away", "--yes", exit_code=1)
+    assert "away" in said.err and said.err.count("\n") == 1
+    assert unreceipted(root, content, names) == {"data/forgotten.csv", ".dvc/tmp/forget.json"}
+
+    project.call("forget", "--yes")
+    assert unreceipted(root, content, names) == {"data/forgotten.csv"}
+    receipt = json.loads(max((root / "reports/forgotten").glob("*.json")).read_text())
+    assert receipt["photos"] == [name] and not receipt["second_search"]["places"]
+    assert {".dvc/cache", "data/feedback", "mlflow/artifacts"} <= set(receipt["removed"])
+    assert [version for each in receipt["models"] for version in each["versions"]] == [f"{REGISTERED} 2"]
+    assert any("away" in place for place in receipt["out_of_reach"])
+    assert not any(word in json.dumps(receipt, ensure_ascii=False) for word in ("rgen", "Example"))
+    assert [version.number for version in versions(project)] == [1] and aliases(project)["champion"] == champion
+    assert UP_TO_DATE in project.dvc("status")
+
+
+@pytest.mark.slow
+def test_an_author_leaves_a_whole_project_however_often_it_is_killed_and_comes_back_from_nowhere(
+    tmp_path: Path,
+) -> None:
+    project = make(tmp_path / "the project", {"ingest.sources": ["folder", "feedback"]})
+    root = project.root
+    scenes = islice(sample.candidates(SampleParams(per_class=60, seed=5), ["rugby", "soccer"]), 120)
+    rows = [("file", "author")]
+    for number, scene in enumerate(scenes):
+        file = root / "data/incoming" / scene.label / f"{number:03d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(scene.read())
+        rows.append((f"{scene.label}/{file.name}", AUTHOR if number in {6, 7, 40} else f"Author {number}"))
+    pd.DataFrame(rows[1:], columns=rows[0]).to_csv(root / "data/incoming/manifest.csv", index=False)
+    project.dvc("repro")
+    project.commit("with all photos")
+    project.dvc("remote", "add", "--default", "store", str(tmp_path / "a remote"))
+    project.dvc("push", "--quiet")
+    table = read_table(root / "data/photos.csv")
+    theirs = table[table["author"] == AUTHOR]
+    contents = {row.origin: (root / row.path).read_bytes() for row in theirs.itertuples()}
+    assert len(contents) == 3
+    learned = set(project.json("models/transfer.json")["training_photos"])
+    assert learned & set(theirs["sha256"])
+    champion = aliases(project)["champion"]
+    command = ["forget", "--author", AUTHOR, "--retire", "--remote", "store", "--yes"]
+
+    with psutil.Popen(
+        ["touchline", *command], cwd=root, env=project.environment(), stdout=subprocess.DEVNULL
+    ) as process:  # fmt: skip
+        wait_until(lambda: not (root / theirs["path"].iloc[0]).exists() and process.children())
+        of_it = process.children(recursive=True)
+        process.kill()
+    assert process.returncode == -9
+    psutil.wait_procs(of_it, 300)
+    for step in ("_remove_from_mlflow", "_collect", "_conclude"):
+        with patch.object(forgetting, step, side_effect=SystemExit(9)):
+            project.call(*command, exit_code=9)
+    project.call(*command)
+
+    for content in contents.values():
+        assert unreceipted(root, content, [AUTHOR]) == {"data/forgotten.csv"}
+        assert left_of(tmp_path / "a remote", content, [AUTHOR]) == set()
+    assert set(project.json("reports/metrics.json")["models"]) == {"transfer"}
+    assert not list((root / "models").glob("cnn.*"))
+    assert set(theirs["sha256"]).isdisjoint(project.json("models/transfer.json")["training_photos"])
+    assert aliases(project)["champion"] == project.json("models/transfer.json")["model_sha256"] != champion
+    assert all(
+        registry.training_photos(store_of(project), REGISTERED, version.number).isdisjoint(theirs["sha256"])
+        for version in versions(project)
+    )
+    receipt = json.loads(max((root / "reports/forgotten").glob("*.json")).read_text())
+    assert {alias for each in receipt["models"] for alias in each["aliases"]} >= {"champion"}
+    assert receipt["figures"]["before"].keys() == {"cnn", "transfer"}
+    assert UP_TO_DATE in project.dvc("status")
+
+    for origin, content in contents.items():
+        (root / "data/incoming" / origin).write_bytes(content)
+        feedback.remember(root / "data/feedback", content, "rugby", [])
+    project.dvc("repro")
+    assert set(theirs["sha256"]).isdisjoint(read_table(root / "data/photos.csv")["sha256"])
+    for content in contents.values():
+        places = {file.rpartition("/")[0] for file in unreceipted(root, content, [])}
+        assert {place.removesuffix("/rugby").removesuffix("/soccer") for place in places} == {
+            "data", "data/incoming", "data/feedback",
+        }  # fmt: skip
+
+
+def unreceipted(root: Path, content: bytes, names: list[str]) -> set[str]:
+    """`left_of` without receipts, which name photos by digest."""
+    return {file for file in left_of(root, content, names) if not file.startswith("reports/forgotten/")}

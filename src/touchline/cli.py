@@ -463,6 +463,42 @@ def clean(
 
 
 @app.command()
+def forget(
+    photos: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PHOTO|DIGEST", help="a file, or the first 8 or more digits of a photo's sha256"),
+    ] = None,
+    author: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="all photos of an author, by name or page, also those to come; can be repeated"
+        ),
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="the photo from there: its origin in data/photos.csv, its URL or its page"),
+    ] = None,
+    remote: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="a DVC remote to delete from too what this workspace does not need"),
+    ] = None,
+    retire: Annotated[
+        bool, typer.Option("--retire", help="take networks that learned from it out of params.yaml; do not train them")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Remove photos for good: from data, reports, DVC's cache and MLflow, and from the models that learned from them.
+
+    It shows what it will do and asks, runs `dvc repro` without the photos, deletes old versions that learned from them,
+    looks for what is left, and writes a receipt to reports/forgotten/. What data/forgotten.csv names comes back from no
+    source. An interrupted run goes on when you run it again. Exit code 1: something is left, and is named.
+    """
+    from touchline.commands import forget
+
+    forget.run(*_project(), photos or (), author or (), origin or (), remote or (), retire=retire, yes=yes)
+
+
+@app.command()
 def preset(name: Annotated[str, typer.Argument(help="fast, best or article")]) -> None:
     """Write a preset's features and models into params.yaml; everything else in it stays."""
     from touchline.commands import presets

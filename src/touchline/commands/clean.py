@@ -61,7 +61,7 @@ def run(paths: Paths, params: Params, days: int, *, dry_run: bool, yes: bool) ->
     if not (dry_run or yes or sys.stdin.isatty()):
         raise ParamsError("cannot ask without a terminal: look with --dry-run, then give --yes")
     before = datetime.now(UTC) - timedelta(days=days)
-    with nullcontext() if dry_run else _alone(paths):
+    with nullcontext() if dry_run else alone(paths):
         found = [*_ours(paths, params, before, days), *_cache(paths.project), *_runs(paths, params, before, days)]
         rows = [row for row in found if row.count]
         if not rows:
@@ -84,22 +84,16 @@ def _ours(paths: Paths, params: Params, before: datetime, days: int) -> Iterator
     left = [path for folder in folders for path in abandoned(folder)]
     for folder in (paths.workspace, paths.project / ".prefect"):
         left += abandoned(folder, below=False)
-    yield _files("half-written files", left, "the processes that wrote them are gone", _delete)
+    yield _files("half-written files", left, "the processes that wrote them are gone", delete)
 
     features = [folder for folder in sorted(paths.features.glob("*")) if feature_store.there(folder)]
     unnamed = [folder for folder in features if folder.name not in params.features]
     why = f"params.yaml does not name {', '.join(folder.name for folder in unnamed)}"
     yield _files("folders of features", unnamed, why, feature_store.remove)
 
-    endings = {target.ending for target in FORMATS.values() if target.ending}
-    exported = [
-        path
-        for path in sorted(paths.exports.glob("*"))
-        if path.suffix in endings or (path / "assets.extra" / RECORD).is_file()
-    ]
-    old = [path for path in exported if path.stat().st_mtime < before.timestamp()]
+    old = [path for path in exported(paths) if path.stat().st_mtime < before.timestamp()]
     why = f"written more than {days} days ago; `touchline export` writes them again"
-    yield _files("exported models", old, why, _delete)
+    yield _files("exported models", old, why, delete)
 
     beyond = served.expired(paths.served, params.monitor)
     why = f"beyond {params.monitor.keep_days} days or {params.monitor.keep_megabytes} MB (monitor in params.yaml)"
@@ -107,11 +101,21 @@ def _ours(paths: Paths, params: Params, before: datetime, days: int) -> Iterator
 
     networks = [path for path in engines.cached_files() if path.stat().st_mtime < before.timestamp()]
     why = f"in {engines.cache()}, not used for {days} days; made again on the next use"
-    yield _files("network files in your cache", networks, why, _delete)
+    yield _files("network files in your cache", networks, why, delete)
 
     experiments = paths.project / ".dvc/tmp/exps"
     copies = [*experiments.glob("tmp*"), *experiments.glob("standalone/tmp*")]
-    yield _files("copies of the project", copies, "experiments that were killed worked there", _delete)
+    yield _files("copies of the project", copies, "experiments that were killed worked there", delete)
+
+
+def exported(paths: Paths) -> list[Path]:
+    """What `touchline export` wrote into the project."""
+    endings = {target.ending for target in FORMATS.values() if target.ending}
+    return [
+        path
+        for path in sorted(paths.exports.glob("*"))
+        if path.suffix in endings or (path / "assets.extra" / RECORD).is_file()
+    ]
 
 
 def _cache(project: Path) -> Iterator[Row]:
@@ -119,12 +123,12 @@ def _cache(project: Path) -> Iterator[Row]:
     cache, clone = project / ".dvc/cache", project / ".prefect/clone"
     if not cache.is_dir():
         return
-    options = ["--workspace", *(["--all-commits", "--all-experiments"] if _in_git(project) else [])]
+    options = ["--workspace", *(["--all-commits", "--all-experiments"] if in_git(project) else [])]
     options += ["--projects", str(clone)] if (clone / "dvc.yaml").exists() else []
-    said = _dvc(project, "gc", *options, "--dry")
+    said = dvc(project, "gc", *options, "--dry")
     unused = [Path(path) for path in re.findall(r"^Removing (.+)$", said, flags=re.MULTILINE)]
     why = "no workspace, commit or experiment needs them"
-    remove: Callable[[], object] | None = partial(_dvc, project, "gc", *options, "--force")
+    remove: Callable[[], object] | None = partial(dvc, project, "gc", *options, "--force")
     if not all(path.is_relative_to(cache) for path in unused):
         why = f"this cache is not in {project}, and other projects may need them: see `dvc gc --projects`"
         remove = None
@@ -133,7 +137,7 @@ def _cache(project: Path) -> Iterator[Row]:
 
 def _runs(paths: Paths, params: Params, before: datetime, days: int) -> Iterator[Row]:
     """Runs in MLflow that were deleted, or that ended long ago and nothing needs."""
-    experiments = _dvc(paths.project, "exp", "list", "--all-commits", "--name-only") if _in_git(paths.project) else ""
+    experiments = dvc(paths.project, "exp", "list", "--all-commits", "--name-only") if in_git(paths.project) else ""
     try:
         found = sync.garbage(paths, params.register_.name, before, experiments.split())
     except TouchlineError as error:
@@ -146,7 +150,7 @@ def _runs(paths: Paths, params: Params, before: datetime, days: int) -> Iterator
 
 
 @contextmanager
-def _alone(paths: Paths) -> Iterator[None]:
+def alone(paths: Paths) -> Iterator[None]:
     """Hold the locks of all that may be running in the project.
 
     Raises:
@@ -177,7 +181,7 @@ def _busy(name: str) -> TouchlineError:
     return TouchlineError(f"{name} is running: wait until it has ended, or end it, then run again; nothing was deleted")
 
 
-def _in_git(folder: Path) -> bool:
+def in_git(folder: Path) -> bool:
     """Whether DVC finds commits here; not where `core.no_scm` says so, as for an unpacked archive in a repository."""
     configured = [folder / ".dvc/config", folder / ".dvc/config.local"]
     if any(re.search(r"no_scm\s*=\s*true", path.read_text(), re.IGNORECASE) for path in configured if path.exists()):
@@ -185,7 +189,7 @@ def _in_git(folder: Path) -> bool:
     return subprocess.run(["git", "rev-parse", "--git-dir"], cwd=folder, capture_output=True).returncode == 0
 
 
-def _dvc(folder: Path, *arguments: str) -> str:
+def dvc(folder: Path, *arguments: str) -> str:
     """What a command of DVC prints. Raises TouchlineError with its error where it fails."""
     # The root of an experiment that this may run in is not meant.
     environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
@@ -213,7 +217,7 @@ def _megabytes(places: Iterable[Path]) -> float:
     return sum(path.lstat().st_size for path in files) / 1e6
 
 
-def _delete(place: Path) -> None:
+def delete(place: Path) -> None:
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:

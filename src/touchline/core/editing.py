@@ -5,7 +5,7 @@ In the file every other character stays: a YAML library that rewrites the whole 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -70,6 +70,32 @@ def set_values(file: Path, changes: Mapping[str, Any]) -> None:
     except YAMLError:  # the replaced text held an anchor that is used elsewhere
         right = False
     if not right:
+        raise _by_hand()
+    write_text(file, text)
+
+
+def remove_entries(file: Path, keys: Collection[str]) -> None:
+    """Take entries out of sections of params.yaml, and no other character; an entry it has not is passed over.
+
+    Raises:
+        ParamsError: as `set_values`.
+    """
+    from ruamel.yaml import YAML
+
+    params.load(file)
+    text = file.read_bytes().decode()
+    wanted, root = json.loads(json.dumps(_read(text))), YAML(pure=True).compose(text)
+    spots = []
+    for key in keys:
+        section, name = key.split(".")
+        if name in wanted[section]:
+            del wanted[section][name]
+            start, end = _lines(text, *_below(_below(root, section)[1], name))
+            spots.append((text.rindex("\n", 0, start), end))
+    params.check(wanted, file.name)
+    for start, end in sorted(spots, reverse=True):
+        text = text[:start] + text[end:]
+    if _read(text) != wanted:
         raise _by_hand()
     write_text(file, text)
 

@@ -1,0 +1,140 @@
+"""Where a photo lies in a project: a search of all its files and databases, by content and by name."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from touchline.core.errors import TouchlineError
+from touchline.core.paths import Paths
+from touchline.data import layout
+from touchline.data.thumbnails import jpeg, thumbnail
+
+# The longer sides, in pixels, of the small copies in pages.
+_SIDES = (160, 240)
+# The code, and what tools keep of it; photos do not come there.
+_CODE = {
+    ".git", ".venv", "src", "tests", "docs", "flows", "benchmarks", "__pycache__", ".mypy_cache", ".ruff_cache",
+    ".pytest_cache", ".hypothesis",
+}  # fmt: skip
+_HEX = re.compile(rb"[0-9a-f]{16,64}")
+_BASE64 = re.compile(rb"base64,([A-Za-z0-9+/]+=*)")
+# A name shorter than this is found by chance.
+_SHORTEST = 4
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What shows that a file holds something of a photo.
+
+    Attributes:
+        photos: sha256 of each photo by the sha256 of what is the same photo: its file, its thumbnails.
+        names: of authors, origins and pages.
+    """
+
+    photos: Mapping[str, str]
+    names: Collection[str] = field(default=())
+
+    @cached_property
+    def _stems(self) -> dict[bytes, str]:
+        # Files are called by the first digits of the digest.
+        return {photo[:16].encode(): photo for photo in self.photos.values()}
+
+    @cached_property
+    def _named(self) -> re.Pattern[bytes] | None:
+        written = {
+            form.encode()
+            for name in self.names
+            if len(name) >= _SHORTEST
+            for form in (name, json.dumps(name)[1:-1], html.escape(name))
+        }
+        words = b"|".join(re.escape(form) for form in sorted(written, key=len, reverse=True))
+        return re.compile(rb"(?<!\w)(?:" + words + rb")(?!\w)") if written else None
+
+    def of(self, content: bytes) -> set[str]:
+        """The photos (sha256) that `content` holds or names; an empty text stands for a name of theirs."""
+        found = {self.photos.get(hashlib.sha256(content).hexdigest())}
+        if layout.format_of(content[:64]):
+            return {photo for photo in found if photo}
+        if content.startswith(b"\x93NUMPY"):
+            if b"'<U" not in content[:128]:
+                return set()
+            content = content.replace(b"\0", b"")  # text, four bytes a letter
+        found |= {self._stems.get(token[0][:16]) for token in _HEX.finditer(content)}
+        for piece in _BASE64.finditer(content):
+            found.add(self.photos.get(hashlib.sha256(base64.b64decode(piece[1] + b"==")).hexdigest()))
+        is_text = b"\0" not in content[:4096] or content.startswith(b"SQLite format 3")
+        if is_text and self._named and self._named.search(content):
+            found.add("")
+        return {photo for photo in found if photo is not None}
+
+
+def thumbnails(content: bytes) -> list[str]:
+    """The sha256 of the small copies that pages show of a photo; none of what is not a readable photo."""
+    try:
+        pictures = [jpeg(thumbnail(content, side)) for side in _SIDES]
+    except TouchlineError:
+        return []
+    return [hashlib.sha256(base64.b64decode(picture)).hexdigest() for picture in pictures]
+
+
+def search(paths: Paths, traces: Traces, besides: Collection[Path]) -> dict[Path, set[str]]:
+    """The files of the project that hold or name one of the photos, and which ones; see `Traces.of`.
+
+    Members of tars and zips (as models and arrays are), databases, and pictures within pages are looked into.
+
+    Args:
+        besides: files and folders that are not looked at.
+    """
+    found = {}
+    for top in sorted(paths.project.iterdir()):
+        for file in (top, *top.rglob("*")) if top.name not in _CODE else ():
+            if any(file.is_relative_to(path) for path in besides) or file.is_symlink() or not file.is_file():
+                continue
+            hits: set[str] = set()
+            try:
+                for content in _contents(file):
+                    hits |= traces.of(content)
+            except FileNotFoundError:  # a temporary file of a program that is running
+                continue
+            except OSError as error:
+                raise TouchlineError(
+                    f"{file} cannot be read ({error.strerror}), so it is not known whether it holds the photo: allow "
+                    "reading it, then run again"
+                ) from None
+            if hits:
+                found[file] = hits
+    return found
+
+
+def _contents(file: Path) -> Iterator[bytes]:
+    """The content of a file; of an archive, its members and their names."""
+    if file.suffix == ".tar":
+        try:
+            with tarfile.open(file, "r:") as tar:
+                for member in tar:
+                    yield member.name.encode("utf-8", "replace")
+                    if part := tar.extractfile(member) if member.isreg() else None:
+                        yield part.read()
+            return
+        except tarfile.TarError:
+            pass
+    content = file.read_bytes()
+    if content.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                for name in archive.namelist():
+                    yield name.encode()
+                    yield archive.read(name)
+            return
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
+            pass
+    yield content

@@ -1,0 +1,139 @@
+"""What the store keeps of photos that have to go: models that learned from them, and pictures that may show them."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from touchline.core.errors import TouchlineError
+from touchline.core.files import read_json, sha256
+from touchline.core.paths import Paths
+from touchline.tracking import sync
+from touchline.tracking.client import MissingError, Store, is_own, one_line_errors, pages
+from touchline.tracking.runs import MODEL_SHA256, StoredModel, fetch
+from touchline.tracking.sync import Garbage
+
+if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+# Photos are drawn as JPEG and into pages; all other figures are PNG.
+_PICTURES = (".jpg", ".jpeg", ".html")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A model in the store that learned from one of the photos.
+
+    Attributes:
+        versions: (name, number) of each registered version of it.
+        aliases: those that one of the versions holds.
+    """
+
+    model_id: str
+    run_id: str
+    model: str
+    model_sha256: str
+    place: str
+    versions: Sequence[tuple[str, int]]
+    aliases: Sequence[str]
+
+
+def learned_from(store: Store, photos: Collection[str]) -> list[Learned]:
+    """Every model in the store that learned from one of `photos` (sha256), registered or not, the oldest first.
+
+    Models that other programs logged do not list their photos, and are left out.
+    """
+    versions = list(pages(store.client.search_model_versions))
+    holders: dict[tuple[str, int], list[str]] = {}
+    for registered in pages(store.client.search_registered_models):
+        for alias, number in registered.aliases.items():
+            holders.setdefault((registered.name, int(number)), []).append(alias)
+    found = []
+    for model in sorted(_models(store), key=lambda model: model.creation_timestamp):
+        with suppress(TouchlineError):  # another program's
+            file = fetch(store, f"{model.artifact_location}/{StoredModel.PHOTOS}", f"model {model.model_id}")
+            if set(photos).isdisjoint(read_json(file)):
+                continue
+            own = [(version.name, int(version.version)) for version in versions if _is_of(version, model)]
+            tags = store.client.get_run(model.source_run_id).data.tags if model.source_run_id else {}
+            found.append(
+                Learned(
+                    model.model_id, model.source_run_id or "", model.name, tags.get(MODEL_SHA256, ""),
+                    model.artifact_location, own, sorted(alias for key in own for alias in holders.get(key, [])),
+                )
+            )  # fmt: skip
+    return found
+
+
+def remove(paths: Paths, store: Store, experiment: str, models: Collection[Learned]) -> None:
+    """Delete models: their versions with all aliases, their files, and what says that their runs have one.
+
+    The runs stay, with their params and metrics. Interrupted, it can be asked again.
+    """
+    for model in models:
+        for name, number in model.versions:
+            with suppress(MissingError):
+                store.client.delete_model_version(name, str(number))
+        if not is_own(paths):  # in the project's own store `mlflow gc` deletes them
+            _artifacts(store, model.place).delete_artifacts()
+        with suppress(MissingError):
+            store.client.delete_tag(model.run_id, MODEL_SHA256)
+        with suppress(MissingError):
+            store.client.delete_logged_model(model.model_id)
+    if is_own(paths):
+        sync.collect_garbage(paths, experiment, Garbage())
+
+
+def remove_pictures(store: Store, current: Mapping[str, Path]) -> int:
+    """Delete the pictures and pages of all runs, since any may show a photo; those of `current`, by name, may stay.
+
+    Args:
+        current: files drawn without the photos.
+
+    Returns:
+        How many were deleted.
+    """
+    digests = {name: sha256(file) for name, file in current.items() if file.is_file()}
+    count = 0
+    for run in _runs(store):
+        repository = _artifacts(store, run.info.artifact_uri)
+        with one_line_errors(store.place):
+            for file in repository.list_artifacts():
+                if file.is_dir or not file.path.lower().endswith(_PICTURES):
+                    continue
+                if file.path in digests:
+                    local = fetch(store, f"{run.info.artifact_uri}/{file.path}", f"run {run.info.run_id}")
+                    if sha256(local) == digests[file.path]:
+                        continue
+                repository.delete_artifacts(file.path)
+                count += 1
+    return count
+
+
+def _artifacts(store: Store, place: str) -> "ArtifactRepository":
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(place, tracking_uri=store.client.tracking_uri)
+
+
+def _experiments(store: Store) -> list[str]:
+    from mlflow.entities import ViewType
+
+    return [each.experiment_id for each in pages(store.client.search_experiments, view_type=ViewType.ALL)]
+
+
+def _models(store: Store) -> Iterator[Any]:
+    return pages(store.client.search_logged_models, _experiments(store))
+
+
+def _runs(store: Store) -> Iterator[Any]:
+    from mlflow.entities import ViewType
+
+    return pages(store.client.search_runs, _experiments(store), run_view_type=ViewType.ALL)
+
+
+def _is_of(version: Any, model: Any) -> bool:
+    return version.source in {model.artifact_location, f"models:/{model.model_id}"} or (
+        getattr(version, "model_id", None) == model.model_id
+    )
