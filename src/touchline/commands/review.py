@@ -16,7 +16,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json, read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import decisions, terms
+from touchline.data import decisions, rights
 from touchline.data.photos import content_of
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models.classifier import UNKNOWN, UNSURE
@@ -252,7 +252,7 @@ class Review:
         if not file.is_file():
             return
         files, table = (
-            terms.files(self._paths, self._params),
+            rights.files(self._paths, self._params),
             read_table(file, dtype={"suggested": str, "near_to": str}),
         )
         labels = dict(self._validated()[["path", "class"]].itertuples(index=False))
@@ -278,7 +278,7 @@ class Review:
         table, similar = (each[each["model"] == better] for each in (table, similar))
         table = table.merge(similar[similar["subset"] == "test"][["path", "similarity"]], on="path", how="left")
         table = table.merge(self._validated()[["path", "sha256"]], on="path")
-        files = terms.files(self._paths, self._params)
+        files = rights.files(self._paths, self._params)
         for row in table.to_dict("records"):
             said = (
                 UNKNOWN if row["similarity"] < unknown else UNSURE if row["confidence"] < params.min_confidence else ""
