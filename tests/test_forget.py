@@ -23,7 +23,7 @@ import pytest
 import servers
 from imagenet_files import RUGBY_BALL, SOCCER_BALL, synset, tar_of
 from openimages_files import RUGBY, SOCCER, Shot, publish
-from projects import REGISTERED, UP_TO_DATE, aliases, built, copy, make, versions
+from projects import REGISTERED, UP_TO_DATE, Project, aliases, built, copy, make, versions
 from servers import Host
 from test_clean import logged, store_of, wait_until
 from test_ingest import offer, photo
@@ -332,15 +332,17 @@ def test_rows_about_the_photo_go_and_the_others_stay_as_they_were_typed(paths: P
     assert other.encode() in (paths.project / "served.sqlite").read_bytes()
 
 
-def test_a_photo_of_old_commits_leaves_every_store_and_a_remote_that_is_away_is_named(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
+NAMES = [AUTHOR, "jürgen.jpg"]
+
+
+@pytest.fixture
+def project(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Project:
+    """A project in which every store has something of a photo that no stage uses: SCENES[0], by AUTHOR."""
     project = copy(built(tmp_path_factory).project, tmp_path / "the project")
-    root, content, name = project.root, SCENES[0], digest(SCENES[0])
-    names = [AUTHOR, "jürgen.jpg"]
+    root, content = project.root, SCENES[0]
     # Of an earlier commit: the photo, and the table that says whose it is.
     table = read_table(root / "data/photos.csv")
-    row = {"sha256": name, "author": AUTHOR, "source": "folder", "origin": "rugby/jürgen.jpg"}
+    row = {"sha256": digest(content), "author": AUTHOR, "source": "folder", "origin": "rugby/jürgen.jpg"}
     table.loc[[0]].assign(**row).to_csv(root / "old.csv", index=False, lineterminator="\n")
     (root / "old.jpg").write_bytes(content)
     project.dvc("add", "--quiet", "old.csv", "old.jpg")
@@ -353,29 +355,38 @@ def test_a_photo_of_old_commits_leaves_every_store_and_a_remote_that_is_away_is_
     store, run_id = store_of(project), logged(project, "an old run", old=False, model=True)
     store.client.log_artifact(run_id, str(page))
     model = store.client.get_logged_model(str(runs.logged_model(store, run_id)))
-    write_json(Path(url2pathname(urlsplit(model.artifact_location).path), StoredModel.PHOTOS), [name])
+    write_json(Path(url2pathname(urlsplit(model.artifact_location).path), StoredModel.PHOTOS), [digest(content)])
     registry.set_alias(store, REGISTERED, "old", registry.register(store, REGISTERED, run_id, {}, ""))
+    assert len(left_of(root, content, NAMES)) >= 6
+    return project
+
+
+def test_a_photo_of_an_old_commit_leaves_every_store_and_the_champion_stays(project: Project) -> None:
     champion = aliases(project)["champion"]
-    project.dvc("remote", "add", "away", "http://127.0.0.1:9/")
-    project.commit("before")
-    before = left_of(root, content, names)
-    assert len(before) >= 6
-
-    assert "--yes" in project.call("forget", name[:12]).out
-    assert left_of(root, content, names) == before
-    said = project.call("forget", "--author", AUTHOR.upper(), "--remote", "away", "--yes", exit_code=1)
-    assert "away" in said.err and said.err.count("\n") == 1
-    assert unreceipted(root, content, names) == {"data/forgotten.csv", ".dvc/tmp/forget.json"}
-
-    project.call("forget", "--yes")
-    assert unreceipted(root, content, names) == {"data/forgotten.csv"}
-    receipt = json.loads(max((root / "reports/forgotten").glob("*.json")).read_text())
-    assert receipt["photos"] == [name] and not receipt["second_search"]["places"]
+    project.call("forget", digest(SCENES[0])[:12], "--yes")
+    assert unreceipted(project.root, SCENES[0], NAMES) == {"data/forgotten.csv"}
+    [receipt] = [json.loads(file.read_text()) for file in (project.root / "reports/forgotten").glob("*.json")]
+    assert receipt["photos"] == [digest(SCENES[0])]
+    assert not receipt["second_search"]["places"] and not receipt["second_search"]["models"]
     assert {".dvc/cache", "data/feedback", "mlflow/artifacts"} <= set(receipt["removed"])
     assert [version for each in receipt["models"] for version in each["versions"]] == [f"{REGISTERED} 2"]
-    assert any("away" in place for place in receipt["out_of_reach"])
     assert not any(word in json.dumps(receipt, ensure_ascii=False) for word in ("rgen", "Example"))
     assert [version.number for version in versions(project)] == [1] and aliases(project)["champion"] == champion
+
+
+@pytest.mark.slow
+def test_nothing_happens_without_yes_and_a_remote_that_is_away_is_asked_again_by_the_next_run(project: Project) -> None:
+    project.dvc("remote", "add", "away", "http://127.0.0.1:9/")
+    before = left_of(project.root, SCENES[0], NAMES)
+    assert "--yes" in project.call("forget", digest(SCENES[0])[:12]).out
+    assert left_of(project.root, SCENES[0], NAMES) == before
+    said = project.call("forget", "--author", AUTHOR.upper(), "--remote", "away", "--yes", exit_code=1)
+    assert "away" in said.err and said.err.count("\n") == 1
+    assert unreceipted(project.root, SCENES[0], NAMES) == {"data/forgotten.csv", ".dvc/tmp/forget.json"}
+    project.call("forget", "--yes")
+    assert unreceipted(project.root, SCENES[0], NAMES) == {"data/forgotten.csv"}
+    receipt = json.loads(max((project.root / "reports/forgotten").glob("*.json")).read_text())
+    assert any("away" in place for place in receipt["out_of_reach"])
     assert UP_TO_DATE in project.dvc("status")
 
 

@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,9 +175,8 @@ def _task(paths: Paths, params: Params, photos: Sequence[str], authors: Sequence
     named = {row[name] for row in found for name in _NAMES if row.get(name)}
     # Of the authors' other photos nothing is left to name them.
     task.names = sorted({*task.names, *named, *(row["url"] for row in found if row.get("url"))} - staying)
-    for photo in set(task.photos) - set(task.pictures.values()):
-        if file := _file_of(paths, photo, photos):
-            task.pictures |= dict.fromkeys(thumbnails(file.read_bytes()), photo)
+    for photo, file in _files_of(paths, set(task.photos) - set(task.pictures.values()), photos).items():
+        task.pictures |= dict.fromkeys(thumbnails(file.read_bytes()), photo)
     _find(paths, params, task)
     return task
 
@@ -258,16 +258,17 @@ def _of_origin(paths: Paths, rows: Sequence[_Row], origin: str, task: Task) -> l
     return [row for row in rows if row["sha256"] in wanted]
 
 
-def _file_of(paths: Paths, photo: str, given: Sequence[str]) -> Path | None:
-    """A file with the photo's bytes, if there is one."""
-    near = [
-        *paths.photos.glob(f"*/{photo[:16]}.*"),
-        *paths.spare.glob(f"{photo[:16]}.*"),
-        *paths.feedback.glob(f"{photo}.*"),
-    ]
-    far = (path for path in _cache(paths).glob("files/md5/??/*") if path.is_file())
-    files = (file for group in (near, map(Path, given), far) for file in group if file.is_file())
-    return next((file for file in files if sha256(file) == photo), None)
+def _files_of(paths: Paths, photos: Collection[str], given: Sequence[str]) -> dict[str, Path]:
+    """A file with the bytes of each photo of which there is one."""
+    stems = {photo[:16] for photo in photos}
+    ours = [*paths.photos.glob("*/*"), *paths.spare.glob("*"), *paths.feedback.glob("*")]
+    near = [*(file for file in ours if file.stem[:16] in stems), *map(Path, given)]
+    found = {digest: file for file in near if file.is_file() and (digest := sha256(file)) in photos}
+    # Of photos of earlier commits only DVC's cache may have a file.
+    for file in _cache(paths).glob("files/md5/??/*") if len(found) < len(photos) else ():
+        if file.is_file() and (digest := sha256(file)) in photos:
+            found.setdefault(digest, file)
+    return found
 
 
 def _find(paths: Paths, params: Params, task: Task) -> None:
@@ -529,6 +530,7 @@ def _collect(paths: Paths, remotes: Sequence[str]) -> list[str]:
     return unreached
 
 
+@cache
 def _cache(paths: Paths) -> Path:
     """DVC's cache."""
     return Path(clean.dvc(paths.project, "cache", "dir").strip()).resolve()
