@@ -512,8 +512,7 @@ def _remove_from_mlflow(paths: Paths, params: Params, task: Task) -> None:
     if was and paths.photos_table.exists() and registry.alias(store, name, registry.CHAMPION) is None:
         # The old champion, which had to go, won against the new model; the other gates still hold.
         _repro(paths, "--force", "--single-item", "register")
-    figures = {file.name: file for file in (paths.reports / "figures").glob("*.jpg")}
-    removal.remove_pictures(store, figures | {"report.html": paths.reports / "report.html"})
+    removal.remove_pictures(store, paths.reports)
 
 
 def _collect(paths: Paths, remotes: Sequence[str]) -> list[str]:

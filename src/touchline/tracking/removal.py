@@ -1,6 +1,7 @@
 """What the store keeps of photos that have to go: models that learned from them, and pictures that may show them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,17 @@ from touchline.core.files import read_json, sha256
 from touchline.core.paths import Paths
 from touchline.tracking import sync
 from touchline.tracking.client import MissingError, Store, is_own, one_line_errors, pages
-from touchline.tracking.runs import MODEL_SHA256, StoredModel, fetch
+from touchline.tracking.runs import MODEL_SHA256, StoredModel, fetch, report_alone
 from touchline.tracking.sync import Garbage
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 # Photos are drawn as JPEG and into pages; all other figures are PNG.
 _PICTURES = (".jpg", ".jpeg", ".html")
+# Of the run of a model: what it learned from.
+_NAMING_AUTHORS = ("licences.csv", "model-card.md")
 
 
 @dataclass(frozen=True)
@@ -80,35 +84,35 @@ def remove(paths: Paths, store: Store, experiment: str, models: Collection[Learn
         with suppress(MissingError):
             store.client.delete_tag(model.run_id, MODEL_SHA256)
         with suppress(MissingError):
+            _delete_files(store, store.client.get_run(model.run_id), lambda path: path in _NAMING_AUTHORS)
+        with suppress(MissingError):
             store.client.delete_logged_model(model.model_id)
     if is_own(paths):
         sync.collect_garbage(paths, experiment, Garbage())
 
 
-def remove_pictures(store: Store, current: Mapping[str, Path]) -> int:
-    """Delete the pictures and pages of all runs, since any may show a photo; those of `current`, by name, may stay.
-
-    Args:
-        current: files drawn without the photos.
-
-    Returns:
-        How many were deleted.
-    """
-    digests = {name: sha256(file) for name, file in current.items() if file.is_file()}
-    count = 0
+def remove_pictures(store: Store, reports: Path) -> None:
+    """Delete the pictures and pages of all runs, since any may show a photo; those of `reports` now may stay."""
+    current = {sha256(file) for file in (reports / "figures").rglob("*") if file.is_file()}
+    if (reports / "report.html").is_file():
+        current.add(hashlib.sha256(report_alone(reports)).hexdigest())
     for run in _runs(store):
-        repository = _artifacts(store, run.info.artifact_uri)
-        with one_line_errors(store.place):
-            for file in repository.list_artifacts():
-                if file.is_dir or not file.path.lower().endswith(_PICTURES):
-                    continue
-                if file.path in digests:
-                    local = fetch(store, f"{run.info.artifact_uri}/{file.path}", f"run {run.info.run_id}")
-                    if sha256(local) == digests[file.path]:
-                        continue
+
+        def old(path: str, run: "Run" = run) -> bool:
+            if not path.lower().endswith(_PICTURES):
+                return False
+            return sha256(fetch(store, f"{run.info.artifact_uri}/{path}", f"run {run.info.run_id}")) not in current
+
+        _delete_files(store, run, old)
+
+
+def _delete_files(store: Store, run: "Run", wanted: Callable[[str], bool]) -> None:
+    """Delete those files at the root of a run's artifacts whose paths are `wanted`."""
+    repository = _artifacts(store, run.info.artifact_uri)
+    with one_line_errors(store.place):
+        for file in repository.list_artifacts():
+            if not file.is_dir and wanted(file.path):
                 repository.delete_artifacts(file.path)
-                count += 1
-    return count
 
 
 def _artifacts(store: Store, place: str) -> "ArtifactRepository":

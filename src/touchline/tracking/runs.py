@@ -341,16 +341,18 @@ def log_evaluation(store: Store, run_id: str, metrics: Mapping[str, float], figu
 
 
 def log_report(store: Store, run_id: str, reports: Path) -> None:
-    """Log `report.html` and the figures about several models, for the run of the better one.
-
-    MLflow shows the page alone, so its links to other files become text.
-    """
+    """Log `report.html` and the figures about several models, for the run of the better one."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, _REPORT)
-        html = (reports / _REPORT).read_text(encoding="utf-8")
-        page.write_text(re.sub(r'<a href="(?!#|https?:)[^"]*">(.*?)</a>', r"\1", html), encoding="utf-8")
+        page.write_bytes(report_alone(reports))
         store.client.log_artifact(run_id, str(page))
     _log_files(store, run_id, reports / "figures")
+
+
+def report_alone(reports: Path) -> bytes:
+    """`report.html` as MLflow shows it, without the files beside it: links to those are text."""
+    html = (reports / _REPORT).read_text(encoding="utf-8")
+    return re.sub(r'<a href="(?!#|https?:)[^"]*">(.*?)</a>', r"\1", html).encode()
 
 
 def log_use(store: Store, run_id: str, metrics: Mapping[str, float], when: datetime) -> None:
