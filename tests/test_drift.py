@@ -27,7 +27,7 @@ from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.params import BackboneFeatures, DriftParams, Params
 from touchline.core.paths import Paths
 from touchline.data import feature_store, photos
-from touchline.models import backbones
+from touchline.models import backbones, forecast
 from touchline.tracking import registered
 from touchline.tracking.registry import Version
 from touchline.tracking.runs import StoredModel
@@ -298,6 +298,22 @@ def test_new_photos_like_the_old_are_no_drift(made: Made, tmp_path: Path, capsys
     assert report["verdict"] in made.page and "drift.significance" in made.page
     assert len(re.findall(r'<img src="data:image/jpeg;base64,[^"]{99,}"', made.page)) == 12
     assert made.page.count("<svg") == 8 and "mean grey level (0 to 255)" in made.page
+
+
+def test_the_forecast_of_the_champion_is_told_where_it_has_one(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.drift(album(tmp_path / "album", 40))
+    assert made.report["forecast"] is None
+    part = {"photos": 40, "accuracy": 0.9, **dict.fromkeys(forecast.METHODS, 0.94)}
+    [version] = made.versions
+    made.versions = [
+        Version(**(vars(version) | {"tags": {forecast.TAG: forecast.Forecaster(0.8, 1.0, [part] * 3).dump()}}))
+    ]
+    made.drift(tmp_path / "album")
+    found = made.report["forecast"]
+    assert found["give_or_take"] == 0.04 and found["photos"] == 40
+    assert found["says"] in capsys.readouterr().out and f"about {found['accuracy']:.2f}" in made.page
 
 
 def test_darker_photos_are_drift_and_the_most_unlike_is_the_strangest(made: Made, tmp_path: Path) -> None:

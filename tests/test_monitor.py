@@ -24,6 +24,7 @@ from touchline.core import files
 from touchline.core.params import Params
 from touchline.data import served
 from touchline.data.served import Recorder
+from touchline.models.forecast import METHODS, TAG, Forecaster
 from touchline.tracking import runs
 from touchline.tracking.registry import PROMOTED_AT
 
@@ -72,7 +73,7 @@ class Used:
                 sure = confidence or float(row["confidence"])
                 said: dict[str, Any] = {
                     "label": label or row["guess"], "guess": row["guess"], "confidence": sure, "similarity": None,
-                    "probabilities": {row["guess"]: sure},
+                    "probabilities": {name: sure if name == row["guess"] else 1 - sure for name in CLASSES},
                 }  # fmt: skip
                 recorder.add(
                     served.Asked(hashlib.sha256(str(number).encode()).hexdigest(), 1000),
@@ -142,6 +143,20 @@ def test_errors_are_a_share_of_what_was_asked(used: Used) -> None:
     assert used.run() == SILENT and used.report["recent"]["errors"] == pytest.approx(2 / 62, abs=1e-6)
     used.asked(8, error="a web page", first=70)
     assert used.run() == WARNING and used.warned == {"errors"}
+
+
+def test_the_forecast_of_the_champion_is_told_where_it_has_one(used: Used, capsys: pytest.CaptureFixture[str]) -> None:
+    used.asked(60)
+    used.run()
+    assert used.report["forecast"] is None
+    part = {"photos": 40, "accuracy": 0.9, **dict.fromkeys(METHODS, 0.94)}
+    forecaster = Forecaster(0.8, 1.0, [part] * 3)
+    used.made.versions[0].tags[TAG] = forecaster.dump()
+    used.run()
+    found = used.report["forecast"]
+    assert found["give_or_take"] == 0.04 and found["photos"] == 60 and 0.5 <= found["accuracy"] <= 1
+    assert found["says"] in capsys.readouterr().out
+    assert used.logged[-1]["forecast"] == found["accuracy"]
 
 
 def test_an_old_champion_warns_also_where_nothing_was_asked(used: Used, params_with: Callable[..., Params]) -> None:

@@ -65,6 +65,9 @@ def test_dvc_repro_takes_photos_to_a_registered_champion(
     assert version.aliases == ("challenger", "champion")
     assert version.model_sha256 == project.json(f"models/{better}.json")["model_sha256"]
     assert version.run_id == registration["run_ids"][better]
+    forecasts = {name: project.json(f"models/{name}.json")["forecast"] for name in ("cnn", "transfer")}
+    assert forecasts["cnn"] is None
+    assert json.loads(version.tags["touchline.forecast"]) == forecasts[better]
 
 
 @pytest.mark.slow

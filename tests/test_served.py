@@ -229,12 +229,12 @@ def test_days_and_megabytes_have_limits_that_spare_what_is_written_to(
         path.write_bytes(bytes(round(1e6 * megabytes)))
         return path
 
-    old, open_one = file(5, "99999999-a"), file(5, f"{os.getpid()}-a")
-    large, young = file(2, "99999999-b", 0.9), file(1, "99999999-c", 0.2)
-    assert served.expired(tmp_path, keep) == [old, large]
+    # One of this process, and one of an earlier process that had its id.
+    old, earlier = file(5, "99999999-a"), file(5, f"{os.getpid()}-a")
+    large, young, open_one = file(2, "99999999-b", 0.9), file(1, "99999999-c", 0.05), file(0, f"{os.getpid()}-b", 0.9)
+    assert set(served.expired(tmp_path, keep)) == {old, earlier, large}
     kept(tmp_path, 1, keep)
-    assert [old.exists(), large.exists(), young.exists()] == [False, False, True]
-    assert open_one.exists()
+    assert [path.exists() for path in (old, earlier, large, young, open_one)] == [False, False, False, True, True]
     # One process alone, which asks for more than there is room for in a day.
     with Recorder(tmp_path, keep, *MODEL) as recorder:
         for number in range(8_000):

@@ -447,6 +447,15 @@ def test_a_head_is_the_same_each_time(trained_head: Trained, planted_features: P
     np.testing.assert_array_equal(head_of(again).weights, head_of(trained_head).weights)
 
 
+def test_a_head_brings_what_forecasts_its_accuracy_and_a_network_does_not(
+    planted_features: PlantedFeatures, trained_cnn: Trained
+) -> None:
+    of_four = replace(planted_features.train, groups=[f"source-{number // 24}" for number in range(96)])
+    forecaster = planted_features.fit(train=of_four).forecast()
+    assert forecaster and [part["photos"] for part in forecaster.left_out] == [24] * 4
+    assert trained_cnn.forecast() is None
+
+
 def test_a_head_of_more_rows_than_are_held_is_the_same(
     trained_head: Trained, planted_features: PlantedFeatures, monkeypatch: pytest.MonkeyPatch
 ) -> None:

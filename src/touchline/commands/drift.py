@@ -30,8 +30,8 @@ from touchline.core.progress import track
 from touchline.data import photos, similarity
 from touchline.data.feature_store import Arrays
 from touchline.data.thumbnails import jpeg, thumbnail
-from touchline.models import inference
-from touchline.models.classifier import Classifier, from_stored
+from touchline.models import forecast, inference
+from touchline.models.classifier import UNKNOWN, Classifier, from_stored, with_reference
 from touchline.report import html, plots
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class _New:
     measured: list[tuple[float, ...]] = field(default_factory=list)
     embeddings: list[np.ndarray] = field(default_factory=list)
     probabilities: list[np.ndarray] = field(default_factory=list)
+    unknown: list[bool] = field(default_factory=list)
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
     known: int = 0
     left_out: int = 0
@@ -221,12 +222,16 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
         ]
         pictures = [jpeg(thumbnail(new.paths[row], _THUMBNAIL)) for row in rows]
         figures = _figures(sides, comparisons, champion.classifier.classes)
+    estimate = None
+    if new.paths:
+        estimate = forecast.told(champion.version.tags, np.stack(new.probabilities), np.array(new.unknown))
     report: dict[str, Any] = {
         "model": champion.classifier.name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         **verdict(comparisons, counts, champion.classifier.name, params.drift),
         "photos": counts,
         "comparisons": [vars(each) | {"warns": each.warns(params.drift)} for each in comparisons],
+        "forecast": estimate,
         "most_unlike": unlike,
         "unreadable": [{"photo": predict.shown(path), "why": why} for path, why in new.unreadable],
     }
@@ -425,6 +430,8 @@ def find_champion(paths: Paths, params: Params) -> Champion:
         raise TouchlineError(f"{name} has no champion yet: `make run` trains one")
     stored = registered.model(paths, version)
     found = from_stored(stored, f"{name} version {version.number}", params.compute.engine)
+    if params.predict.unknown_share is not None:
+        found = with_reference(found)
     return Champion(found, version, stored.training_photos)
 
 
@@ -447,7 +454,7 @@ def _look(
     """Read the photos, and put each that is new through the model and the backbone."""
     from touchline.models import backbones
 
-    model = champion.classifier.network.forward
+    classifier = champion.classifier
     frozen = backbones.network(backbone, paths.project, params.compute.engine).forward
     work = partial(
         _read, sides=(champion.classifier.side, backbone.image_size), max_megapixels=params.validate_.max_megapixels
@@ -470,7 +477,11 @@ def _look(
             new.paths += [each.path for each in fresh]
             new.hashes += [each.perceptual_hash for each in fresh]
             new.measured += [each.measured for each in fresh]
-            new.probabilities += list(model(np.stack([each.images[0] for each in fresh])))
+            judged = classifier.forward(np.stack([each.images[0] for each in fresh]))
+            new.probabilities += list(judged[:, : len(classifier.classes)])
+            similar = classifier.similarities(judged)
+            answers = (classifier.answer(*each, params.predict) for each in zip(judged, similar, strict=True))
+            new.unknown += [answer.label == UNKNOWN for answer in answers]
             new.embeddings += list(frozen(np.stack([each.images[1] for each in fresh])))
     return new
 
@@ -626,4 +637,6 @@ def _print(report: Mapping[str, Any], paths: Paths) -> None:
             shown.add_row(each["what"], each["against"], *numbers, f"{each['corrected']:.4f}", warning)
         Console().print(shown)
     print(report["verdict"])
+    if report["forecast"]:
+        print(report["forecast"]["says"])
     print(f"look through {paths.relative(paths.reports / 'drift.html')}; all figures: reports/drift.json")

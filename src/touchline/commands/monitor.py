@@ -5,6 +5,7 @@ was asked about more than once counts once there, and photos that the champion l
 Rates, milliseconds and errors count every row.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,8 +22,8 @@ from touchline.core.params import MonitorParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
 from touchline.data import served
-from touchline.models import inference, scores
-from touchline.models.classifier import UNKNOWN, UNSURE, Classifier, with_reference
+from touchline.models import forecast, inference, scores
+from touchline.models.classifier import UNKNOWN, UNSURE, Classifier
 from touchline.report import html, plots
 from touchline.sources import feedback
 
@@ -126,7 +127,7 @@ def run(paths: Paths, params: Params) -> str:
     now, watch = datetime.now(UTC), params.monitor
     champion = drift.find_champion(paths, params)
     classifier, version, learned_from = champion.classifier, champion.version, champion.learned_from
-    rows = served.read(paths.served, now - timedelta(days=watch.days), set(served.COLUMNS) - {"probabilities"})
+    rows = served.read(paths.served, now - timedelta(days=watch.days))
     own = rows[(rows["model_sha256"] == version.model_sha256) & (rows["role"] == served.CHAMPION)]
     recent = own[own["time"] >= (now - timedelta(days=watch.recent_days)).timestamp()]
     asked = _once(recent, learned_from)
@@ -151,6 +152,7 @@ def run(paths: Paths, params: Params) -> str:
         "test": asdict(on_test) if on_test else None,
         "comparisons": [vars(each) | {"warns": each.warns(params.drift)} for each in comparisons],
         "accuracy": {"in use": asdict(in_use) if in_use else None, "test": asdict(of_test) if of_test else None},
+        "forecast": _forecast(version, asked, classifier.classes),
         "age_days": age,
         "days": [
             {"day": day, "model": model, **asdict(Figures.of(part, classifier.classes))}
@@ -233,11 +235,9 @@ def _test_photos(paths: Paths, params: Params, classifier: Classifier, learned_f
         if len(test) < FEWEST:
             raise TouchlineError(f"data/split.csv has {len(test)} test photos that it did not learn from")
         files = [paths.workspace / path for path in test["path"]]
-        # Asked as `serve` asks it, so that what they differ in is the photos.
-        asked = classifier if params.predict.unknown_share is None else with_reference(classifier)
-        found, _ = inference.predict(asked.network, files, "test photos", asked.forward)
-        similar = asked.similarities(found)
-        answers = [asked.answer(*each, params.predict) for each in zip(found, similar, strict=True)]
+        found, _ = inference.predict(classifier.network, files, "test photos", classifier.forward)
+        similar = classifier.similarities(found)
+        answers = [classifier.answer(*each, params.predict) for each in zip(found, similar, strict=True)]
     except TouchlineError as error:
         say(f"{classifier.name} is not held against the test photos: {error}")
         return None
@@ -263,6 +263,14 @@ def _in_use(paths: Paths, rows: "pd.DataFrame", classes: Sequence[str]) -> Right
     truth = rows["photo"].map(feedback.labels(paths.feedback))
     known = truth.isin(classes)
     return Right.of(int((rows["guess"] == truth)[known].sum()), int(known.sum())) if known.any() else None
+
+
+def _forecast(version: "Version", rows: "pd.DataFrame", classes: Sequence[str]) -> dict[str, Any] | None:
+    """How right the champion is on these photos, by its probabilities; None where that cannot be told."""
+    if len(rows) < FEWEST:
+        return None
+    probabilities = np.array([[found[name] for name in classes] for found in map(json.loads, rows["probabilities"])])
+    return forecast.told(version.tags, probabilities, (rows["label"] == UNKNOWN).to_numpy())
 
 
 def _age(version: "Version", now: datetime) -> int | None:
@@ -361,6 +369,8 @@ def _log(paths: Paths, params: Params, version: "Version", report: Mapping[str, 
     figures = {**report["recent"], **{f"share/{name}": share for name, share in report["recent"]["classes"].items()}}
     if report["accuracy"]["in use"]:
         figures["accuracy"] = report["accuracy"]["in use"]["accuracy"]
+    if report["forecast"]:
+        figures["forecast"] = report["forecast"]["accuracy"]
     figures["warnings"] = len(report["warnings"])
     numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
     try:
@@ -371,4 +381,6 @@ def _log(paths: Paths, params: Params, version: "Version", report: Mapping[str, 
 
 def _print(report: Mapping[str, Any], paths: Paths) -> None:
     print(report["verdict"])
+    if report["forecast"]:
+        print(report["forecast"]["says"])
     print(f"look through {paths.relative(paths.reports / 'monitor.html')}; all figures: reports/monitor.json")

@@ -271,8 +271,6 @@ def files(folder: Path) -> list[Path]:
 
 def expired(folder: Path, params: MonitorParams) -> list[Path]:
     """The files beyond `monitor.keep_days` and, the oldest first, `monitor.keep_megabytes`; none that is written to."""
-    import psutil
-
     first = f"{datetime.now(UTC) - timedelta(days=params.keep_days):%Y-%m-%d}"
     room = 1e6 * params.keep_megabytes
     gone, newest = [], set[str]()
@@ -280,11 +278,21 @@ def expired(folder: Path, params: MonitorParams) -> list[Path]:
         room -= _size(file)
         # The last one of a process that runs is open.
         process = file.stem.split("-")[-2] if file.stem.count("-") >= 2 else ""
-        is_open = process not in newest and process.isdecimal() and psutil.pid_exists(int(process))
+        is_open = process not in newest and _began(process) <= _day(file)
         newest.add(process)
         if not is_open and (room < 0 or _day(file) < first):
             gone.append(file)
     return gone[::-1]
+
+
+def _began(process: str) -> str:
+    """The day on which a process of this id began; later than any if there is none."""
+    import psutil
+
+    try:
+        return f"{datetime.fromtimestamp(psutil.Process(int(process)).create_time(), UTC):%Y-%m-%d}"
+    except (psutil.Error, ValueError):
+        return "9999"
 
 
 def delete(file: Path) -> None:

@@ -25,8 +25,9 @@ from touchline.core.params import (
 from touchline.core.progress import say
 from touchline.data import photos
 from touchline.data.feature_store import Arrays, Stream
-from touchline.models import heads, training
+from touchline.models import forecast, heads, training
 from touchline.models.engines import Network
+from touchline.models.forecast import Forecaster
 from touchline.models.heads import Head
 from touchline.models.training import Labelled, OnEpoch, Task, Trained
 
@@ -145,7 +146,7 @@ def _train_head(params: HeadParams, task: Task) -> Trained:
 
     both = Labelled.together(task.train, task.validation)
     imagenet = partial(backbones.imagenet, task.features, task.project)
-    head, kept, whole_head = _fit_head(params, task, both)
+    head, kept, whole_head, forecasts = _fit_head(params, task, both)
     if params.fine_tune.blocks:
         build = partial(transfer, head, task.features, task.project)
         model = training.built(build, params.fine_tune.batch_size, task.devices)
@@ -157,10 +158,12 @@ def _train_head(params: HeadParams, task: Task) -> Trained:
     def seen(_: Network, chosen: np.ndarray) -> np.ndarray:
         return task.arrays[training.pick(both.digests, chosen)].astype(np.float32)
 
-    return Trained(whole, task.history, kept, both, seen, imagenet)
+    return Trained(whole, task.history, kept, both, seen, imagenet, forecasts)
 
 
-def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int, Head]:
+def _fit_head(
+    params: HeadParams, task: Task, both: Labelled
+) -> tuple[Head, int, Head, Callable[[], Forecaster | None]]:
     """The head of the strength that cross-validation of the training photos finds best.
 
     Args:
@@ -168,7 +171,8 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
 
     Returns:
         The head fitted to the training photos, which is what validation judges; the number of its row of the history;
-        and the head fitted, with the same strength, to both, since nothing is left to be chosen by validation.
+        the head fitted, with the same strength, to both, since nothing is left to be chosen by validation; and what
+        gives the forecast of its accuracy.
     """
     train, first = task.train, len(task.train.labels)
     rows, learned, judged = _rows_of_head(task.arrays, both.digests, first)
@@ -203,7 +207,7 @@ def _fit_head(params: HeadParams, task: Task, both: Labelled) -> tuple[Head, int
         for subset, (of_subset, accuracy) in (("train", on_train), ("validation", on_validation)):
             row |= {f"{subset}/loss": round(of_subset, 6), f"{subset}/accuracy": round(accuracy, 6)}
         task.remember(row)
-    return fitted[kept], kept, whole
+    return fitted[kept], kept, whole, partial(forecast.of_head, sample, labels, groups, strength, params)
 
 
 def _held(arrays: Arrays) -> int:

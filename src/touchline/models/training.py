@@ -21,6 +21,7 @@ from touchline.data.feature_store import Arrays
 from touchline.models import inference
 from touchline.models.augmentation import augment
 from touchline.models.engines import Network
+from touchline.models.forecast import Forecaster
 from touchline.models.reference import ImageNet
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Trained:
         seen: gives some of these, by their positions, as the last layer of the finished network is given them; see
             `seen`. None: by their files.
         imagenet: gives what tells ImageNet's classes by these, if the backbone's weights have it.
+        forecast: gives what estimates its accuracy on photos without labels, where that can be learned cheaply.
     """
 
     make: Callable[[], "keras.Model"]
@@ -106,6 +108,7 @@ class Trained:
     learned_from: Labelled
     seen: Callable[[Network, np.ndarray], np.ndarray] | None = None
     imagenet: Callable[[], ImageNet | None] = lambda: None
+    forecast: Callable[[], Forecaster | None] = lambda: None
 
     @cached_property
     def model(self) -> "keras.Model":

@@ -259,6 +259,7 @@ def _register(
         runs.REASON: decision.reason,
         "touchline.classes": json.dumps(record["classes"]),
         runs.LICENCES: json.dumps(licences),
+        "touchline.forecast": json.dumps(record.get("forecast")),
     }
     # MLflow's list of versions shows the beginning, as plain text.
     verdict = "Became champion" if decision.promote else "Did not become champion"

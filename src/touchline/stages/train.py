@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,8 @@ def run(paths: Paths, params: Params, name: str) -> str:
         path = paths.models / f"{name}.keras"
         record |= _write(trained, path, params.classes)
         record |= _results(trained, time.monotonic() - began)
+        forecaster = trained.forecast()
+        record["forecast"] = asdict(forecaster) if forecaster else None
         record["description"] += f"\n\n{_kept(trained.history, trained.kept)}"
         logged.log(runs.describe, record["description"])
         record["ended"] = _now()
