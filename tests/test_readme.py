@@ -25,7 +25,7 @@ from boards import Board, free_ports
 from PIL import Image
 from ruamel.yaml import YAML
 from test_export import EXPORT
-from test_serve import ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_ASK, MLFLOW_JSON, MLFLOW_SERVE, SERVE
+from test_serve import ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_ASK, MLFLOW_SERVE, SERVE
 
 from touchline.core.params import check
 from touchline.core.paths import Paths
@@ -43,7 +43,7 @@ NOT_HERE = {
         "test_pipeline.py, where there is an experiment",
     ),
     **dict.fromkeys(
-        (SERVE, ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_SERVE, MLFLOW_JSON, MLFLOW_ASK),
+        (SERVE, ASK, ASK_IN_A_FORM, ASK_OF_SEVERAL, MLFLOW_SERVE, MLFLOW_ASK),
         "test_serve.py, which compares the answers",
     ),
     **dict.fromkeys(
