@@ -10,8 +10,8 @@ processor seconds and memory are what the system counted for the process and tho
 - predict: `touchline predict` of one photo, the whole command.
 - many: the same of `--count` links to the photos.
 - files: `--count` links to the photos beside Keras's own pipeline with the same network: benchmarks/predict.py.
-- serve: `touchline serve`, from its start to its first answer, its memory after it, and seconds of an answer with one
-  and with eight clients.
+- serve: `touchline serve` beside MLflow's own server, from its start to its first answer, its memory after it, and
+  seconds of an answer with one and with eight clients.
 - features: `touchline features pooled` of all photos of the project, in a copy of its folder, twice: with nothing
   stored, and once more after the stored rows were deleted.
 - run: `dvc repro` from nothing in a copy of the project's folder, what `make run` does after installation.
@@ -21,16 +21,21 @@ processor seconds and memory are what the system counted for the process and tho
 """
 
 import argparse
+import base64
 import http.client
+import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -119,43 +124,81 @@ def head(*given: Any) -> None:
 
 def serve(project: Path, found: list[Path], options: argparse.Namespace) -> None:
     contents = [path.read_bytes() for path in found[:ANSWERS]]
+    for name, server in SERVERS.items():
+        starts, memory = [], []
+        waits: dict[int, list[float]] = {1: [], 8: []}
+        for _ in range(options.rounds):
+            port = free_port()
+            ask = partial(asked, port, server.path, server.headers)
+            bodies = [server.body(content) for content in contents]
+            began = time.perf_counter()
+            # In a session of its own: MLflow's server starts others, and ends without them.
+            process = subprocess.Popen(
+                [*server.command(port)], cwd=project, env=os.environ | server.environment, start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            try:
+                while True:
+                    try:
+                        ask(bodies[0])
+                        break
+                    except OSError:
+                        assert process.poll() is None, "the server ended"
+                        time.sleep(0.02)
+                starts.append(time.perf_counter() - began)
+                for clients, seconds in waits.items():
+                    with ThreadPoolExecutor(clients) as pool:
+                        seconds.extend(pool.map(ask, bodies))
+                started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                memory.append(sum(each.memory_info().rss for each in started) / 2**20)
+            finally:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        print(f"{name}: {median(starts):.2f} s from its start to its first answer, {median(memory):.0f} MB")
+        for clients, seconds in waits.items():
+            p50, p99 = (1000 * float(np.quantile(seconds, share)) for share in (0.5, 0.99))
+            several = "s" if clients > 1 else ""
+            print(f"{name}, {clients} client{several}: p50 {p50:.0f} ms, p99 {p99:.0f} ms", flush=True)
 
-    def asked(port: int, content: bytes) -> float:
-        began = time.perf_counter()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/predict", content)
-        answer = connection.getresponse()
-        answer.read()
-        assert answer.status == 200, answer.status
-        connection.close()
-        return time.perf_counter() - began
 
-    starts, memory = [], []
-    waits: dict[int, list[float]] = {1: [], 8: []}
-    for _ in range(options.rounds):
-        port = free_port()
-        began = time.perf_counter()
-        process = subprocess.Popen([*TOUCHLINE, "serve", "--port", str(port)], cwd=project, stdout=subprocess.DEVNULL)
-        try:
-            while True:
-                try:
-                    asked(port, contents[0])
-                    break
-                except OSError:
-                    assert process.poll() is None, "the server ended"
-                    time.sleep(0.02)
-            starts.append(time.perf_counter() - began)
-            for clients, seconds in waits.items():
-                with ThreadPoolExecutor(clients) as pool:
-                    seconds.extend(pool.map(partial(asked, port), contents))
-            memory.append(psutil.Process(process.pid).memory_info().rss / 2**20)
-        finally:
-            process.terminate()
-            process.wait()
-    print(f"serve: {median(starts):.2f} s from its start to its first answer, {median(memory):.0f} MB")
-    for clients, seconds in waits.items():
-        p50, p99 = (1000 * float(np.quantile(seconds, share)) for share in (0.5, 0.99))
-        print(f"serve, {clients} client{'s' if clients > 1 else ''}: p50 {p50:.0f} ms, p99 {p99:.0f} ms", flush=True)
+def asked(port: int, path: str, headers: dict[str, str], body: bytes) -> float:
+    """Seconds of an answer."""
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", path, body, headers)
+    answer = connection.getresponse()
+    answer.read()
+    assert answer.status == 200, answer.status
+    connection.close()
+    return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server of a model is started and asked."""
+
+    command: Callable[[int], list[str]]
+    path: str
+    body: Callable[[bytes], bytes]
+    headers: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+SERVERS = {
+    "touchline serve": Server(
+        lambda port: [*TOUCHLINE, "serve", "--port", str(port)], "/predict", lambda content: content
+    ),
+    "mlflow models serve": Server(
+        lambda port: [
+            sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/rugby-soccer@champion",
+            "--env-manager", "local", "--port", str(port),
+        ],
+        "/invocations",
+        lambda content: json.dumps({"inputs": [base64.b64encode(content).decode()]}).encode(),
+        {"Content-Type": "application/json"},
+        {"MLFLOW_TRACKING_URI": "sqlite:///mlflow/mlflow.db"},
+    ),
+}  # fmt: skip
 
 
 def free_port() -> int:
