@@ -368,6 +368,17 @@ def list_versions() -> None:
     Console().print(table)
 
 
+@registry.command("compare")
+def compare_versions(
+    first: Annotated[str, typer.Argument(metavar="VERSION", help="number or alias")],
+    second: Annotated[str, typer.Argument(metavar="VERSION", help="number or alias")],
+) -> None:
+    """Compare two versions on recorded photos that both answered; write reports/compare.html."""
+    from touchline.commands import compare
+
+    compare.run(*_project(), first, second)
+
+
 @registry.command("sync")
 def sync() -> None:
     """Restore missing runs, versions and the champion in the store from the project's files."""
@@ -415,11 +426,22 @@ def serve(
     allowed_host: _Allowed = None,
     record: _Record = False,
     record_photos: _RecordPhotos = False,
+    shadow: Annotated[
+        str, typer.Option(help="a model that is asked too, where there is room, and only recorded; as for --model")
+    ] = "",
+    canary: Annotated[
+        float,
+        typer.Option(help="share of photos that --shadow (default: the challenger) answers; recorded", min=0, max=1),
+    ] = 0.0,
 ) -> None:
     """Classify photos over HTTP until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
     from touchline.commands import serve
 
-    serve.run(*_project(), model, host, port, allowed_host or (), record=record, record_photos=record_photos)
+    paths, params = _project()
+    serve.run(
+        paths, params, model, host, port, allowed_host or (),
+        record=record, record_photos=record_photos, shadow=shadow, canary=canary,
+    )  # fmt: skip
 
 
 @app.command("app")

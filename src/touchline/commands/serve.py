@@ -19,12 +19,14 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
+from touchline.commands import serve_beside
 from touchline.commands.serve_batches import Batches
+from touchline.commands.serve_beside import Beside, Canary, Shadow
 from touchline.commands.serve_metrics import Measured, Metrics
 from touchline.core import guard, ports
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data.served import Recorder
+from touchline.data.served import CANARY, Recorder
 from touchline.models.classifier import Answer, Classifier, resolve_to_serve
 from touchline.models.inference import BATCH
 from touchline.report import html
@@ -111,12 +113,15 @@ def run(
     *,
     record: bool = False,
     record_photos: bool = False,
+    shadow: str = "",
+    canary: float = 0.0,
 ) -> None:
     """Serve the model that is asked for (see `classifier.resolve_to_serve`) until Ctrl-C or SIGTERM.
 
     Args:
         allowed_hosts: see `guard.Guard`.
         record: keep a row of each photo; `record_photos`: and a thumbnail.
+        shadow, canary: see `serve_beside.found`; both keep a record.
 
     Raises:
         TouchlineError: the port is not free, there is no such model, or the record cannot be written.
@@ -126,16 +131,18 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), ports.bound(host, port) as listening, ExitStack() as recording:
         classifier = resolve_to_serve(paths, params, wanted)
+        beside = serve_beside.found(paths, params, classifier, shadow, canary) if shadow or canary else None
         recorder = None
-        if record or record_photos:
+        if record or record_photos or shadow or canary:
             model = classifier.name, classifier.files.model_sha256
             recorder = recording.enter_context(
                 Recorder(paths.served, params.monitor, *model, keep_photos=record_photos)
             )
         # Asked for the first time, the engine gets ready: 0.2 s for one photo at a time, 0.4 s for several.
-        for count in (1, 2):
-            classifier.network.forward(np.zeros((count, classifier.side, classifier.side, 3), np.uint8))
-        serving = server(classifier, params, host=host, allowed_hosts=allowed_hosts, recorder=recorder)
+        for each in (classifier, beside.classifier) if beside else (classifier,):
+            for count in (1, 2):
+                each.network.forward(np.zeros((count, each.side, each.side, 3), np.uint8))
+        serving = server(classifier, params, host=host, allowed_hosts=allowed_hosts, recorder=recorder, beside=beside)
         # Until here a client is turned away, and does not hang.
         listening.listen()
         print(f"{classifier.name}: {ports.url(host, port)} (Ctrl-C ends it)", flush=True)
@@ -149,12 +156,13 @@ def server(
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
     recorder: Recorder | None = None,
+    beside: Beside | None = None,
 ) -> uvicorn.Server:
     """A server of the model, ready to run on a socket that is bound to `host`."""
     limits = limits or Limits()
     return uvicorn.Server(
         uvicorn.Config(
-            guard.Guard(application(classifier, params, limits, recorder), host, allowed_hosts),
+            guard.Guard(application(classifier, params, limits, recorder, beside), host, allowed_hosts),
             http="h11",
             ws="none",
             lifespan="on",
@@ -170,11 +178,25 @@ def server(
     )
 
 
-def application(classifier: Classifier, params: Params, limits: Limits, recorder: Recorder | None = None) -> FastAPI:
+def application(
+    classifier: Classifier,
+    params: Params,
+    limits: Limits,
+    recorder: Recorder | None = None,
+    beside: Beside | None = None,
+) -> FastAPI:
     """The HTTP API. What it refuses comes as `Refusal`: 400, 408, 413, 422, 503."""
-    batches, metrics = Batches(classifier, params, limits.photos, limits.photo, recorder), Metrics(classifier.name)
+    metrics = Metrics(classifier.name)
+    most = params, limits.photos, limits.photo, recorder
+    shadow = canary = None
     if recorder:
         recorder.on_lost = metrics.unrecorded.inc
+    if recorder and beside and beside.is_shadow:
+        shadow = Shadow(beside.classifier, params, recorder)
+        shadow.on_photo = lambda outcome: metrics.shadow.labels(outcome).inc()
+    if beside and beside.canary_share:
+        canary = Canary(Batches(beside.classifier, *most, role=CANARY), beside.canary_share)
+    batches = Batches(classifier, *most, shadow, canary)
     metrics.in_progress.set_function(lambda: batches.photos)
     app = FastAPI(
         title="Touchline",
@@ -199,14 +221,14 @@ def application(classifier: Classifier, params: Params, limits: Limits, recorder
         batches.refuse_if_full()
         photos = await _photos(request, limits)
         answers = await batches.answers(content for _, content in photos)
-        for answer in answers:
+        for answer, _ in answers:
             metrics.photos.labels(answer.status_code if isinstance(answer, HTTPException) else 200).inc()
         if len(photos) > 1:
-            return [_of_several(name, answer, classifier) for (name, _), answer in zip(photos, answers, strict=True)]
-        [answer] = answers
+            return [_of_several(name, *answer) for (name, _), answer in zip(photos, answers, strict=True)]
+        [(answer, model)] = answers
         if isinstance(answer, HTTPException):
             raise answer
-        return Prediction(**vars(answer), model=classifier.name)
+        return Prediction(**vars(answer), model=model)
 
     @app.get("/healthz", summary="Say that the server runs", response_description="It runs.")
     async def healthz() -> Alive:
@@ -237,10 +259,10 @@ def application(classifier: Classifier, params: Params, limits: Limits, recorder
     return app
 
 
-def _of_several(name: str, answer: Answer | HTTPException, classifier: Classifier) -> PredictionOfOne | RefusalOfOne:
+def _of_several(name: str, answer: Answer | HTTPException, model: str) -> PredictionOfOne | RefusalOfOne:
     if isinstance(answer, HTTPException):
         return RefusalOfOne(photo=name, detail=answer.detail)
-    return PredictionOfOne(photo=name, **vars(answer), model=classifier.name)
+    return PredictionOfOne(photo=name, **vars(answer), model=model)
 
 
 async def _photos(request: Request, limits: Limits) -> list[tuple[str, bytes]]:

@@ -6,20 +6,22 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import numpy as np
 from fastapi import FastAPI, HTTPException
 
+from touchline.commands.serve_beside import Canary, Shadow
 from touchline.core.errors import TouchlineError
 from touchline.core.params import Params
-from touchline.data.served import Asked, Recorder
+from touchline.data.served import CHAMPION, Asked, Recorder
 from touchline.models.classifier import Answer, Classifier, pixels
 from touchline.models.inference import BATCH
 
 _log = logging.getLogger(__name__)
 # What the model makes of a photo, and how similar that is to its training photos.
 _Judged = tuple[np.ndarray, float | None]
+Answered = tuple[Answer | HTTPException, str]
 
 
 class Batches:
@@ -29,26 +31,45 @@ class Batches:
         most: photos that may be decoded or wait for the model at a time.
         most_bytes: of one photo's file.
         recorder: keeps what was asked; None keeps nothing.
+        shadow: is asked too, about photos that were answered. canary: answers a share of the photos.
+        role: as in `served.Row`.
 
     Attributes:
         photos: how many there are now.
     """
 
     def __init__(
-        self, classifier: Classifier, params: Params, most: int, most_bytes: int, recorder: Recorder | None = None
+        self,
+        classifier: Classifier,
+        params: Params,
+        most: int,
+        most_bytes: int,
+        recorder: Recorder | None = None,
+        shadow: Shadow | None = None,
+        canary: Canary | None = None,
+        role: str = CHAMPION,
     ) -> None:
         self._classifier, self._params, self._recorder = classifier, params, recorder
+        self._shadow, self._canary, self._role = shadow, canary, role
+        if shadow:
+            shadow.is_busy = lambda: self.photos > 0
         self._most, self._most_bytes = most, most_bytes
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[_Judged]]] = asyncio.Queue()
         self.photos = 0
 
     @asynccontextmanager
-    async def open(self, _: FastAPI) -> AsyncIterator[None]:
+    async def open(self, app: FastAPI) -> AsyncIterator[None]:
         """Answer while the block runs."""
         import cv2
 
         cv2.setNumThreads(1)  # photos are spread over the cores; OpenCV spreading each one over them too only costs
-        with ThreadPoolExecutor(os.cpu_count()) as self._decoders, ThreadPoolExecutor(1) as self._asker:
+        async with AsyncExitStack() as running:
+            self._decoders = running.enter_context(ThreadPoolExecutor(os.cpu_count()))
+            self._asker = running.enter_context(ThreadPoolExecutor(1))
+            if self._shadow:
+                running.enter_context(self._shadow)
+            if self._canary:
+                await running.enter_async_context(self._canary.batches.open(app))
             asking = asyncio.create_task(self._ask())
             try:
                 yield
@@ -60,8 +81,8 @@ class Batches:
         if self.photos + photos > self._most:
             raise HTTPException(503, "too many requests at once: try again in a moment", {"Retry-After": "1"})
 
-    async def answers(self, photos: Iterable[bytes]) -> list[Answer | HTTPException]:
-        """The answer to each photo, in their order, or why there is none.
+    async def answers(self, photos: Iterable[bytes]) -> list[Answered]:
+        """The answer to each photo, in their order, or why there is none; and the name of the model that gave it.
 
         Raises:
             HTTPException: there is no room for them.
@@ -70,9 +91,17 @@ class Batches:
         self.refuse_if_full(len(photos))
         self.photos += len(photos)
         try:
-            return await asyncio.gather(*map(self._answer, photos))
+            return await asyncio.gather(*map(self._routed, photos))
         finally:
             self.photos -= len(photos)
+
+    async def _routed(self, photo: bytes) -> Answered:
+        if self._canary and self._canary.takes(photo):
+            answered = await self._canary.batches._routed(photo)
+            # A canary that fails has said so in the log and in the record. The client gets the champion's answer.
+            if not (isinstance(answered[0], HTTPException) and answered[0].status_code == 500):
+                return answered
+        return await self._answer(photo), self._classifier.name
 
     async def _answer(self, photo: bytes) -> Answer | HTTPException:
         began = time.perf_counter()
@@ -80,7 +109,10 @@ class Batches:
         answer = decoded if isinstance(decoded, HTTPException) else await self._judged(decoded)
         if self._recorder and asked:
             said = answer.detail if isinstance(answer, HTTPException) else vars(answer)
-            self._recorder.add(asked, said, 1000 * (time.perf_counter() - began))
+            named = (self._classifier.name, self._classifier.files.model_sha256) if self._role != CHAMPION else None
+            self._recorder.add(asked, said, 1000 * (time.perf_counter() - began), role=self._role, model=named)
+            if self._shadow and isinstance(answer, Answer):
+                self._shadow.offer(photo, asked)
         return answer
 
     async def _judged(self, decoded: np.ndarray) -> Answer | HTTPException:

@@ -26,6 +26,7 @@ class Metrics:
         seconds: from the head of such a request to the head of its answer.
         photos: photos in them, by status; a request may have several.
         in_progress: photos being decoded or waiting for the model.
+        shadow: photos that were offered to a shadow, by what came of it.
         unrecorded: answers that `--record` could not keep.
 
     Args:
@@ -41,6 +42,7 @@ class Metrics:
             "touchline_request_seconds", "Seconds until the answer to /predict.", buckets=_SECONDS, registry=registry
         )
         self.photos = Counter("touchline_photos", "Photos in requests to /predict.", ["status"], registry=registry)
+        self.shadow = Counter("touchline_shadow", "Photos offered to the shadow.", ["outcome"], registry=registry)
         self.unrecorded = Counter("touchline_unrecorded", "Answers that the record has lost.", registry=registry)
         self.in_progress = Gauge("touchline_photos_in_progress", "Photos being judged.", registry=registry)
 

@@ -33,8 +33,9 @@ from touchline.data.thumbnails import at_its_aspect, jpeg_file
 if TYPE_CHECKING:
     import pandas as pd
 
-# The part of a model in an answer: the champion gave it, or whatever model was asked for in its place.
-CHAMPION = "champion"
+# The part of a model in an answer: the champion gave it, or whatever model was asked for in its place; a challenger was
+# asked beside it; or a challenger gave it in its place.
+CHAMPION, SHADOW, CANARY = "champion", "shadow", "canary"
 SUFFIX = ".sqlite"
 _VERSION = 1
 _TABLES = f"""
