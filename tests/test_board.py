@@ -341,7 +341,7 @@ def test_elsewhere_flows_log_in_to_the_server_that_the_user_names(board, other):
         "with get_client(sync_client=True) as client: print(len(client.read_deployments()), 'deployments')"
     )
     login = {"PREFECT_API_URL": board.api_url, "PREFECT_API_AUTH_STRING": board.auth_string}
-    assert "4 deployments" in other.run(sys.executable, "-c", count, **login)
+    assert "5 deployments" in other.run(sys.executable, "-c", count, **login)
 
 
 def test_beside_a_board_the_server_that_the_user_names_keeps_its_password(board):
