@@ -35,6 +35,14 @@ from touchline.tracking.runs import open_store
 
 ROOT = projects.REPOSITORY
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN_SERVER = (
+    "export PREFECT_API_URL=http://prefect.example.org:4200/api",
+    "export PREFECT_API_AUTH_STRING=admin:secret",
+    "prefect work-pool create touchline --type process",
+    "prefect work-pool set-concurrency-limit touchline 1",
+    "prefect deploy --all",
+    "TOUCHLINE_PROJECT=$PWD prefect worker start --pool touchline",
+)
 # Run elsewhere.
 NOT_HERE = {
     "make test": "it runs this",
@@ -49,6 +57,7 @@ NOT_HERE = {
     **dict.fromkeys(
         ("touchline serve --record", "touchline serve --record-photos"), "test_served.py, which reads what it keeps"
     ),
+    **dict.fromkeys(OWN_SERVER, "test_team.py, which has a Prefect server with a password"),
     "touchline predict rtsp://camera.example/live --seconds 60": "test_video.py, which has a camera on loopback",
     EXPORT: "test_export.py, which asks the exported model",
 }
@@ -227,14 +236,15 @@ def test_what_is_run_elsewhere_is_printed_there():
 
 def test_the_champion_loads_as_printed(project):
     block = next(block for block in blocks(ROOT / "README.md", "python") if "load_model" in block)
-    side = projects.SMALL["features.pooled.image_size"]
-    photos = f"import numpy; photos = numpy.zeros((2, {side}, {side}, 3), numpy.uint8)"
-    without = "import sys; sys.modules['touchline'] = None"  # importing it fails from here on
     *lines, last = block.strip().splitlines()
-    said = project.run(
-        sys.executable, "-c", "\n".join([without, photos, *lines, f"print(({last.partition('#')[0]}).shape)"])
+    # -S leaves out site-packages' .pth files, by which an editable install would bring touchline in.
+    there = [path for path in sys.path if path.endswith("site-packages")]
+    without = (
+        f"import sys; sys.path += {there!r}\nfrom importlib import util\nassert util.find_spec('touchline') is None"
     )
-    assert said.splitlines()[-1] == "(2, 2)"
+    script = "\n".join([without, *lines, f"print(({last.partition('#')[0]}).shape)"])
+    said = project.run(sys.executable, "-S", "-c", script, PYTHONPATH="")
+    assert said.splitlines()[-1] == "(1, 2)"
 
 
 @pytest.mark.parametrize("block", SETTINGS)

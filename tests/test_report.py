@@ -21,6 +21,7 @@ from touchline.models import engines
 from touchline.models.classifier import Classifier
 from touchline.models.inference import ModelFiles
 from touchline.report import page as report
+from touchline.sources import imagenet
 from touchline.stages import evaluate, train
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> projects.Project:
     table["class"] = table["class"].replace({"rugby": CLASS})
     table["title"], table["author"], table["landing_page"] = TITLE, AUTHOR, PAGE
     table.loc[table.index % 2 == 0, "landing_page"] = "javascript:alert(3)"
-    table.loc[table.index % 3 == 0, ["source", "title"]] = ["imagenet", "secret"]
+    table.loc[table.index % 3 == 0, ["source", "title", "licence"]] = ["imagenet", "secret", imagenet.TERMS]
     files.write_table(root / "data/split.csv", table)
     for name in ("cnn", "transfer"):
         record = project.json(f"models/{name}.json") | {"classes": [CLASS, "soccer"]}
@@ -95,13 +96,15 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-def test_hostile_titles_and_classes_stay_text(page: Page) -> None:
+def test_hostile_titles_and_classes_stay_text(project: projects.Project, page: Page) -> None:
     assert TITLE in page.text and CLASS in page.text and AUTHOR in page.text
     assert not page.all("script", "b", "link", "iframe", "object")
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     addresses = {str(attributes["href"]) for attributes in page.all("a")}
     assert PAGE in addresses
-    assert all(address.startswith(("#", "https://")) for address in addresses)
+    beside = {"validation.html", "../data/croissant.json"}
+    assert all(address.startswith(("#", "https://")) or address in beside for address in addresses)
+    assert all((project.root / "reports" / name).is_file() for name in beside)
 
 
 def test_photos_of_imagenet_are_not_shown_unless_they_may_be(project: projects.Project, page: Page) -> None:
@@ -228,7 +231,9 @@ def test_the_decision_is_one_sentence(registered: int | None, promoted: bool, be
 
 def test_few_mistakes_are_filled_up_with_the_least_sure_right_answers(params_with: Callable[..., Params]) -> None:
     labels = ["rugby", "soccer"] * 10
-    test = pd.DataFrame({"path": [f"{n}.jpg" for n in range(20)], "class": labels, "source": "folder", "group": ""})
+    test = pd.DataFrame(
+        {"path": [f"{n}.jpg" for n in range(20)], "class": labels, "source": "folder", "group": "", "licence": ""}
+    )
     confidence = np.linspace(0.55, 0.95, 20)
     answers = np.arange(20) % 2
     answers[[4, 9]] = 1 - answers[[4, 9]]

@@ -152,7 +152,7 @@ def test_two_clones_at_once_leave_whole_runs_two_versions_and_one_champion(
 
     seen = see("at-once")
     records = [clone.json(f"models/{name}.json") for clone in clones for name in ("cnn", "transfer")]
-    assert len({record["run_id"] for record in records}) == 4
+    assert len({record["run_id"] for record in records}) == 5
     for record in records:
         seen.has_whole_run(record)
     seen.has_sound_versions(2)
@@ -404,8 +404,8 @@ def test_a_deployment_runs_on_a_prefect_server_with_postgresql(
     )
     states = team.rows("prefect", "SELECT state_type, count(*) FROM flow_run GROUP BY state_type")
     assert dict(states).get("COMPLETED") == 1, output
-    assert len(team.rows("prefect", "SELECT name FROM deployment")) == 4
-    record_property("fault", "no fault, Prefect on PostgreSQL: 1 flow run completed by a worker, 4 deployments")
+    assert len(team.rows("prefect", "SELECT name FROM deployment")) == 5
+    record_property("fault", "no fault, Prefect on PostgreSQL: 1 flow run completed by a worker, 5 deployments")
 
 
 def _serves(port: int) -> bool:

@@ -7,6 +7,7 @@ outside its reach.
 
 import csv
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -491,9 +492,12 @@ def _delete_answers(file: Path, photos: Collection[str]) -> None:
 
 def _repro(paths: Paths, *arguments: str) -> None:
     """Run `dvc repro`, which says itself what it does."""
+    # The stages' commands are those of this Python, whether its environment is activated or not.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", *arguments], cwd=paths.workspace, stdin=subprocess.DEVNULL, check=False
-    )
+        [sys.executable, "-m", "dvc", "repro", *arguments],
+        cwd=paths.workspace, env=os.environ | {"PATH": path}, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
     if done.returncode:
         raise TouchlineError("`dvc repro` failed, as said above: resolve that, then run `touchline forget` to go on")
 

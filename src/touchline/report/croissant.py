@@ -88,7 +88,7 @@ def described(paths: Paths, params: Params, split: "pd.DataFrame") -> dict[str, 
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": [f"{_CROISSANT}1.1", f"{_CROISSANT}RAI/1.0"],
-        "name": params.register_.name,
+        "name": "-".join(params.classes),
         "description": f"{len(split):,} photos of {len(params.classes)} classes, divided for training and testing: "
         f"{', '.join(params.classes)}. By source: {_counts(split['source'])}. Files are not part of this description.",
         "version": f"1.0.0+{digest[:16]}",
