@@ -293,9 +293,7 @@ class Review:
     def _corrected(self) -> Iterator[Item]:
         if not self._params.rights.allows("show", rights.licence(feedback.LICENCE, "feedback")):
             return
-        table = self._paths.photos_table
-        known = set(read_table(table)["sha256"]) if table.is_file() else set()
-        hidden = known - rights.files(self._paths, self._params).keys()
+        hidden = rights.hidden(self._paths, self._params)
         for each in feedback.entries(self._paths.feedback):
             if each.sha256 in hidden:
                 continue
