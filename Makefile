@@ -97,4 +97,4 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## start over: delete models, reports, data/photos, data/features and data/*.csv; DVC's cache, the MLflow store and your decisions stay
-	@rm -rf data/photos data/features $(filter-out data/decisions.csv data/forgotten.csv,$(wildcard data/*.csv)) models reports
+	@rm -rf data/photos data/features $(filter-out data/decisions.csv data/forgotten.csv,$(wildcard data/*.csv)) data/croissant.json models reports

@@ -39,6 +39,8 @@ def test_the_pipeline_describes_the_set_as_croissant(
     project.call("describe", "--output", str(tmp_path / "again.json"))
     assert (tmp_path / "again.json").read_bytes() == (project.root / "data/croissant.json").read_bytes()
     assert "data/croissant.json" in (project.root / "reports/report.html").read_text()
+    said = project.call("describe", "--output", str(tmp_path), exit_code=1).err
+    assert str(tmp_path) in said and said.count("\n") == 1
 
 
 def test_its_records_are_the_photos_with_their_digests_and_subsets(

@@ -34,8 +34,9 @@ from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.files import read_table, write_json, write_table
 from touchline.core.params import Params, SampleParams
 from touchline.core.paths import Paths
-from touchline.data import forgotten
+from touchline.data import forgotten, served
 from touchline.data.forgotten import Forgotten, author_digest, origin_digest
+from touchline.data.served import Asked
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.sources import feedback, named, sample
 from touchline.stages import ingest
@@ -98,11 +99,12 @@ def test_a_file_of_your_own_folder_is_deleted_with_its_row_and_under_another_nam
         frozenset({digest(photo(1))}), frozenset({origin_digest("folder", "rugby/a.jpg")}),
         frozenset({author_digest("Cy Example")}),
     )  # fmt: skip
-    assert forget(paths, params, "folder", gone) == 3  # a file and two rows
+    assert forget(paths, params, "folder", gone) == 4  # two files and their rows
     assert manifest.read_text() == 'file;author\nb.jpg;"Bo; Example"\n'
-    assert not (paths.project / "incoming/rugby/a.jpg").exists()
+    left = {file.name for file in (paths.project / "incoming").rglob("*.jpg")}
+    assert left == {"b.jpg", "c.jpg"}  # without its row nothing would say whose d.jpg is
     # Brought back by hand: the same photo under another name, other bytes under the old one, and one by the author.
-    offer(paths, {"soccer/same.jpg": photo(1), "rugby/a.jpg": photo(5)})
+    offer(paths, {"soccer/same.jpg": photo(1), "rugby/a.jpg": photo(5), "soccer/d.jpg": photo(4)})
     manifest.write_text("file,author\nsoccer/d.jpg,CY  example\n")
     assert ingested(paths, params) == {"rugby/b.jpg", "soccer/c.jpg"}
 
@@ -250,8 +252,12 @@ def test_the_search_looks_into_archives_databases_arrays_and_pages(paths: Paths)
         archive.writestr("inner.jpg", content)
     np.savez(root / "reference.npz", digests=np.array(["0" * 64, digest(content)]), rows=np.zeros(3))
     with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
-        database.execute("CREATE TABLE tags (value TEXT)")
-        database.execute("INSERT INTO tags VALUES (?)", [f"by {AUTHOR}, 2024"])
+        database.execute("CREATE TABLE tags (key TEXT, value TEXT, run TEXT)")
+        database.execute("INSERT INTO tags VALUES ('author', ?, '0123')", [AUTHOR])
+    # A text right beside another in the file, so that neither a name nor a digest ends where its letters do.
+    with closing(sqlite3.connect(root / "served.sqlite")) as database, database:
+        database.execute("CREATE TABLE answers (model TEXT, photo TEXT)")
+        database.execute("INSERT INTO answers VALUES (?, ?)", ["b" * 64, digest(content)])
     for file, text in {
         "in.tar": tar_of({"a.jpg": content}), "named.tar": tar_of({f"{name}.jpg": b"x"}), "as it is": content,
         "page.html": f'<img src="data:image/jpeg;base64,{picture}">'.encode(),
@@ -266,8 +272,8 @@ def test_the_search_looks_into_archives_databases_arrays_and_pages(paths: Paths)
     photos = dict.fromkeys([digest(content), *thumbnails(content)], digest(content))
     found = search(paths, Traces(photos, [AUTHOR]), [root / "passed over"])
     assert {file.name: bool(hits - {""}) for file, hits in found.items()} == {
-        "model.keras": True, "reference.npz": True, "mlflow.db": False, "in.tar": True, "named.tar": True,
-        "as it is": True, "page.html": True, "escaped.json": False, "table.csv": True,
+        "model.keras": True, "reference.npz": True, "mlflow.db": False, "served.sqlite": True, "in.tar": True,
+        "named.tar": True, "as it is": True, "page.html": True, "escaped.json": False, "table.csv": True,
     }  # fmt: skip
 
 
@@ -294,16 +300,33 @@ def test_an_author_without_a_name_or_a_photo_is_one_line(name: str, told: str) -
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_of_decisions_that_is_empty_or_no_table_is_no_traceback(paths: Paths, params_with: ParamsWith) -> None:
+    paths.decisions.parent.mkdir()
+    paths.decisions.write_text("")
+    forgetting._delete_rows(paths, params_with(), forgetting.Task(["a" * 64]))
+    paths.decisions.write_text("not a table\n")
+    with pytest.raises(TouchlineError, match=r"decisions\.csv, line 1"):
+        forgetting._delete_rows(paths, params_with(), forgetting.Task(["a" * 64]))
+
+
 def test_digits_name_one_photo_in_all_its_classes_and_never_two(paths: Paths) -> None:
     rows = [*ROWS, {**ROWS[0], "class": "soccer"}, {**ROWS[0], "sha256": "a" * 63 + "b"}]
     assert len(forgetting._rows_of_photo(paths, rows[:5], "a" * 8, forgetting.Task())) == 2
     assert len(forgetting._rows_of_photo(paths, rows, "a" * 64, forgetting.Task())) == 2
+    table = paths.project / "data/photos.csv"  # a file, and no photo
+    table.parent.mkdir(exist_ok=True)
+    table.write_text("path,class\n")
     for name in ("a" * 9, "rugby", "aaa"):
         with pytest.raises(ParamsError):
             forgetting._rows_of_photo(paths, rows, name, forgetting.Task())
+    with (
+        patch.object(forgetting, "_cache", return_value=paths.project / ".dvc/cache"),
+        pytest.raises(TouchlineError, match=r"photos\.csv"),
+    ):
+        forgetting._rows_of_photo(paths, rows, str(table), forgetting.Task())
 
 
-def test_rows_about_the_photo_go_and_the_others_stay_as_they_were_typed(paths: Paths) -> None:
+def test_rows_about_the_photo_go_and_the_others_stay_as_they_were_typed(paths: Paths, params_with: ParamsWith) -> None:
     photo_, other = "a" * 64, "b" * 64
     url = "https://example.com/a.jpg"
     columns = ["sha256", "class", "source", "origin", "reason"]
@@ -313,23 +336,93 @@ def test_rows_about_the_photo_go_and_the_others_stay_as_they_were_typed(paths: P
     )
     entries = [{"url": url, "absent": 404}, {"url": f"{url}2", "sha256": other}, {"url": "u", "sha256": photo_}]
     paths.journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    kept = f'photo,decision,label,who,why\n{other[:16]},keep,,"me, you", "two\nlines"\n'
-    paths.decisions.write_text(
-        f'{kept}data/photos/rugby/{photo_[:16]}.jpg,drop,,me,"asked by\nAnn"\n{photo_[:9]},drop,,,\n'
-    )
+    kept = f'\ufeffphoto,decision,label,who,why\r\n{other[:16]},keep,,"me, you","two\nlines"\r\n\r\n'
+    near = f"{'c' * 16},keep,,Bo,"
+    gone = f'data/photos/rugby/{photo_[:16]}.jpg,drop,,me,"asked by\nAnn"\n{photo_[:9]},drop,,,\n'
+    named = f"{near}near-duplicate of data/photos/rugby/{photo_[:16]}.jpg\r\n"  # as the review tab notes it
+    paths.decisions.write_bytes(f"{kept}{gone}{named}".encode())
     with closing(sqlite3.connect(paths.project / "served.sqlite")) as database, database:
         database.executescript("PRAGMA journal_mode = WAL; CREATE TABLE answers (photo TEXT, label TEXT)")
         database.executemany("INSERT INTO answers VALUES (?, 'rugby')", [(photo_,), (other,)])
     task = forgetting.Task([photo_], names=[url])
     for _ in range(2):
-        forgetting._delete_rows(paths, task)
+        forgetting._delete_rows(paths, params_with(), task)
         forgetting._delete_answers(paths.project / "served.sqlite", task.photos)
         assert read_table(paths.ledger, dtype=str)["sha256"].tolist() == [other]
         assert [json.loads(line) for line in paths.journal.read_text().splitlines()] == entries[1:2]
-        assert paths.decisions.read_text() == kept
+        assert paths.decisions.read_bytes().decode() == f"{kept}{near}\r\n"
     files = paths.project.glob("served.sqlite*")
     assert not any(photo_.encode() in file.read_bytes() for file in files)
     assert other.encode() in (paths.project / "served.sqlite").read_bytes()
+
+
+def kept(paths: Paths, rows: list[dict[str, str]]) -> None:
+    columns = ["path", "class", "source", "sha256", "author", "author_page", "origin"]
+    write_table(paths.photos_table, pd.DataFrame(rows, columns=columns, dtype=str).fillna(""))
+
+
+def told(paths: Paths, params: Params, **named: list[str]) -> forgetting.Task:
+    """What `touchline forget` would do."""
+    with patch.object(forgetting, "_cache", return_value=paths.project / ".dvc/cache"):
+        return forgetting._task(paths, params, *(named.get(key, []) for key in ("photos", "authors", "origins")))
+
+
+def test_what_rights_left_out_is_found_by_its_author_and_origin(paths: Paths, params_with: ParamsWith) -> None:
+    params = params_with(ingest={"sources": ["folder"], "folder": "incoming"})
+    offer(paths, {"rugby/a.jpg": photo(1), "rugby/b.jpg": photo(2), "soccer/c.jpg": photo(3)})
+    (paths.project / "incoming/manifest.csv").write_text("file,author\nrugby/a.jpg,Ann Example\n")
+    kept(paths, [{"sha256": digest(photo(3)), "source": "folder", "origin": "soccer/c.jpg"}])
+    assert told(paths, params, authors=["ann example"]).photos == [digest(photo(1))]
+    task = told(paths, params, origins=["rugby/b.jpg"])
+    assert (task.photos, task.origins) == ([digest(photo(2))], [["folder", "rugby/b.jpg"]])
+    with pytest.raises(TouchlineError, match="Bo Example"):
+        told(paths, params, authors=["Bo Example"])
+
+
+def test_on_another_machine_all_that_is_by_a_forgotten_author_goes(paths: Paths, params_with: ParamsWith) -> None:
+    kept(paths, ROWS)
+    forgotten.add(paths.forgotten, Forgotten(authors=frozenset({author_digest("https://example.com/ann")})))
+    assert told(paths, params_with()).photos == ["a" * 64, "b" * 64]
+
+
+def test_an_author_who_is_called_as_a_class_is_not_looked_for_by_name(paths: Paths, params_with: ParamsWith) -> None:
+    kept(paths, [{**ROWS[0], "author": "rugby"}, ROWS[2]])
+    task = told(paths, params_with(), authors=["rugby"])
+    assert task.photos == ["a" * 64] and task.traces.of(b"class,rugby") == set()
+    assert task.traces.of(b"by https://example.com/ann") == {""}
+
+
+def test_a_photo_that_was_only_asked_about_leaves_the_record_and_the_logs_of_flows(
+    paths: Paths, params_with: ParamsWith
+) -> None:
+    content, other = SCENES[0], "b" * 64
+    with served.Recorder(paths.served, params_with().monitor, "transfer", "c" * 64, keep_photos=True) as recorder:
+        for asked in (recorder.asked(content, np.zeros((96, 96, 3), np.uint8)), Asked(other, 1)):
+            recorder.add(asked, "no answer", wait=True)
+    history = paths.project / ".prefect/prefect.db"
+    history.parent.mkdir()
+    with closing(sqlite3.connect(history)) as database, database:
+        database.executescript("CREATE TABLE log (message TEXT); CREATE TABLE artifact (data TEXT)")
+        for line in (f"rejected: data/photos/rugby/{digest(content)[:16]}.jpg", "all is well"):
+            database.execute("INSERT INTO log VALUES (?)", [line])
+    params = params_with()
+    task = told(paths, params, photos=[digest(content)[:12]])
+    assert task.photos == [digest(content)] and {"data/served", ".prefect"} <= set(task.places)
+    forgotten.add(paths.forgotten, task.gone)
+    (paths.workspace / "dvc.yaml").touch()
+    forgetting._delete_files(paths, params, task)
+    assert left_of(paths.project, content, []) == {"data/forgotten.csv"}
+    assert list(served.read(paths.served)["photo"]) == [other]
+    with closing(sqlite3.connect(history)) as database:
+        assert database.execute("SELECT message FROM log").fetchall() == [("all is well",)]
+
+
+def test_a_copy_of_an_older_commit_takes_nothing_that_the_project_forgot(paths: Paths, params_with: ParamsWith) -> None:
+    params = params_with(ingest={"sources": ["folder"], "folder": "incoming", "min_per_class": 1})
+    offer(paths, {"rugby/a.jpg": photo(1), "rugby/b.jpg": photo(2), "soccer/c.jpg": photo(3)})
+    forgotten.add(paths.project / "data/forgotten.csv", Forgotten(frozenset({digest(photo(1))})))
+    clone = Paths(paths.project / ".prefect/clone", paths.project)
+    assert ingested(clone, params) == {"rugby/b.jpg", "soccer/c.jpg"}
 
 
 NAMES = [AUTHOR, "jürgen.jpg"]
@@ -363,6 +456,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Project
 
 def test_a_photo_of_an_old_commit_leaves_every_store_and_the_champion_stays(project: Project) -> None:
     champion = aliases(project)["champion"]
+    # As long as it is not known what one of our models learned from, nothing is forgotten.
+    [listed, *_] = (project.root / "mlflow/artifacts").rglob(StoredModel.PHOTOS)
+    away = listed.rename(listed.with_name("away"))
+    said = project.call("forget", digest(SCENES[0])[:12], "--yes", exit_code=1)
+    assert StoredModel.PHOTOS in said.err and said.err.count("\n") == 1
+    away.rename(listed)
     project.call("forget", digest(SCENES[0])[:12], "--yes")
     assert unreceipted(project.root, SCENES[0], NAMES) == {"data/forgotten.csv"}
     [receipt] = [json.loads(file.read_text()) for file in (project.root / "reports/forgotten").glob("*.json")]

@@ -11,6 +11,7 @@ from conftest import SHIPPED, names
 from touchline.core import params
 from touchline.core.errors import ParamsError
 from touchline.core.params import ArticleParams, BackboneFeatures, CnnParams, HeadParams, PixelFeatures
+from touchline.data import decisions, forgotten
 
 GONE = object()
 
@@ -237,6 +238,25 @@ def test_the_command_line_says_it_on_stderr_and_exits_2(
     done = touchline(tmp_path, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert names(done.stderr, "touchline", "params.yaml", *named) and done.stderr.count("\n") == 1
+
+
+def test_a_project_of_an_earlier_version_is_told_what_to_add(tmp_path: Path) -> None:
+    text = SHIPPED.read_text()
+    (tmp_path / "params.yaml").write_text(text[: text.index("\nrights:")] + text[text.index("\nvalidate:") :])
+    done = touchline(tmp_path, "ingest", "--check")
+    assert done.returncode == 2 and names(done.stderr, "params.yaml", "rights") and done.stderr.count("\n") == 1
+    # DVC would say only that there is no such file.
+    (tmp_path / "params.yaml").write_text(text)
+    for name in ("forgotten", "decisions"):
+        done = touchline(tmp_path, "ingest", "--check")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert names(done.stderr, f"data/{name}.csv")
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / f"data/{name}.csv").write_text(done.stderr.split()[-1] + "\n")
+    assert touchline(tmp_path, "ingest", "--check").returncode == 0
+    assert not forgotten.read(tmp_path / "data/forgotten.csv") and not decisions.read(
+        tmp_path / "data/decisions.csv", []
+    )
 
 
 def test_outside_a_project_the_command_line_says_where_to_run_it(tmp_path: Path) -> None:

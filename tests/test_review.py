@@ -12,7 +12,8 @@ from touchline.commands import audit, review
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table, sha256, write_json, write_table
 from touchline.core.paths import Paths
-from touchline.data import decisions
+from touchline.data import decisions, forgotten
+from touchline.data.forgotten import Forgotten
 from touchline.sources import feedback
 
 CLASSES = ["rugby", "soccer"]
@@ -95,7 +96,8 @@ def project(paths: Paths, params_with: Any) -> review.Review:
         Image.new("RGB", (40, 30), (number * 40, 90, 90)).save(photo)
         digest = sha256(photo)
         photo = photo.rename(photo.with_name(f"{digest[:16]}.jpg"))
-        rows.append({"path": paths.relative(photo), "sha256": digest, "class": label, "source": "folder"})
+        row = {"path": paths.relative(photo), "sha256": digest, "class": label, "source": "folder", "licence": ""}
+        rows.append(row)
     photos = pd.DataFrame(rows)
     write_table(paths.photos_table, photos)
     write_table(paths.validated_table, photos)
@@ -105,7 +107,7 @@ def project(paths: Paths, params_with: Any) -> review.Review:
         {**rows[1], "class": "soccer", "problem": audit.WRONG_LABEL, "score": 1, "suggested": "rugby", "near_to": ""},
         {**rows[3], "problem": audit.NEAR_DUPLICATE, "score": 0.8, "suggested": "", "near_to": rows[4]["path"]},
     ]
-    write_table(paths.reports / "audit.csv", pd.DataFrame(found).drop(columns="source"))
+    write_table(paths.reports / "audit.csv", pd.DataFrame(found).drop(columns=["source", "licence"]))
     write_json(paths.reports / "registration.json", {"better_model": "cnn"})
     write_json(paths.reports / "metrics.json", {"unknown": {"cnn": {"threshold": 0.3}}})
     said = [(rows[4], 0.55, 0.9), (rows[5], 0.99, 0.1), (rows[0], 0.99, 0.9)]
@@ -189,6 +191,18 @@ def test_corrections_of_people_are_looked_at_again(project: review.Review, paths
     assert project.items(review.CORRECTED) == [second]
 
 
+def test_corrections_are_shown_where_rights_allow_it(project: review.Review, paths: Paths, params_with: Any) -> None:
+    table = read_table(paths.photos_table)
+    closed, other = paths.workspace / table["path"][2], paths.workspace / table["path"][3]
+    for file in (closed, other):
+        feedback.remember(paths.feedback, file.read_bytes(), "rugby", [])
+    table.loc[2, "source"] = "imagenet"
+    write_table(paths.photos_table, table)
+    assert [each.sha256 for each in project.items(review.CORRECTED)] == [sha256(other)]
+    strict = review.Review(paths, params_with(rights={"show": ["CC0-1.0"]}), lambda content, without: ("", "", {}))
+    assert strict.items(review.CORRECTED) == []
+
+
 def test_a_photo_without_a_label_is_given_one(project: review.Review, paths: Paths, tmp_path: Path) -> None:
     rows = []
     for number in range(3):
@@ -208,6 +222,8 @@ def test_a_photo_without_a_label_is_given_one(project: review.Review, paths: Pat
     assert 'id="left">0<' in project.page(session, name) and not paths.decisions.exists()
     assert [project.act(session, name, "", "undo", "", "Ann") for _ in range(3)] == [""] * 3
     assert feedback.entries(paths.feedback) == [] and len(project.items(name)) == 3
+    forgotten.add(paths.forgotten, Forgotten(frozenset({table["sha256"][0]})))
+    assert [each.photo for each in project.items(name)] == [second, third]
 
 
 def test_a_page_escapes_names_and_says_what_is_wrong(project: review.Review, paths: Paths) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import boards
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import names
 from test_serve import Model, Served, classifier, form, jpeg
@@ -18,6 +19,7 @@ from touchline.commands import compare
 from touchline.commands.serve import Limits
 from touchline.commands.serve_beside import Beside
 from touchline.core.errors import ParamsError
+from touchline.core.files import write_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.data import served
@@ -187,6 +189,12 @@ def test_versions_are_compared_on_what_both_were_asked(
     assert photos[0][:16] in said and names(said, "0.750", "1.000", "0.500")
     page = (paths.reports / "compare.html").read_text()
     assert page.count("data:image/jpeg") == 2 and photos[1][:16] in page
+    # One of the project's own, which may not be shown.
+    row = {"path": "data/photos/red/a.jpg", "class": "red", "sha256": photos[1], "source": "imagenet", "licence": ""}
+    write_table(paths.photos_table, pd.DataFrame([row]))
+    compare.run(paths, registered, "1", "challenger")
+    page = (paths.reports / "compare.html").read_text()
+    assert page.count("data:image/jpeg") == 1 and photos[1][:16] in page
 
 
 def test_versions_that_no_photo_was_asked_of_are_one_line(

@@ -18,6 +18,8 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table, sha256, write_table
 from touchline.core.params import load
 from touchline.core.paths import Paths
+from touchline.data import forgotten
+from touchline.data.forgotten import Forgotten
 from touchline.sources import feedback
 
 # With the tests of photos: starting TensorFlow is most of what both cost.
@@ -84,5 +86,8 @@ def test_photos_with_a_label_and_copies_are_left_out_and_what_is_broken_is_named
     rows, notes, error = ask("new", "missing.jpg")
     assert [row["sha256"] for row in rows] == [sha256(new)]
     assert names(notes, "torn.png", "missing.jpg") and names(str(error), "2") and error.exit_code == 1
+    forgotten.add(ask.paths.forgotten, Forgotten(frozenset({sha256(new)})))
+    _, _, error = ask("new/neither.png")
+    assert error.exit_code == 1
     _, _, error = ask("new/red.png")
     assert names(str(error), "new/red.png") and error.exit_code == 1

@@ -138,9 +138,14 @@ def ingest(
 ) -> None:
     """Fetch photos from the sources into data/photos."""
     if check:
+        from touchline.data import decisions, forgotten
         from touchline.sources.received import check_for_dvc
 
         paths, params = _project()
+        for file, columns in ((paths.forgotten, forgotten.COLUMNS), (paths.decisions, decisions.COLUMNS)):
+            if not file.exists():
+                name = paths.relative(file)
+                raise TouchlineError(f"{name} is missing: `git checkout {name}`, or write the line {','.join(columns)}")
         check_for_dvc(paths.project / params.ingest.folder)
     elif dry_run:
         _plan()

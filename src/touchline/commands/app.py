@@ -6,6 +6,7 @@ have one answer. Uploads lie in a temporary folder for an hour at most; only wha
 in the queue of `touchline.sources.feedback`.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -33,7 +34,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import rights
+from touchline.data import forgotten, rights
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models import explain
 from touchline.models.classifier import Answer, Classifier, pixels, resolve_to_serve
@@ -378,6 +379,8 @@ def page(paths: Paths, params: Params, models: Models, who: str = "") -> "gradio
         if label not in params.classes:
             return "Choose what it is first."
         try:
+            if hashlib.sha256(kept[0]).hexdigest() in forgotten.read(paths.forgotten).photos:
+                return "This photo was removed for good, and is not kept."
             new = feedback.remember(paths.feedback, kept[0], label, kept[1])
         except (TouchlineError, OSError) as error:
             return Markup("It could not be kept: {}").format(error)

@@ -12,7 +12,7 @@ from touchline.core.errors import ParamsError
 from touchline.core.files import write_json, write_text
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import served
+from touchline.data import rights, served
 from touchline.models import scores
 from touchline.report import html
 from touchline.sources import feedback
@@ -72,7 +72,9 @@ def run(paths: Paths, params: Params, first: str, second: str) -> None:
     report = {"name": name, "versions": numbers, **found}
     write_json(paths.reports / "compare.json", report)
     shown = found["differing"][:_ON_PAGE]
-    copies = served.thumbnails(paths.served, {each["photo"] for each in shown})
+    # Someone may have asked about a photo of ours.
+    may_be_seen = {each["photo"] for each in shown} - rights.hidden(paths, params)
+    copies = served.thumbnails(paths.served, may_be_seen)
     photos = {photo: base64.b64encode(jpeg).decode() for photo, jpeg in copies.items()}
     page = html.render("compare.html", report=report, shown=shown, photos=photos)
     write_text(paths.reports / "compare.html", page)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table, write_json
 from touchline.core.params import Params
 from touchline.core.paths import Paths
@@ -15,8 +16,12 @@ def run(paths: Paths, params: Params, output: Path | None) -> None:
         output: the file; None for data/croissant.json.
 
     Raises:
-        TouchlineError: `validate` or `split` has not run yet.
+        TouchlineError: `validate` or `split` has not run yet, or the file cannot be written.
     """
     found = croissant.described(paths, params, read_table(paths.split_table))
-    write_json(file := output or croissant.place(paths), found)
+    file = output or croissant.place(paths)
+    try:
+        write_json(file, found)
+    except OSError as error:
+        raise TouchlineError(f"{file} cannot be written ({error.strerror}): name another --output") from None
     print(f"{file}: {found['name']}, {found['description']}")

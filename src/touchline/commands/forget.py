@@ -5,7 +5,7 @@ the end, so that an interrupted run can be run again: each step may be done twic
 outside its reach.
 """
 
-import csv
+import hashlib
 import json
 import os
 import re
@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -33,9 +33,10 @@ from touchline.core.files import read_json, read_table, sha256, write_bytes, wri
 from touchline.core.params import HeadParams, Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say
-from touchline.data import feature_store, forgotten, served
+from touchline.data import decisions, feature_store, forgotten, layout, served
 from touchline.data.forgotten import Forgotten, author_digest, origin_digest, same_author
 from touchline.data.similarity import near_duplicates
+from touchline.models import engines
 
 if TYPE_CHECKING:
     from touchline.tracking.removal import Learned
@@ -80,7 +81,7 @@ class Task:
 
     @property
     def traces(self) -> Traces:
-        return Traces({photo: photo for photo in self.photos} | self.pictures, [*self.names, *self.authors])
+        return Traces({photo: photo for photo in self.photos} | self.pictures, self.names)
 
 
 def run(
@@ -153,9 +154,10 @@ def _note(paths: Paths) -> Path:
 def _task(paths: Paths, params: Params, photos: Sequence[str], authors: Sequence[str], origins: Sequence[str]) -> Task:
     """What was asked for, with what an interrupted run left to do."""
     task = Task(**read_json(_note(paths))) if _note(paths).exists() else Task()
-    if task.photos:
+    pending = bool(task.photos or task.authors)
+    if pending:
         say("going on with an interrupted run")
-    rows = _rows(paths)
+    rows = [*_rows(paths), *_offered(paths, params, authors, origins)]
     found = [row for name in photos for row in _rows_of_photo(paths, rows, name, task)]
     for name in authors:
         written, theirs = _of_author(rows, name, task)
@@ -163,10 +165,13 @@ def _task(paths: Paths, params: Params, photos: Sequence[str], authors: Sequence
         found += theirs
     for origin in origins:
         found += _of_origin(paths, rows, origin, task)
-    if not (photos or authors or origins or task.photos):
-        task.photos = sorted(forgotten.read(paths.forgotten).photos)
-        if not task.photos:
+    if not (photos or authors or origins or pending):
+        # Forgotten elsewhere: of an author this machine may have other photos.
+        gone = forgotten.read(paths.forgotten)
+        if not gone:
             raise ParamsError("name a photo, --author or --origin: nothing is left to do")
+        task.photos = sorted(gone.photos)
+        found += [row for row in rows if gone.has(*(row.get(key, "") for key in ("source", "origin", *_NAMES[:2])))]
     digests = {row["sha256"] for row in found} - set(task.photos)
     # The same bytes may lie under several origins or classes.
     found = [row for row in rows if row["sha256"] in {*digests, *task.photos}]
@@ -174,8 +179,9 @@ def _task(paths: Paths, params: Params, photos: Sequence[str], authors: Sequence
     task.origins = _unique([*task.origins, *([row["source"], row["origin"]] for row in found if row.get("source"))])
     staying = {row[name] for row in rows if row["sha256"] not in task.photos for name in _NAMES if name in row}
     named = {row[name] for row in found for name in _NAMES if row.get(name)}
-    # Of the authors' other photos nothing is left to name them.
-    task.names = sorted({*task.names, *named, *(row["url"] for row in found if row.get("url"))} - staying)
+    named |= {row["url"] for row in found if row.get("url")}
+    # Of the authors' other photos nothing is left to name them; but someone may be called as a class is.
+    task.names = sorted({*task.names, *named} - staying - {*params.classes, *extensions.sources()})
     for photo, file in _files_of(paths, set(task.photos) - set(task.pictures.values()), photos).items():
         task.pictures |= dict.fromkeys(thumbnails(file.read_bytes()), photo)
     _find(paths, params, task)
@@ -207,6 +213,19 @@ def _rows(paths: Paths) -> list[_Row]:
     return rows
 
 
+def _offered(paths: Paths, params: Params, authors: Sequence[str], origins: Sequence[str]) -> Iterator[_Row]:
+    """What sources on this disk have by these authors and from these origins, also where `ingest` leaves it out."""
+    wanted = {same_author(author) for author in authors} - {""}
+    for source in sources.chosen(params) if wanted or origins else ():
+        for each in source.offers(paths, params) if not source.network else ():
+            if each.read and (
+                wanted & {same_author(each.author), same_author(each.author_page)}
+                or {each.origin, each.landing_page} & {*origins}
+            ):
+                facts = {key: getattr(each, key) for key in ("source", *_NAMES)}
+                yield {"sha256": hashlib.sha256(each.read()).hexdigest(), **facts}
+
+
 def _rows_of_photo(paths: Paths, rows: Sequence[_Row], name: str, task: Task) -> list[_Row]:
     """The rows of a photo that is named by a file or by digits."""
     file = Path(name)
@@ -215,10 +234,13 @@ def _rows_of_photo(paths: Paths, rows: Sequence[_Row], name: str, task: Task) ->
         raise ParamsError(f"{name} is neither a file nor the first 8 or more digits of a photo's sha256")
     known = {row["sha256"] for row in rows} | set(task.photos) | forgotten.read(paths.forgotten).photos
     digests = {digest for digest in known if digest.startswith(start)}
+    if not digests:  # never taken, but asked about
+        asked = served.read(paths.served, columns=["photo"])["photo"]
+        digests = {digest for digest in asked if digest.startswith(start)}
     if not digests:  # only its bytes are left, of a commit whose tables are gone
         places = [paths.project / "data", _cache(paths)]
         files = (path for place in places for path in place.rglob("*") if path.is_file() and not path.is_symlink())
-        digests = {digest for digest in map(sha256, files) if digest.startswith(start)}
+        digests = {digest for digest in map(sha256, filter(_is_photo, files)) if digest.startswith(start)}
     if len(digests) > 1:
         raise ParamsError(f"{name} is the beginning of {len(digests)} photos' sha256: write more digits")
     if not digests:
@@ -226,6 +248,11 @@ def _rows_of_photo(paths: Paths, rows: Sequence[_Row], name: str, task: Task) ->
             f"{name}: no such photo in this project; if it lies in an older commit, `dvc fetch` that first"
         )
     return [row for row in rows if row["sha256"] in digests] or [{"sha256": digest} for digest in digests]
+
+
+def _is_photo(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(layout.format_of(file.read(64)))
 
 
 def _of_author(rows: Sequence[_Row], name: str, task: Task) -> tuple[list[str], list[_Row]]:
@@ -406,7 +433,7 @@ def _remove(paths: Paths, params: Params, task: Task, retired: Sequence[str]) ->
 
 def _delete_files(paths: Paths, params: Params, task: Task) -> None:
     """Delete what no stage makes again."""
-    gone = task.gone
+    gone = forgotten.read(paths.forgotten)
     for name in extensions.sources():
         if source := sources.named(name):
             source.forget(paths, params, gone)
@@ -418,9 +445,12 @@ def _delete_files(paths: Paths, params: Params, task: Task) -> None:
     for file in (paths.project / "data").rglob("*.touchline.jpg"):
         if not file.with_name(file.name.removesuffix(".touchline.jpg")).exists():
             file.unlink()
-    _delete_rows(paths, task)
+    _delete_rows(paths, params, task)
     for file in served.files(paths.served):
         _delete_answers(file, task.photos)
+    _delete_history(paths.project / ".prefect/prefect.db", task)
+    for model in task.models:
+        engines.discard(model["model_sha256"])
     for folder in paths.features.glob("*"):
         listed = {digest for file in folder.glob("*.txt") for digest in file.read_text().split()}
         if folder.name not in params.features and not listed.isdisjoint(task.photos):
@@ -443,7 +473,7 @@ def _delete_files(paths: Paths, params: Params, task: Task) -> None:
             clean.delete(place)
 
 
-def _delete_rows(paths: Paths, task: Task) -> None:
+def _delete_rows(paths: Paths, params: Params, task: Task) -> None:
     """Take the photos out of the ledger, the journal of downloads, and what people decided of single photos."""
     if paths.ledger.exists():
         table = read_table(paths.ledger, dtype=str)
@@ -457,46 +487,54 @@ def _delete_rows(paths: Paths, task: Task) -> None:
         kept = [line for line in lines if not any(mark in line for mark in marks)]
         if len(kept) < len(lines):
             write_bytes(paths.journal, b"".join(kept))
-    if paths.decisions.exists():
-        # The other lines stay as they were typed.
-        typed = paths.decisions.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-        reader, start, left_lines = csv.reader(iter(typed)), 0, []
-        column = [name.strip() for name in next(reader, [])].index("photo")
-        left_lines, start = typed[: reader.line_num], reader.line_num
-        for row in reader:
-            stem = Path(row[column].strip().replace("\\", "/")).stem.lower() if len(row) > column else ""
-            if len(stem) < 8 or not any(photo.startswith(stem) for photo in task.photos):
-                left_lines += typed[start : reader.line_num]
-            start = reader.line_num
-        if len(left_lines) < len(typed):
-            write_bytes(paths.decisions, "".join(left_lines).encode())
+    traces = task.traces
+    decisions.forget(paths.decisions, params.classes, task.photos, lambda text: bool(traces.of(text.encode())))
 
 
 def _delete_answers(file: Path, photos: Collection[str]) -> None:
     """Delete what a record of use has of the photos: rows of every table with a column `photo`."""
+    with _changing(file) as database:
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            if any(column[1] == "photo" for column in database.execute(f'PRAGMA table_info("{table}")')):
+                with database:
+                    query = f'DELETE FROM "{table}" WHERE photo = ?'  # noqa: S608 - a name of the file's own  # nosec B608
+                    database.executemany(query, [(photo,) for photo in photos])
+
+
+def _delete_history(file: Path, task: Task) -> None:
+    """Delete lines of flows' logs, and artifacts, that name the photos: stages say which photos they left out."""
+    if not file.exists():
+        return
+    traces = task.traces
+    with _changing(file) as database:
+        database.create_function("names_one", 1, lambda text: bool(text and traces.of(str(text).encode())))
+        for table, column in (("log", "message"), ("artifact", "data"), ("artifact_collection", "data")):
+            if database.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", [table]).fetchone():
+                with database:
+                    database.execute(f"DELETE FROM {table} WHERE names_one({column})")  # noqa: S608  # nosec B608 - our words
+
+
+@contextmanager
+def _changing(file: Path) -> Iterator[sqlite3.Connection]:
+    """A database in which deleted rows are overwritten, not only marked."""
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=20)) as database:
-            # Deleted rows are overwritten, not only marked.
             database.execute("PRAGMA secure_delete = ON")
-            for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-                if any(column[1] == "photo" for column in database.execute(f'PRAGMA table_info("{table}")')):
-                    with database:
-                        query = f'DELETE FROM "{table}" WHERE photo = ?'  # noqa: S608 - a name of the file's own  # nosec B608
-                        database.executemany(query, [(photo,) for photo in photos])
+            yield database
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.Error as error:
         raise TouchlineError(
-            f"{file} cannot be changed ({error}): end the server that writes it, or delete it, then run again"
+            f"{file} cannot be changed ({error}): end the program that writes it, or delete it, then run again"
         ) from None
 
 
 def _repro(paths: Paths, *arguments: str) -> None:
     """Run `dvc repro`, which says itself what it does."""
-    # The stages' commands are those of this Python, whether its environment is activated or not.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    # Stages run `touchline`, also where the environment of this one is not activated.
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "repro", *arguments],
-        cwd=paths.workspace, env=os.environ | {"PATH": path}, stdin=subprocess.DEVNULL, check=False,
+        cwd=paths.workspace, env=os.environ | {"PATH": programs}, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode:
         raise TouchlineError("`dvc repro` failed, as said above: resolve that, then run `touchline forget` to go on")

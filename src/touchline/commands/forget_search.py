@@ -6,9 +6,11 @@ import html
 import io
 import json
 import re
+import sqlite3
 import tarfile
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +27,10 @@ _CODE = {
     ".git", ".venv", "src", "tests", "docs", "flows", "benchmarks", "__pycache__", ".mypy_cache", ".ruff_cache",
     ".pytest_cache", ".hypothesis",
 }  # fmt: skip
-_HEX = re.compile(rb"[0-9a-f]{16,64}")
+_HEX = re.compile(rb"([0-9a-f]{16})[0-9a-f]{0,48}")
+# In a database's file texts lie side by side, so that a digest may begin anywhere.
+_HEX_ANYWHERE = re.compile(rb"(?=([0-9a-f]{16}))")
+_DATABASE = (b"SQLite format 3\0", b"7\x7f\x06\x82", b"7\x7f\x06\x83")  # the file, and its write-ahead log
 _BASE64 = re.compile(rb"base64,([A-Za-z0-9+/]+=*)")
 # A name shorter than this is found by chance.
 _SHORTEST = 4
@@ -68,10 +73,11 @@ class Traces:
             if b"'<U" not in content[:128]:
                 return set()
             content = content.replace(b"\0", b"")  # text, four bytes a letter
-        found |= {self._stems.get(token[0][:16]) for token in _HEX.finditer(content)}
+        is_database = content.startswith(_DATABASE)
+        found |= {self._stems.get(token[1]) for token in (_HEX_ANYWHERE if is_database else _HEX).finditer(content)}
         for piece in _BASE64.finditer(content):
             found.add(self.photos.get(hashlib.sha256(base64.b64decode(piece[1] + b"==")).hexdigest()))
-        is_text = b"\0" not in content[:4096] or content.startswith(b"SQLite format 3")
+        is_text = b"\0" not in content[:4096] or is_database
         if is_text and self._named and self._named.search(content):
             found.add("")
         return {photo for photo in found if photo is not None}
@@ -137,4 +143,26 @@ def _contents(file: Path) -> Iterator[bytes]:
             return
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
             pass
-    yield content
+    if content.startswith(_DATABASE[0]):
+        yield from _values(file)
+    yield content  # of a database too: what was deleted there may not be overwritten
+
+
+def _values(file: Path) -> Iterator[bytes]:
+    """The pictures in a database, and its texts, of each table together."""
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as database:
+            database.text_factory = lambda text: text.decode("utf-8", "replace")
+            for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                texts = []
+                for row in database.execute(f'SELECT * FROM "{table}"'):  # noqa: S608 - a name of the file's own  # nosec B608
+                    texts += [value for value in row if isinstance(value, str)]
+                    yield from (value for value in row if isinstance(value, bytes))
+                yield "\n".join(texts).encode()
+    except sqlite3.OperationalError as error:
+        raise TouchlineError(
+            f"{file} cannot be read ({error}), so it is not known whether it holds the photo: end the program that "
+            "uses it, then run again"
+        ) from None
+    except sqlite3.DatabaseError:  # torn: its bytes are looked at all the same
+        return

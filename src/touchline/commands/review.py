@@ -16,7 +16,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json, read_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
-from touchline.data import decisions, rights
+from touchline.data import decisions, forgotten, rights
 from touchline.data.photos import content_of
 from touchline.data.thumbnails import jpeg, thumbnail
 from touchline.models.classifier import UNKNOWN, UNSURE
@@ -291,7 +291,12 @@ class Review:
                 )  # fmt: skip
 
     def _corrected(self) -> Iterator[Item]:
+        if not self._params.rights.allows("show", rights.licence(feedback.LICENCE, "feedback")):
+            return
+        hidden = rights.hidden(self._paths, self._params)
         for each in feedback.entries(self._paths.feedback):
+            if each.sha256 in hidden:
+                continue
             contradicted = each.confidence if each.guess != each.label else 0.0
             why = f"the model said {each.guess}" if each.guess else "given a label"
             yield Item(each.sha256[:16], each.sha256, each.photo, each.label, each.guess, contradicted, why)
@@ -301,6 +306,7 @@ class Review:
         if not file.is_file():
             return
         labelled = {each.sha256 for each in feedback.entries(self._paths.feedback)}
+        labelled |= forgotten.read(self._paths.forgotten).photos
         for row in read_table(file).to_dict("records"):
             photo = Path(row["photo"])
             if row["sha256"] not in labelled and photo.is_file():

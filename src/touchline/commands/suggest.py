@@ -23,7 +23,7 @@ from touchline.core.files import read_table, write_table
 from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.core.progress import say, track
-from touchline.data import photos
+from touchline.data import forgotten, photos
 from touchline.models.classifier import Answer, Classifier, NotAnImage, pixels, resolve
 from touchline.models.inference import Row, answers
 from touchline.sources import feedback
@@ -119,8 +119,9 @@ def chosen(doubts: np.ndarray, features: np.ndarray, count: int) -> list[int]:
 
 
 def _labelled(paths: Paths) -> set[str]:
-    """Digests of the photos that have a label."""
+    """Digests of the photos that have a label, or were forgotten."""
     known = set(read_table(paths.photos_table)["sha256"]) if paths.photos_table.is_file() else set()
+    known |= forgotten.read(paths.forgotten).photos
     return known | {entry.sha256 for entry in feedback.entries(paths.feedback)}
 
 

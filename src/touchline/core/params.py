@@ -561,7 +561,8 @@ def _one_line(error: ErrorDetails) -> str:
     found = found if len(found) <= 60 else found[:57] + "..."
     match error["type"]:
         case "missing" | "union_tag_not_found":
-            return f"{key}{'.architecture' if error['type'] != 'missing' else ''} is missing"
+            whole = f"{key}{'.architecture' if error['type'] != 'missing' else ''}"
+            return f"{whole} is missing: add it, as the params.yaml that came with this version has it"
         case "extra_forbidden":
             return f"{key} is not a known key"
         case "union_tag_invalid":

@@ -7,7 +7,7 @@ line. A click also notes when; lines by hand may do without.
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -116,6 +116,43 @@ def take_back(paths: Paths, line: str) -> bool:
             del lines[places[-1]]
             write_bytes(paths.decisions, "".join(lines).encode())
         return bool(places)
+
+
+def forget(path: Path, classes: Sequence[str], photos: Collection[str], names: Callable[[str], bool]) -> None:
+    """Delete the lines about photos, and from all other lines the notes that name them; the rest stays as it was typed.
+
+    Args:
+        photos: their sha256.
+        names: whether a text names one of them, or its author.
+
+    Raises:
+        TouchlineError: a line that cannot be followed.
+    """
+    content = _content(path)
+    if not content:
+        return
+    _parsed(path, content, classes)
+    mark = _MARK if content.startswith(_MARK) else ""
+    typed = io.StringIO(content.removeprefix(_MARK), newline="").readlines()
+    lines = csv.reader(typed, strict=True)
+    header = [column.strip() for column in next(lines)]
+    left, start = typed[: lines.line_num], lines.line_num
+    for values in lines:
+        line, start = "".join(typed[start : lines.line_num]), lines.line_num
+        if not any(value.strip() for value in values):
+            left.append(line)
+            continue
+        digest = _decision(header, [value.strip() for value in values], classes, "").digest
+        if any(photo.startswith(digest) for photo in photos):
+            continue
+        cells = list(zip(header, values, strict=False))  # a line by hand may end before `when`
+        notes = [column not in ("photo", "decision", "label") and names(value) for column, value in cells]
+        if any(notes):
+            kept = ["" if note else value for note, value in zip(notes, values, strict=True)]
+            line = _csv(kept) + line[len(line.rstrip("\r\n")) :]
+        left.append(line)
+    if left != typed:
+        write_bytes(path, (mark + "".join(left)).encode())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from touchline.core.errors import TouchlineError
 from touchline.core.files import read_table, write_table
 
+COLUMNS = ("kind", "sha256")
 KINDS = ("photo", "origin", "author")
 
 
@@ -83,7 +84,7 @@ def add(path: Path, more: Forgotten) -> None:
     known = read(path) | more
     kinds = zip(KINDS, (known.photos, known.origins, known.authors), strict=True)
     rows = [(kind, digest) for kind, digests in kinds for digest in sorted(digests)]
-    write_table(path, pd.DataFrame(rows, columns=["kind", "sha256"]))
+    write_table(path, pd.DataFrame(rows, columns=list(COLUMNS)))
 
 
 def _digest(text: str) -> str:

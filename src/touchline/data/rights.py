@@ -57,6 +57,14 @@ def files(paths: Paths, params: Params) -> dict[str, Path]:
     return {digest: path for digest, path in found if path.is_file()}
 
 
+def hidden(paths: Paths, params: Params) -> set[str]:
+    """The sha256 of the project's photos that may not be seen by others, wherever a copy of one comes from."""
+    if not paths.photos_table.is_file():
+        return set()
+    table = read_table(paths.photos_table)
+    return set(table["sha256"]) - set(shown(table, params)["sha256"])
+
+
 def in_words(found: Licence, words: str) -> str:
     """What messages call a photo's licence."""
     return found.name or words.strip() or "no licence"

@@ -340,8 +340,7 @@ def cached(name: str, make: "Callable[[], keras.Model]", what: str) -> Path:
         make: gives the Keras model.
         what: what people call it.
     """
-    key = hashlib.sha256(f"{name} {version(OPENVINO)} {_FORMAT}".encode()).hexdigest()
-    path = cache() / f"{key}{SUFFIX}"
+    path = _place(name)
     if not path.is_file():
         say(f"making the network file of {what} for OpenVINO, once on this machine: {path}")
         import_tensorflow()
@@ -351,6 +350,16 @@ def cached(name: str, make: "Callable[[], keras.Model]", what: str) -> Path:
     with suppress(OSError):  # a cache that this user may only read
         path.touch()  # `touchline clean` goes by this time
     return path
+
+
+def discard(name: str) -> None:
+    """Delete the network file of that name from this user's cache."""
+    _place(name).unlink(missing_ok=True)
+
+
+def _place(name: str) -> Path:
+    key = hashlib.sha256(f"{name} {version(OPENVINO)} {_FORMAT}".encode()).hexdigest()
+    return cache() / f"{key}{SUFFIX}"
 
 
 def cached_files() -> list[Path]:

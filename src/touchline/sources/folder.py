@@ -7,7 +7,7 @@ import csv
 import io
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,37 +187,37 @@ def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
         return 0
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _MANIFEST)
     origins = {file.relative_to(folder).as_posix(): file for file in files}
-    going = [origin for origin, file in origins.items() if gone.has("folder", origin) or sha256(file) in gone.photos]
-    # First: without the files nothing would say which rows were theirs.
-    rows = _without_rows(folder, list(origins), set(going), gone)
-    for origin in going:
+    going = {origin for origin, file in origins.items() if gone.has("folder", origin) or sha256(file) in gone.photos}
+    separator, head, rows = _rows(folder / _MANIFEST)
+    column, find = {name.strip().casefold(): number for number, name in enumerate(head)}, _Finder(list(origins), folder)
+
+    def value(row: Sequence[str], name: str) -> str:
+        number = column.get(name, len(row))
+        return row[number] if number < len(row) else ""
+
+    theirs = [row for row in rows if gone.has("folder", value(row, "file"), value(row, "author"))]
+    of_authors = {origin for row in theirs if (origin := find(value(row, "file")))}
+    # Interrupted, another run must find the rest: an author's files by their rows, and the rows of others by the files.
+    for origin in of_authors:
         origins[origin].unlink()
-    return len(going) + rows
-
-
-def _without_rows(folder: Path, origins: Sequence[str], going: Set[str], gone: Forgotten) -> int:
-    """Take rows out of the manifest: those of files that go, or of forgotten authors. Returns how many."""
-    path = folder / _MANIFEST
-    if not path.is_file():
-        return 0
-    text = path.read_text(encoding="utf-8-sig")
-    separator = _separator(text.partition("\n")[0])
-    head, *rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)) or [[]]
-    column = {name.strip().casefold(): number for number, name in enumerate(head)}
-    find = _Finder(origins, folder)
-
-    def goes(row: Sequence[str]) -> bool:
-        value = {name: row[number] for name, number in column.items() if number < len(row)}
-        return find(value.get("file", "")) in going or gone.has(
-            "folder", value.get("file", ""), value.get("author", "")
-        )
-
-    left = [row for row in rows if not goes(row)]
+    left = [row for row in rows if row not in theirs and find(value(row, "file")) not in going]
     if len(left) < len(rows):
         out = io.StringIO(newline="")
         csv.writer(out, delimiter=separator, lineterminator="\n").writerows([head, *left])
-        write_text(path, out.getvalue())
-    return len(rows) - len(left)
+        write_text(folder / _MANIFEST, out.getvalue())
+    for origin in going - of_authors:
+        origins[origin].unlink()
+    return len(going | of_authors) + len(rows) - len(left)
+
+
+def _rows(manifest: Path) -> tuple[str, list[str], list[list[str]]]:
+    """Separator, header and rows of a manifest; nothing where there is none."""
+    if not manifest.is_file():
+        return ",", [], []
+    text = manifest.read_text(encoding="utf-8-sig")
+    separator = _separator(text.partition("\n")[0])
+    head, *rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)) or [[]]
+    return separator, head, rows
 
 
 SOURCE = Source(

@@ -64,7 +64,8 @@ def run(paths: Paths, params: Params) -> str:
     taken: Counter[_Place] = Counter()
     rows: list[Sequence[object]] = []
     report: dict[str, Any] = {}
-    gone = forgotten.read(paths.forgotten)
+    # A copy of the project may be of a commit from before.
+    gone = forgotten.read(paths.forgotten) | forgotten.read(paths.project / "data/forgotten.csv")
     chosen, permissions = [_without(source, gone) for source in sources.chosen(params)], Permissions(params.rights)
     for source in chosen:
         before = {known for known in rejected if known[1] == source.name}

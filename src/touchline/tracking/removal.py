@@ -47,6 +47,9 @@ def learned_from(store: Store, photos: Collection[str]) -> list[Learned]:
     """Every model in the store that learned from one of `photos` (sha256), registered or not, the oldest first.
 
     Models that other programs logged do not list their photos, and are left out.
+
+    Raises:
+        TouchlineError: the list of one of our own models cannot be read, so it may have learned from them.
     """
     versions = list(pages(store.client.search_model_versions))
     holders: dict[tuple[str, int], list[str]] = {}
@@ -55,18 +58,25 @@ def learned_from(store: Store, photos: Collection[str]) -> list[Learned]:
             holders.setdefault((registered.name, int(number)), []).append(alias)
     found = []
     for model in sorted(_models(store), key=lambda model: model.creation_timestamp):
-        with suppress(TouchlineError):  # another program's
-            file = fetch(store, f"{model.artifact_location}/{StoredModel.PHOTOS}", f"model {model.model_id}")
-            if set(photos).isdisjoint(read_json(file)):
-                continue
-            own = [(version.name, int(version.version)) for version in versions if _is_of(version, model)]
+        tags: dict[str, str] = {}
+        with suppress(MissingError):  # its run was deleted for good
             tags = store.client.get_run(model.source_run_id).data.tags if model.source_run_id else {}
-            found.append(
-                Learned(
-                    model.model_id, model.source_run_id or "", model.name, tags.get(MODEL_SHA256, ""),
-                    model.artifact_location, own, sorted(alias for key in own for alias in holders.get(key, [])),
-                )
-            )  # fmt: skip
+        try:
+            file = fetch(store, f"{model.artifact_location}/{StoredModel.PHOTOS}", f"model {model.model_id}")
+            known = read_json(file)
+        except TouchlineError:
+            if MODEL_SHA256 in tags:
+                raise
+            continue  # another program's
+        if set(photos).isdisjoint(known):
+            continue
+        own = [(version.name, int(version.version)) for version in versions if _is_of(version, model)]
+        found.append(
+            Learned(
+                model.model_id, model.source_run_id or "", model.name, tags.get(MODEL_SHA256, ""),
+                model.artifact_location, own, sorted(alias for key in own for alias in holders.get(key, [])),
+            )
+        )  # fmt: skip
     return found
 
 
@@ -79,10 +89,10 @@ def remove(paths: Paths, store: Store, experiment: str, models: Collection[Learn
         for name, number in model.versions:
             with suppress(MissingError):
                 store.client.delete_model_version(name, str(number))
+        with suppress(MissingError):  # before the files: by this tag `learned_from` expects them
+            store.client.delete_tag(model.run_id, MODEL_SHA256)
         if not is_own(paths):  # in the project's own store `mlflow gc` deletes them
             _artifacts(store, model.place).delete_artifacts()
-        with suppress(MissingError):
-            store.client.delete_tag(model.run_id, MODEL_SHA256)
         with suppress(MissingError):
             _delete_files(store, store.client.get_run(model.run_id), lambda path: path in _NAMING_AUTHORS)
         with suppress(MissingError):
