@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_with_too_few_groups_to_know_how_wrong_it_is_there_is_none(params: HeadP
 def test_a_version_carries_it_in_a_tag_and_unknown_photos_are_no_part_of_it(params: HeadParams) -> None:
     rows, labels, groups = made(6, 3)
     forecaster = forecast.of_head(rows, labels, groups, 0.1, params)
-    tags = {forecast.TAG: forecaster.dump()}
+    tags = {forecast.TAG: json.dumps(asdict(forecaster))}
     assert Forecaster.load(json.loads(json.dumps(tags))) == forecaster
     probabilities = np.array([[0.99, 0.01]] * 30 + [[0.5, 0.5]] * 10)
     unknown = np.arange(40) >= 30

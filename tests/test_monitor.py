@@ -5,6 +5,7 @@ import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def test_the_forecast_of_the_champion_is_told_where_it_has_one(used: Used, capsy
     assert used.report["forecast"] is None
     part = {"photos": 40, "accuracy": 0.9, **dict.fromkeys(METHODS, 0.94)}
     forecaster = Forecaster(0.8, 1.0, [part] * 3)
-    used.made.versions[0].tags[TAG] = forecaster.dump()
+    used.made.versions[0].tags[TAG] = json.dumps(asdict(forecaster))
     used.run()
     found = used.report["forecast"]
     assert found["give_or_take"] == 0.04 and found["photos"] == 60 and 0.5 <= found["accuracy"] <= 1
