@@ -412,7 +412,7 @@ def test_the_audit_runs_from_the_page(page: Page, browser: Any) -> None:
     to_review(browser, page)
     found(browser, "#review .aside", "Press the button")
     found(browser, "#audit").click()
-    found(browser, "#made", "looked on")
+    found(browser, "#made", "the audit ran on")
     assert (page.project.root / "reports/audit.csv").is_file()
 
 

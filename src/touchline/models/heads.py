@@ -88,7 +88,7 @@ def refined(
     sample: np.ndarray,
     sample_weights: np.ndarray,
 ) -> Head:
-    """The head that `path` would fit to rows which may be larger than memory, in some ten passes over them.
+    """The head that `path` would fit, for rows that may not fit into memory, in about ten passes over them.
 
     Newton's method, but for one thing: how the loss curves is taken from a sample of the rows, and L-BFGS makes up for
     the difference. What the head comes to depends on all rows.

@@ -181,14 +181,14 @@ def _plan(paths: Paths, params: Params) -> list[Planned]:
 
 
 def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
-    """Delete files and rows of the manifest. A folder outside the project is its owner's: nothing there is touched."""
+    """Delete files, and rows of the manifest. Nothing is changed in a folder outside the project."""
     folder = (paths.project / params.ingest.folder).resolve()
     if not folder.is_relative_to(paths.project.resolve()):
         return 0
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _MANIFEST)
     origins = {file.relative_to(folder).as_posix(): file for file in files}
     going = [origin for origin, file in origins.items() if gone.has("folder", origin) or sha256(file) in gone.photos]
-    # First: without the files nothing would say which rows were theirs.
+    # Before the files: without them, it would not be known which rows are theirs.
     rows = _without_rows(folder, list(origins), set(going), gone)
     for origin in going:
         origins[origin].unlink()
@@ -196,7 +196,7 @@ def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
 
 
 def _without_rows(folder: Path, origins: Sequence[str], going: Set[str], gone: Forgotten) -> int:
-    """Take rows out of the manifest: those of files that go, or of forgotten authors. Returns how many."""
+    """Delete rows of the manifest: of deleted files, and of forgotten authors. Returns how many."""
     path = folder / _MANIFEST
     if not path.is_file():
         return 0

@@ -837,7 +837,7 @@ def _plan(paths: Paths, params: Params) -> list[Planned]:
 
 
 def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
-    """Delete photos from the folder of ImageNet's files, if that is in the project: files, and members of tars."""
+    """Delete photos (files and members of tars) from the folder of ImageNet's files, if it is in the project."""
     folder = (paths.project / params.ingest.imagenet.folder).resolve()
     if not folder.is_relative_to(paths.project.resolve()):
         return 0
@@ -871,7 +871,7 @@ def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
 
 
 def _tar_without(path: Path, gone: Forgotten) -> int:
-    """Write a synset's tar again without the photos that are forgotten. Returns how many those were."""
+    """Rewrite a synset's tar without the forgotten photos. Returns how many there were."""
     wnid = path.stem
 
     def goes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:

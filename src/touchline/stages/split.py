@@ -160,7 +160,7 @@ def _grouped(photos: "pd.DataFrame", pairs: list[tuple[int, int]], by_group: boo
     named = photos["group"].ne("").to_numpy() & by_group
     free = [(a, b) for a, b in pairs if not (named[a] or named[b])]
     shas = photos["sha256"].str[:16]
-    # A cluster is called after its smallest digest; which subset it gets hangs on its photos' keys, not on that name.
+    # A cluster is called after its smallest digest; which subset it gets depends on its photos' keys, not on that name.
     names = shas.groupby(similarity.components(len(photos), free)).transform("min")
     return photos.assign(group=np.where(named, photos["group"], names), key=np.where(named, photos["group"], shas))
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from touchline.tracking.client import Store
 
-# Training photos on which OpenVINO is held against Keras.
+# Training photos on which OpenVINO is compared with Keras.
 _COMPARED = 32
 
 
