@@ -95,7 +95,8 @@ def project(paths: Paths, params_with: Any) -> review.Review:
         Image.new("RGB", (40, 30), (number * 40, 90, 90)).save(photo)
         digest = sha256(photo)
         photo = photo.rename(photo.with_name(f"{digest[:16]}.jpg"))
-        rows.append({"path": paths.relative(photo), "sha256": digest, "class": label, "source": "folder"})
+        rows.append({"path": paths.relative(photo), "sha256": digest, "class": label, "source": "folder",
+                     "licence": ""})  # fmt: skip
     photos = pd.DataFrame(rows)
     write_table(paths.photos_table, photos)
     write_table(paths.validated_table, photos)
