@@ -26,7 +26,7 @@ def monitor() -> State:
         message = "nothing to monitor: data/served is empty, because `touchline serve` runs without --record"
         get_run_logger().info(message)
         return Completed(name="Skipped", message=message)
-    code, why = project.asked("touchline", "monitor")
+    code, why = project.run_alone("touchline", "monitor")
     if code not in _STATES:
         return Failed(message=why)
     report = read_json(Path.cwd() / "reports/monitor.json")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from touchline import cli
 from touchline.commands import monitor
 from touchline.commands.drift import FEWEST, SILENT, TOO_FEW
-from touchline.commands.monitor import WARNING, Figures, Right
+from touchline.commands.monitor import WARNING, Accuracy, Figures
 from touchline.core import files
 from touchline.core.params import Params
 from touchline.data import served
@@ -217,8 +217,8 @@ def test_two_unknown_of_thirty_are_no_warning(params_with: Callable[..., Params]
 
 def test_few_corrections_warn_of_nothing(params_with: Callable[..., Params]) -> None:
     figures = Figures(30, 30, 0.0, 0.0, 0.0, 0.9, 10, 20, {})
-    of_test = Right.of(95, 100)
+    of_test = Accuracy.of(95, 100)
     for photos, expected in ((FEWEST - 1, []), (FEWEST, ["accuracy"])):
-        in_use = Right.of(photos // 2, photos)
+        in_use = Accuracy.of(photos // 2, photos)
         found = monitor.warnings(params_with().monitor, figures, figures, [], in_use, of_test, None)
         assert [each.what for each in found] == expected

@@ -17,6 +17,6 @@ def run(paths: Paths, params: Params, output: Path | None) -> None:
     Raises:
         TouchlineError: `validate` or `split` has not run yet.
     """
-    found = croissant.described(paths, params, read_table(paths.split_table))
+    found = croissant.metadata(paths, params, read_table(paths.split_table))
     write_json(file := output or croissant.place(paths), found)
     print(f"{file}: {found['name']}, {found['description']}")

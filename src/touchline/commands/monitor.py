@@ -41,7 +41,7 @@ DRIFT, UNKNOWN_RATE, ACCURACY, AGE, LATENCY, ERRORS = "drift", "unknown", "accur
 
 
 @dataclass(frozen=True)
-class Warned:
+class Alert:
     """What `monitor` warns of.
 
     Attributes:
@@ -100,7 +100,7 @@ milliseconds(0.5), milliseconds(0.99),
 
 
 @dataclass(frozen=True)
-class Right:
+class Accuracy:
     """How many answers were right, with Wilson's 95 % interval."""
 
     right: int
@@ -110,7 +110,7 @@ class Right:
     high: float
 
     @classmethod
-    def of(cls, right: int, photos: int) -> "Right":
+    def of(cls, right: int, photos: int) -> "Accuracy":
         return cls(right, photos, right / photos, *scores.wilson(right, photos))
 
 
@@ -138,7 +138,7 @@ def run(paths: Paths, params: Params) -> str:
         sides = (_side(asked, classifier.classes), Side({}, []), _side(test, classifier.classes))
         comparisons = drift.compare(*sides, params.split.near_duplicate_bits)
     in_use = _in_use(paths, _once(own, learned_from), classifier.classes)
-    of_test = Right.of(int((test["guess"] == test["class"]).sum()), len(test)) if test is not None else None
+    of_test = Accuracy.of(int((test["guess"] == test["class"]).sum()), len(test)) if test is not None else None
     age = _age(version, now)
     differing = [each for each in comparisons if each.warns(params.drift)]
     warned = warnings(watch, figures, on_test, differing, in_use, of_test, age)
@@ -170,10 +170,10 @@ def warnings(
     recent: Figures,
     test: Figures | None,
     differing: Sequence[drift.Comparison],
-    in_use: Right | None,
-    of_test: Right | None,
+    in_use: Accuracy | None,
+    of_test: Accuracy | None,
     age_days: int | None,
-) -> list[Warned]:
+) -> list[Alert]:
     """The warnings; there are none for a limit that is null, or with too few photos.
 
     Args:
@@ -181,15 +181,15 @@ def warnings(
         differing: the comparisons of both that warn.
         in_use, of_test: the champion's accuracy on photos that people labelled, and on the test photos.
     """
-    found: list[Warned] = []
+    found: list[Alert] = []
 
     def warn(what: str, value: float | None, limit: float | None, says: str) -> None:
         if value is not None and limit is not None and value > limit:
-            found.append(Warned(what, round(value, 6), round(limit, 6), says))
+            found.append(Alert(what, round(value, 6), round(limit, 6), says))
 
     for each in differing:
         says = f"{each.what} differ{'' if each.what == CLASSES else 's'} from the test photos' ({each.statistic} "
-        found.append(Warned(DRIFT, each.distance, each.by_chance, f"{says}{each.value:.2f})"))
+        found.append(Alert(DRIFT, each.distance, each.by_chance, f"{says}{each.value:.2f})"))
     enough = recent.answered >= FEWEST
     if enough and test and test.unknown is not None and recent.unknown is not None:
         # The lower end of its interval, so that two of thirty photos raise no warning.
@@ -204,7 +204,7 @@ def warnings(
             f"accuracy in use is {in_use.accuracy:.3f}, below the interval of the test accuracy, "
             f"{of_test.low:.3f} to {of_test.high:.3f}"
         )
-        found.append(Warned(ACCURACY, round(in_use.accuracy, 6), round(of_test.low, 6), says))
+        found.append(Alert(ACCURACY, round(in_use.accuracy, 6), round(of_test.low, 6), says))
     warn(AGE, age_days, params.max_age_days, f"it has been champion for {age_days} days")
     if enough:
         warn(LATENCY, recent.p99, params.max_milliseconds, f"1 % of the answers took over {recent.p99} ms")
@@ -259,11 +259,11 @@ def _side(rows: "pd.DataFrame", classes: Sequence[str]) -> Side:
     return Side({what: found[chosen] for what, found in values.items()}, [hashes.iloc[row] for row in chosen])
 
 
-def _in_use(paths: Paths, rows: "pd.DataFrame", classes: Sequence[str]) -> Right | None:
+def _in_use(paths: Paths, rows: "pd.DataFrame", classes: Sequence[str]) -> Accuracy | None:
     """The champion's accuracy on photos that people labelled in the app; None if there are none."""
     truth = rows["photo"].map(feedback.labels(paths.feedback))
     known = truth.isin(classes)
-    return Right.of(int((rows["guess"] == truth)[known].sum()), int(known.sum())) if known.any() else None
+    return Accuracy.of(int((rows["guess"] == truth)[known].sum()), int(known.sum())) if known.any() else None
 
 
 def _forecast(version: "Version", rows: "pd.DataFrame", classes: Sequence[str]) -> dict[str, Any] | None:
@@ -271,7 +271,7 @@ def _forecast(version: "Version", rows: "pd.DataFrame", classes: Sequence[str]) 
     if len(rows) < FEWEST:
         return None
     probabilities = np.array([[found[name] for name in classes] for found in map(json.loads, rows["probabilities"])])
-    return forecast.told(version.tags, probabilities, (rows["label"] == UNKNOWN).to_numpy())
+    return forecast.for_version(version.tags, probabilities, (rows["label"] == UNKNOWN).to_numpy())
 
 
 def _age(version: "Version", now: datetime) -> int | None:
@@ -282,7 +282,7 @@ def _age(version: "Version", now: datetime) -> int | None:
     return (now - datetime.fromisoformat(since)).days if since else None
 
 
-def _verdict(model: str, photos: int, warned: Sequence[Warned], params: MonitorParams) -> dict[str, str]:
+def _verdict(model: str, photos: int, warned: Sequence[Alert], params: MonitorParams) -> dict[str, str]:
     asked = f"{photos:,} photo{'s' if photos != 1 else ''} in {params.recent_days} days"
     if warned:
         return {"outcome": WARNING, "verdict": f"{model}, {asked}: {'; '.join(each.says for each in warned)}."}

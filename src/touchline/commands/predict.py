@@ -39,7 +39,7 @@ from touchline.models.inference import BATCH, Row, answers, load_model
 STDIN = "-"
 # Behind the whole name: a.jpg and a.png may lie side by side.
 OVERLAY = ".touchline.jpg"
-# A file in a folder is taken for a photo by its content; one so named that is none is worth a word.
+# A file in a folder counts as a photo by its content; one that only has a photo's name is reported.
 NAMED_AS_PHOTOS = {
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
 }  # fmt: skip
@@ -370,7 +370,7 @@ def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tup
         if answer.similarity is not None:
             numbers += [f"{answer.similarity:.3f}", f"{answer.percentile:.1f}"]
         table.add_row(Text(shown(path)), label, *numbers)
-    # Where nobody looks at it, no line is folded: rich would take 80 columns.
+    # Without a terminal, no line is folded: rich would take 80 columns.
     Console(file=results, width=None if results.isatty() else 10_000).print(table)
 
 

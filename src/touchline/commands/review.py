@@ -223,7 +223,7 @@ class Review:
             queue=name in (NEXT, CORRECTED) and "feedback" not in self._params.ingest.sources,
         )  # fmt: skip
 
-    def made(self) -> str:
+    def last_audit(self) -> str:
         """When the audit last ran, in words."""
         file = self._paths.reports / "audit.csv"
         if not file.is_file():
@@ -346,7 +346,7 @@ def tab(paths: Paths, params: Params, look: Look, who: str, options: dict[str, A
             audit.run(paths, params, 24, who)
         except TouchlineError as error:
             message = str(error)
-        yield review.made(), review.page(session, name, message), session
+        yield review.last_audit(), review.page(session, name, message), session
 
     with gradio.Tab("Review", id="review", elem_id="to-review") as opening:
         with gradio.Row(equal_height=False):
@@ -358,7 +358,7 @@ def tab(paths: Paths, params: Params, look: Look, who: str, options: dict[str, A
             )
             with gradio.Column(scale=1, min_width=160):
                 button = gradio.Button("Look for suspects", elem_id="audit")
-                made = gradio.HTML(review.made, js_on_load=None, elem_id="made")
+                made = gradio.HTML(review.last_audit, js_on_load=None, elem_id="made")
         page = gradio.HTML(js_on_load=SCRIPT, elem_id="review")
         session = gradio.State(Session)
     options |= {"show_progress": "hidden"}

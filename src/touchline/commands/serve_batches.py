@@ -119,7 +119,7 @@ class Batches:
         judged = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((decoded, judged))
         try:
-            # Shielded: an answer that nobody waits for any more must not break off the batch it is in.
+            # Shielded: a request whose client has gone must not cancel its whole batch.
             row, similarity = await asyncio.shield(judged)
             return self._classifier.answer(row, similarity, self._params.predict)
         except TouchlineError as error:

@@ -116,7 +116,7 @@ def of_head(
     return Forecaster.of(truth, validated, left_out, parts)
 
 
-def told(tags: Mapping[str, str], probabilities: np.ndarray, unknown: np.ndarray) -> dict[str, Any] | None:
+def for_version(tags: Mapping[str, str], probabilities: np.ndarray, unknown: np.ndarray) -> dict[str, Any] | None:
     """A registered version's forecast for photos, with a sentence in `says`; None if it has no forecaster.
 
     Args:

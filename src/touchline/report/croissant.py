@@ -75,7 +75,7 @@ def place(paths: Paths) -> Path:
     return paths.split_table.with_name("croissant.json")
 
 
-def described(paths: Paths, params: Params, split: "pd.DataFrame") -> dict[str, Any]:
+def metadata(paths: Paths, params: Params, split: "pd.DataFrame") -> dict[str, Any]:
     """The metadata, as JSON-LD.
 
     Args:

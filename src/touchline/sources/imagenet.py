@@ -634,7 +634,7 @@ def _from_kaggle(params: ImageNetParams, classes: Sequence[str], folder: Path) -
     names = _kaggle_names(path, wnids)
     _say_missing(params, classes, names, f"the Kaggle competition's {_KAGGLE_LIST}")
     if not all((folder / wnid / name).exists() for wnid in names for name in names[wnid]):
-        # Before the first photo, not in the middle: whoever has no token is told so at once.
+        # Before the first photo, not in the middle, so that a missing token is reported at once.
         client = client or _kaggle_client()
     return {
         wnid: [_Photo(wnid, name, partial(_kaggle_photo, client, wnid, folder / wnid / name)) for name in names[wnid]]

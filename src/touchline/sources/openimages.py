@@ -421,7 +421,7 @@ def _within_limit(photos: Sequence[_Photo], limit: int, taken: Counter[tuple[str
 
 
 def _in_turn(photos: Sequence[_Photo], classes: Sequence[str]) -> Iterator[_Photo]:
-    """One photo of each class after another, so that whoever stops early has not stopped within one class."""
+    """One photo of each class after another, so that a caller that stops early has photos of every class."""
     by_class = [[photo for photo in photos if photo.label == label] for label in classes]
     for row in zip_longest(*by_class):
         yield from (photo for photo in row if photo is not None)

@@ -36,8 +36,8 @@ class Permissions:
     forbidding: dict[Identity, str] = field(default_factory=dict)
     unreadable: dict[Identity, str] = field(default_factory=dict)
 
-    def of(self, source: Source) -> Source:
-        """The source without the offers whose licences are not allowed; files are checked later by `look_into`."""
+    def filtered(self, source: Source) -> Source:
+        """The source without the offers whose licences are not allowed; files are checked later by `check_files`."""
 
         def offers(paths: "Paths", params: "Params") -> Iterator[Candidate]:
             known: dict[str, Licence] = {}
@@ -53,7 +53,7 @@ class Permissions:
 
         return replace(source, offers=offers)
 
-    def look_into(self, photos: Sequence[tuple[Identity, Path]]) -> set[Identity]:
+    def check_files(self, photos: Sequence[tuple[Identity, Path]]) -> set[Identity]:
         """Check the statements in photos' files. Returns the photos that they exclude, which are noted as refused."""
         found = parallel.in_order(lambda photo: opt_outs.read(photo[1].read_bytes()), photos)
         refused: dict[Identity, str] = {}

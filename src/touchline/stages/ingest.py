@@ -139,11 +139,11 @@ def _permitted(
     earlier: dict[str, Any] = {}
     while True:
         places = taken.copy()
-        rows, counts = fill(paths, params, permissions.of(source), places, rejected)
+        rows, counts = fill(paths, params, permissions.filtered(source), places, rejected)
         # Of all passes; the other figures are those of the last one.
         counts |= {key: round(counts[key] + earlier.get(key, 0), 2) for key in _SPENT & counts.keys()}
         of_rows = [(str(row[1]), str(row[2]), str(row[9])) for row in rows]
-        refused = permissions.look_into(
+        refused = permissions.check_files(
             [(each, paths.workspace / str(row[0])) for each, row in zip(of_rows, rows, strict=True)]
         )
         if not refused or (source.network and not source.by_url):

@@ -103,7 +103,7 @@ def run(paths: Paths, params: Params) -> str:
             f"needs {FEWEST_TO_LEARN_FROM} of each class: add photos, change split.seed, or make split.test_share or "
             "split.validation_share smaller"
         )
-    write_json(croissant.place(paths), croissant.described(paths, params, table))
+    write_json(croissant.place(paths), croissant.metadata(paths, params, table))
     sizes = ", ".join(f"{subset} {sum(counts[subset].values()):,} ({shares[subset]:.1%})" for subset in SUBSETS)
     near = f"; near-duplicates: {len(moves):,} moved, {len(conflicts):,} left out, see reports/split.json"
     return sizes + (near if moves or conflicts else "")

@@ -161,7 +161,7 @@ def run(paths: Paths, params: Params) -> str:
 def photo_rules(limits: ValidateParams) -> list[Rule]:
     """What each photo must meet. A photo that fails several rules is rejected for the first of them.
 
-    Two classes comes before duplicate: where nobody can tell the class, no copy may stay.
+    Two classes comes before duplicate: where the class is uncertain, no copy may stay.
     """
     side, aspect = limits.min_side, f"{limits.max_aspect:g}"
     megapixels, contrast = f"{limits.max_megapixels:g}", f"{limits.min_contrast:g}"
