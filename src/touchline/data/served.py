@@ -33,7 +33,7 @@ from touchline.data.thumbnails import at_its_aspect, jpeg_file
 if TYPE_CHECKING:
     import pandas as pd
 
-# A model's role in an answer: CHAMPION, the model that normally answers (the champion, or the one given by --model); SHADOW,
+# A model's role in an answer: CHAMPION, the model that normally answers (or the one given by --model); SHADOW,
 # a challenger that was run beside it; CANARY, a challenger that answered in its place.
 CHAMPION, SHADOW, CANARY = "champion", "shadow", "canary"
 SUFFIX = ".sqlite"
