@@ -431,11 +431,12 @@ def serve(
     record: _Record = False,
     record_photos: _RecordPhotos = False,
     shadow: Annotated[
-        str, typer.Option(help="a model that is asked too, where there is room, and only recorded; as for --model")
+        str,
+        typer.Option(help="a second model, named as for --model: it classifies the same photos, and is only recorded"),
     ] = "",
     canary: Annotated[
         float,
-        typer.Option(help="share of photos that --shadow (default: the challenger) answers; recorded", min=0, max=1),
+        typer.Option(help="share of photos answered by --shadow (default: the challenger); recorded", min=0, max=1),
     ] = 0.0,
 ) -> None:
     """Classify photos over HTTP until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
