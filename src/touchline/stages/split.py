@@ -21,7 +21,7 @@ from touchline.report import croissant
 if TYPE_CHECKING:
     import pandas as pd
 
-# What the stages after this one need of a photo: they read no other table. `given` is the subset that its source gave.
+# What later stages need of a photo: they read no other table. `given` is the subset that its source assigned.
 COLUMNS = (
     "path", "class", "subset", "group", "sha256", "given", "source", "width", "height", "licence", "author", "origin",
     "title", "landing_page",

@@ -376,7 +376,7 @@ def _follow_the_project(connection: sqlite3.Connection, artifacts: str) -> None:
 
 
 def under_id(store: Store, run_id: str, wanted: str) -> str:
-    """Give a run that has just been made the id of a lost one, which reports, links and Prefect name; return its id.
+    """Give a new run the id of a lost one, to which reports, links and Prefect refer; return its id.
 
     MLflow's API does not allow choosing an id, so this is done where the store is a SQLite file and has no such run.
     """
