@@ -53,7 +53,7 @@ mlflow: setup  ## the MLflow UI on the project's store
 	@touchline registry sync
 	@touchline mlflow --port $(PORT)
 
-# Of DVC's columns, those that a terminal of 80 characters has room for: no dates, no digests of files. Wider ones scroll.
+# Leaves out dates and digests of files, so that the table fits a terminal of 80 characters.
 experiments: setup  ## DVC's experiments: each model's accuracy on the test photos, and the params that differ
 	@dvc exp show --only-changed --keep 'test\.' --drop '(data|models|reports|src)(/|$$)|validation\.|Created'
 

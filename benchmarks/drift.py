@@ -89,7 +89,7 @@ def main() -> None:
             alarms["significant, whatever its size"] += any(
                 each.corrected <= params.drift.significance for each in found
             )
-            alarms["confidence alone, held against training photos"] += surer(
+            alarms["confidence alone, compared with training photos"] += surer(
                 fitted(training), real, training, new[:size]
             )
         report(f"same photos, divided by photo, {size or len(new)} new", alarms, areas, arguments.draws)

@@ -4,7 +4,7 @@
 
 Each number of rows has a process of its own. It does what `train` does to a head: cross-validation of each strength of
 params.yaml, the head of the training photos, its validation, and the head of all. DIR, by default the folder for
-temporary files, takes 5 kB a row. Up to `--compare` rows the weights are held against those of scikit-learn's
+temporary files, takes 5 kB a row. Up to `--compare` rows the weights are compared with those of scikit-learn's
 LogisticRegression with a tolerance of 1e-7: its own, 1e-4, ends further from the solution than what is asked here.
 """
 

@@ -8,7 +8,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# Set before prefect is imported anywhere. Whoever set one of them before, keeps it.
+# Set before prefect is imported anywhere. Values that are already set are kept.
 _DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # A board's server deletes flow runs that ended more than 90 days ago; Prefect's own default keeps all of them.

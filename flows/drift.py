@@ -34,7 +34,7 @@ def drift(folder: str | None = None) -> State:
         message = "nothing is compared: drift.folder in params.yaml names no folder"
         get_run_logger().info(message)
         return Completed(name="Skipped", message=message)
-    code, why = project.asked("touchline", "drift", *(["--", folder] if folder else []))
+    code, why = project.run_alone("touchline", "drift", *(["--", folder] if folder else []))
     if code not in _STATES:
         return Failed(message=why)
     report = read_json(Path.cwd() / "reports/drift.json")

@@ -1,4 +1,4 @@
-"""Says how the champion does in use, by the record of what was asked, and tells of a warning."""
+"""Checks how well the champion does in use, from the recorded answers, and passes on a warning."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,18 +19,18 @@ _STATES = {0: "Completed", 3: "Warning", 4: "TooFew"}
 
 @flow(name="monitor", flow_run_name=project.run_name)
 def monitor() -> State:
-    """Read the record of `serve --record`, and warn where the champion does worse than on the test photos."""
+    """Read the answers kept by `serve --record`, and warn if the champion does worse than on the test photos."""
     if late := project.late():
         return late
     if not any((Path.cwd() / "data/served").glob("*.sqlite")):
         message = "nothing to monitor: data/served is empty, because `touchline serve` runs without --record"
         get_run_logger().info(message)
         return Completed(name="Skipped", message=message)
-    code, why = project.asked("touchline", "monitor")
+    code, why = project.run_alone("touchline", "monitor")
     if code not in _STATES:
         return Failed(message=why)
     report = read_json(Path.cwd() / "reports/monitor.json")
-    create_markdown_artifact(_page(report), key="monitor", description="How the champion does in use")
+    create_markdown_artifact(_page(report), key="monitor", description="How well the champion does in use")
     if _STATES[code] == "Warning":
         payload = {"warnings": [each["what"] for each in report["warnings"]], "photos": report["recent"]["photos"]}
         project.warn("monitor", report["verdict"], payload, "monitor.html")

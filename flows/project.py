@@ -92,7 +92,7 @@ def run(
         return _ended(found, _result(workspace, found))
 
 
-def asked(*command: str) -> tuple[int, str]:
+def run_alone(*command: str) -> tuple[int, str]:
     """Run a command of `touchline` while no other flow is at work; its exit code, and why it failed if it did.
 
     What it says goes to the run's log.

@@ -140,7 +140,7 @@ def run(
             dict(environment or {}),
             wait_for=needed,
         )
-    # Here and not in the tasks: whoever waits for a stage does not wait for its picture.
+    # Here and not in the tasks, so that what waits for a stage does not wait for its picture.
     name_of = {future.task_run_id: name for name, future in futures.items()}
     for future in as_completed(list(futures.values())):
         future.wait()  # done is not yet known to be final

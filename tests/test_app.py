@@ -410,9 +410,9 @@ def to_review(browser: Any, page: Page) -> None:
 def test_the_audit_runs_from_the_page(page: Page, browser: Any) -> None:
     (page.project.root / "reports/audit.csv").unlink(missing_ok=True)
     to_review(browser, page)
-    found(browser, "#review .aside", "Press the button")
+    found(browser, "#review .aside", "Look for suspects")
     found(browser, "#audit").click()
-    found(browser, "#made", "looked on")
+    found(browser, "#made", "the audit ran on")
     assert (page.project.root / "reports/audit.csv").is_file()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -64,14 +65,14 @@ def test_with_too_few_groups_to_know_how_wrong_it_is_there_is_none(params: HeadP
 def test_a_version_carries_it_in_a_tag_and_unknown_photos_are_no_part_of_it(params: HeadParams) -> None:
     rows, labels, groups = made(6, 3)
     forecaster = forecast.of_head(rows, labels, groups, 0.1, params)
-    tags = {forecast.TAG: forecaster.dump()}
+    tags = {forecast.TAG: json.dumps(asdict(forecaster))}
     assert Forecaster.load(json.loads(json.dumps(tags))) == forecaster
     probabilities = np.array([[0.99, 0.01]] * 30 + [[0.5, 0.5]] * 10)
     unknown = np.arange(40) >= 30
-    told = forecast.told(tags, probabilities, unknown)
+    told = forecast.for_version(tags, probabilities, unknown)
     assert told["photos"] == 30 and told["unknown"] == 0.25
     assert told["accuracy"] == forecaster.accuracy(probabilities[:30])["accuracy"]
     assert f"{told['accuracy']:.2f}" in told["says"] and "25 %" in told["says"]
     for none in ({}, {forecast.TAG: "null"}):
-        assert forecast.told(none, probabilities, unknown) is None
-    assert forecast.told(tags, probabilities, np.ones(40, bool)) is None
+        assert forecast.for_version(none, probabilities, unknown) is None
+    assert forecast.for_version(tags, probabilities, np.ones(40, bool)) is None

@@ -5,6 +5,7 @@ import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from touchline import cli
 from touchline.commands import monitor
 from touchline.commands.drift import FEWEST, SILENT, TOO_FEW
-from touchline.commands.monitor import WARNING, Figures, Right
+from touchline.commands.monitor import WARNING, Accuracy, Figures
 from touchline.core import files
 from touchline.core.params import Params
 from touchline.data import served
@@ -151,7 +152,7 @@ def test_the_forecast_of_the_champion_is_told_where_it_has_one(used: Used, capsy
     assert used.report["forecast"] is None
     part = {"photos": 40, "accuracy": 0.9, **dict.fromkeys(METHODS, 0.94)}
     forecaster = Forecaster(0.8, 1.0, [part] * 3)
-    used.made.versions[0].tags[TAG] = forecaster.dump()
+    used.made.versions[0].tags[TAG] = json.dumps(asdict(forecaster))
     used.run()
     found = used.report["forecast"]
     assert found["give_or_take"] == 0.04 and found["photos"] == 60 and 0.5 <= found["accuracy"] <= 1
@@ -216,8 +217,8 @@ def test_two_unknown_of_thirty_are_no_warning(params_with: Callable[..., Params]
 
 def test_few_corrections_warn_of_nothing(params_with: Callable[..., Params]) -> None:
     figures = Figures(30, 30, 0.0, 0.0, 0.0, 0.9, 10, 20, {})
-    of_test = Right.of(95, 100)
+    of_test = Accuracy.of(95, 100)
     for photos, expected in ((FEWEST - 1, []), (FEWEST, ["accuracy"])):
-        in_use = Right.of(photos // 2, photos)
+        in_use = Accuracy.of(photos // 2, photos)
         found = monitor.warnings(params_with().monitor, figures, figures, [], in_use, of_test, None)
         assert [each.what for each in found] == expected

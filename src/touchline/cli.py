@@ -28,8 +28,8 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
-_Record = Annotated[bool, typer.Option("--record", help="keep a row of each photo, without the photo, in data/served")]
-_RecordPhotos = Annotated[bool, typer.Option("--record-photos", help="the same, with a small copy of each photo")]
+_Record = Annotated[bool, typer.Option("--record", help="record each answer, without the photo, in data/served")]
+_RecordPhotos = Annotated[bool, typer.Option("--record-photos", help="the same, and keep a small copy of each photo")]
 _Model = Annotated[str, typer.Option(help="as for `predict` (default: the champion)")]
 
 # Options of the servers that answer a browser.
@@ -133,7 +133,7 @@ def _run(name: str, entry: str = "", section: str = "") -> None:
 def ingest(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be fetched, and fetch nothing")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="only look whether DVC can read the folder of photos; it would not say why")
+        bool, typer.Option("--check", help="only check whether DVC can read the folder of photos, and name the problem")
     ] = False,
 ) -> None:
     """Fetch photos from the sources into data/photos."""
@@ -207,9 +207,9 @@ def suggest(
     model: _Model = "",
     form: Annotated[Format, typer.Option("--format", help="json: an object a line")] = Format.table,
 ) -> None:
-    """List the photos whose labels would tell the model most: doubtful, and unlike each other.
+    """List the photos whose labels would teach the model most: doubtful, and unlike each other.
 
-    `touchline app` shows them under Review, to be labelled there. Photos that the project has are left out.
+    Label them in `touchline app`, under Review. Photos that the project already has are left out.
     """
     from touchline.commands import suggest
 
@@ -258,23 +258,27 @@ def predict(
     record: _Record = False,
     record_photos: _RecordPhotos = False,
     every: Annotated[float, typer.Option(help="video: seconds from one frame to the next", min=0.01)] = 1.0,
-    window: Annotated[int, typer.Option(help="video: frames, an odd number, whose mean an answer is", min=1)] = 5,
+    window: Annotated[
+        int, typer.Option(help="video: frames that an answer is averaged over; an odd number", min=1)
+    ] = 5,
     seconds: Annotated[
-        float | None, typer.Option(help="video: how much to watch (default: all; a stream, until Ctrl-C)", min=0.01)
+        float | None, typer.Option(help="video: how much to classify (default: all; a stream: until Ctrl-C)", min=0.01)
     ] = None,
-    frames: Annotated[bool, typer.Option("--frames", help="video: an answer a frame instead of a passage")] = False,
+    frames: Annotated[
+        bool, typer.Option("--frames", help="video: one answer per frame instead of per passage")
+    ] = False,
 ) -> None:
     """Classify photos, or the frames of a video, with the champion.
 
-    In a folder, files that are not images are skipped; where it holds clips alone, these are watched. A video gives a
-    table of passages, in which the answer is the same. Exit code 1: some photos or clips could not be read; they are
-    named, and the others are classified.
+    In a folder, files that are not images are skipped; if it has clips and no photos, the clips are classified. For a
+    video the result is a table of passages with the same label. Exit code 1: some photos or clips could not be read;
+    they are named, and the others are classified.
     """
     from touchline.commands import predict, video
 
     if clips := video.find(names):
         if record or record_photos:
-            raise ParamsError("--record keeps answers about photos, not about a video: leave it out")
+            raise ParamsError("--record works for photos, not for videos: leave it out")
         sampling = video.Sampling(every, window, seconds)
         video.run(*_project(), clips, model, form.value, sampling, frames=frames, explain=explain)
     else:
@@ -319,7 +323,7 @@ def drift(
 
 @app.command()
 def monitor() -> None:
-    """Check how the champion does in use, by the record of `serve --record`; write reports/monitor.html.
+    """Check how well the champion does in use, from answers kept by `serve --record`; write reports/monitor.html.
 
     Exit code 0: no warning; 3: warning; 4: too few photos to tell; 1 and 2: there is no champion, or no project.
     """
@@ -432,11 +436,12 @@ def serve(
     record: _Record = False,
     record_photos: _RecordPhotos = False,
     shadow: Annotated[
-        str, typer.Option(help="a model that is asked too, where there is room, and only recorded; as for --model")
+        str,
+        typer.Option(help="a second model, named as for --model: it classifies the same photos, and is only recorded"),
     ] = "",
     canary: Annotated[
         float,
-        typer.Option(help="share of photos that --shadow (default: the challenger) answers; recorded", min=0, max=1),
+        typer.Option(help="share of photos answered by --shadow (default: the challenger); recorded", min=0, max=1),
     ] = 0.0,
 ) -> None:
     """Classify photos over HTTP until Ctrl-C: `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict`."""
@@ -498,27 +503,36 @@ def forget(
     author: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="all photos of an author, by name or page, also those to come; can be repeated"
+            metavar="NAME", help="all photos of an author (name or page), including later ones; can be repeated"
         ),
     ] = None,
     origin: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="the photo from there: its origin in data/photos.csv, its URL or its page"),
+        typer.Option(
+            metavar="URL",
+            help="the photo from there: its origin in data/photos.csv, its URL or its page; can be repeated",
+        ),
     ] = None,
     remote: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="a DVC remote to delete from too what this workspace does not need"),
+        typer.Option(
+            metavar="NAME",
+            help="also delete from this DVC remote all that this workspace does not need; can be repeated",
+        ),
     ] = None,
     retire: Annotated[
-        bool, typer.Option("--retire", help="take networks that learned from it out of params.yaml; do not train them")
+        bool,
+        typer.Option(
+            "--retire", help="remove networks that learned from it from params.yaml, instead of training them again"
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
-    """Remove photos for good: from data, reports, DVC's cache and MLflow, and from the models that learned from them.
+    """Remove photos permanently: from data, reports, DVC's cache, MLflow, and the models that learned from them.
 
-    It shows what it will do and asks, runs `dvc repro` without the photos, deletes old versions that learned from them,
-    looks for what is left, and writes a receipt to reports/forgotten/. What data/forgotten.csv names comes back from no
-    source. An interrupted run goes on when you run it again. Exit code 1: something is left, and is named.
+    It shows its plan and asks, runs `dvc repro` without the photos, deletes old versions that learned from them,
+    searches for what is left, and writes a receipt to reports/forgotten/. data/forgotten.csv keeps the photos from
+    coming back. To continue after an interruption, run it again. Exit code 1: something is left, and is named.
     """
     from touchline.commands import forget
 
@@ -542,7 +556,7 @@ def describe(
         Path | None, typer.Option(metavar="FILE", help="default: data/croissant.json, which `split` writes too")
     ] = None,
 ) -> None:
-    """Describe the photos for machines, as Croissant: files, subsets, classes, licences, sources, labels, biases."""
+    """Write Croissant metadata of the photos: files, subsets, classes, licences, sources, labels, biases."""
     from touchline.commands import describe
 
     describe.run(*_project(), output)

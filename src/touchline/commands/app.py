@@ -56,7 +56,7 @@ _SWEEP, _KEPT, _UPLOAD = 600, 3600, 120
 # Uploads kept at most, in files and in bytes, and bytes on their way at most.
 _UPLOADS, _UPLOADED, _UPLOADING = 100, 256 * 2**20, 128 * 2**20
 _NONE = ""
-_INTRO = "<p>Give a photo, and see what a model makes of it and where it looked.</p>"
+_INTRO = "<p>Give a photo, and see a model's answer and what it looked at.</p>"
 _WRONG = """<h2>Wrong?</h2><p>Say what it is. Only then is the photo kept, in <code>data/feedback</code>: to be learned
 from, and it may be seen in reports. Leave photos of anything else.</p>"""
 _EMPTY = '<p class="aside">Its answer comes here.</p>'
@@ -183,7 +183,7 @@ class Models:
         return Said(classifier.name, answer, picture, similar)
 
     def look(self, content: bytes, without: str) -> tuple[str, str, dict[str, list[str]]]:
-        """What the first model makes of a photo; see `review.Look`.
+        """The first model's view of a photo; see `review.Look`.
 
         Raises:
             TouchlineError: as `ask`.
@@ -197,7 +197,7 @@ class Models:
                 nearest = classifier.nearest(row, among)
                 similar[label] = [jpeg(thumbnail(files[each.sha256], _SMALL)) for each in nearest]
         perhaps = "" if answer.label == answer.guess else f" (perhaps {answer.guess})"
-        return f"{classifier.name} says {answer.label}{perhaps}, {answer.confidence:.0%}", picture, similar
+        return f"{classifier.name} answers {answer.label}{perhaps}, {answer.confidence:.0%}", picture, similar
 
     def _judged(self, wanted: str, content: bytes) -> tuple[Classifier, np.ndarray, Answer, str]:
         """The model, what it makes of a photo, its answer, and the heat map."""

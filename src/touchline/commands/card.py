@@ -29,6 +29,6 @@ def run(paths: Paths, params: Params, wanted: int | None) -> None:
         file = runs.artifact(store, found[0].run_id, card.NAME)
     except StoreError:
         raise TouchlineError(
-            f"version {found[0].number} of {name} has no card: it was registered before there were any, or restored"
+            f"version {found[0].number} of {name} has no card: it was restored, or registered before cards existed"
         ) from None
     print(file.read_text(), end="")

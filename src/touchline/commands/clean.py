@@ -96,7 +96,7 @@ def _ours(paths: Paths, params: Params, before: datetime, days: int) -> Iterator
     yield _files("exported models", old, why, delete)
 
     beyond = served.expired(paths.served, params.monitor)
-    why = f"beyond {params.monitor.keep_days} days or {params.monitor.keep_megabytes} MB (monitor in params.yaml)"
+    why = f"over {params.monitor.keep_days} days or {params.monitor.keep_megabytes} MB (`monitor` in params.yaml)"
     yield _files("records of answers", beyond, why, served.delete)
 
     networks = [path for path in engines.cached_files() if path.stat().st_mtime < before.timestamp()]

@@ -1,4 +1,4 @@
-"""`touchline registry compare`: two versions on the same photos, by the record that `serve --shadow` keeps."""
+"""`touchline registry compare`: two versions on the same photos, from the answers that `serve --shadow` records."""
 
 import base64
 import json
@@ -29,7 +29,7 @@ _ON_PAGE, _PRINTED = 60, 10
 
 @dataclass(frozen=True)
 class Share:
-    """How many of some photos, and Wilson's 95 % interval of their share."""
+    """A count of photos, its share, and Wilson's 95 % interval of the share."""
 
     count: int
     photos: int
@@ -47,7 +47,7 @@ class Share:
 
 
 def run(paths: Paths, params: Params, first: str, second: str) -> None:
-    """Print how far two versions agree and how right each is; write `reports/compare.json` and `reports/compare.html`.
+    """Print how often two versions agree and their accuracies; write `reports/compare.json` and `.html`.
 
     Args:
         first, second: number or alias of each.
@@ -59,13 +59,13 @@ def run(paths: Paths, params: Params, first: str, second: str) -> None:
     known = registered.versions(paths, name)
     one, other = (_version(name, known, wanted) for wanted in (first, second))
     if one.number == other.number:
-        raise ParamsError(f"{first} and {second} are the same version, {one.number}: name two")
+        raise ParamsError(f"{first} and {second} are the same version, {one.number}: name two versions")
     both = asked_of_both(served.read(paths.served), one.model_sha256, other.model_sha256)
     numbers = [one.number, other.number]
     if both.empty:
         print(
-            f"no photo is recorded that versions {numbers[0]} and {numbers[1]} of {name} both answered: "
-            f"`touchline serve --model {numbers[0]} --shadow {numbers[1]}` records them"
+            f"data/served has no photo that versions {numbers[0]} and {numbers[1]} of {name} both answered: record "
+            f"some with `touchline serve --model {numbers[0]} --shadow {numbers[1]}`"
         )
         return
     found = compared(both, feedback.labels(paths.feedback))
@@ -82,10 +82,10 @@ def run(paths: Paths, params: Params, first: str, second: str) -> None:
 
 
 def asked_of_both(rows: "pd.DataFrame", first: str, second: str) -> "pd.DataFrame":
-    """One row a photo that both models answered, with the last answer of each.
+    """One row for each photo that both models answered, with the last answer of each.
 
     Args:
-        rows: as `served.read` gives them.
+        rows: from `served.read`.
         first, second: sha256 of the models.
 
     Returns:
@@ -101,15 +101,15 @@ def asked_of_both(rows: "pd.DataFrame", first: str, second: str) -> "pd.DataFram
 
 
 def compared(both: "pd.DataFrame", labels: Mapping[str, str]) -> dict[str, Any]:
-    """What two models' answers come to.
+    """Compare two models' answers.
 
     Args:
-        both: as `asked_of_both` gives it; not empty.
-        labels: what people said that photos show, by sha256.
+        both: from `asked_of_both`; not empty.
+        labels: the labels that people gave to photos, by sha256.
 
     Returns:
         `agreement` of the guesses, a `Share`; `differing`, a row for each photo on which they differ, the most
-        confident first; and, where people named classes that both know, `accuracy`, a `Share` of each, and `mcnemar`.
+        confident first; and, if people gave labels that both models know, `accuracy`, a `Share` of each, and `mcnemar`.
     """
     truth = both["photo"].map(labels)
     agree = both["guess_first"] == both["guess_second"]
@@ -129,7 +129,7 @@ def compared(both: "pd.DataFrame", labels: Mapping[str, str]) -> dict[str, Any]:
     if said.any():
         right = [both.loc[said, f"guess_{which}"] == both.loc[said, "truth"] for which in ("first", "second")]
         found["accuracy"] = [asdict(Share.of(int(each.sum()), int(said.sum()))) for each in right]
-        # One probability: of being right. Its test asks only that.
+        # McNemar's test needs only whether each answer is right, given here as the probability of one class.
         as_rows = [np.column_stack([~each, each]).astype(float) for each in right]
         found["mcnemar"] = scores.mcnemar(np.ones(int(said.sum()), int), *as_rows)
     return found
@@ -148,12 +148,12 @@ def _print(report: Mapping[str, Any], paths: Paths) -> None:
     print(f"agreement     {Share(**report['agreement'])}, versions {one} and {other} of {report['name']}")
     if report["accuracy"]:
         for number, found in zip((one, other), report["accuracy"], strict=True):
-            print(f"accuracy      {Share(**found)} that people named, version {number}")
+            print(f"accuracy      {Share(**found)} that people labelled, version {number}")
         print(f"McNemar       p = {report['mcnemar']['p_value']:.3f}")
     else:
-        print("accuracy      not known: of none of these photos did people say in `touchline app` what it shows")
+        print("accuracy      not known: none of these photos was labelled in `touchline app`")
     for each in report["differing"][:_PRINTED]:
-        said = f", people said {each['truth']}" if each["truth"] else ""
+        said = f", labelled {each['truth']}" if each["truth"] else ""
         print(
             f"differs       {each['photo'][:16]}  {one}: {each['label_first']} ({each['guess_first']} "
             f"{each['confidence_first']:.2f})  {other}: {each['label_second']} ({each['guess_second']} "

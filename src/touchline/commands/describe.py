@@ -1,4 +1,4 @@
-"""`touchline describe`: the photos described for machines, as the stage `split` does it."""
+"""`touchline describe`: Croissant metadata of the photos, as the stage `split` writes it."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from touchline.report import croissant
 
 
 def run(paths: Paths, params: Params, output: Path | None) -> None:
-    """Write the description as Croissant, and say where.
+    """Write the metadata, and print the name of the file.
 
     Args:
         output: the file; None for data/croissant.json.
@@ -18,7 +18,7 @@ def run(paths: Paths, params: Params, output: Path | None) -> None:
     Raises:
         TouchlineError: `validate` or `split` has not run yet, or the file cannot be written.
     """
-    found = croissant.described(paths, params, read_table(paths.split_table))
+    found = croissant.metadata(paths, params, read_table(paths.split_table))
     file = output or croissant.place(paths)
     try:
         write_json(file, found)

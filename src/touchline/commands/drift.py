@@ -56,7 +56,7 @@ MEASURES = {
     "sharpness": f"variance of the Laplacian at {QUALITY_SIDE} pixels",
 }
 TRAINING, HELD_OUT = "training", "test"
-# So many a side are enough to see what is worth a warning; the square of their number is held in memory.
+# This many photos on each side are enough to detect relevant differences; memory grows with their square.
 _MOST = 1500
 _PERMUTATIONS = 1999
 _FOLDS = 5
@@ -224,7 +224,7 @@ def run(paths: Paths, params: Params, names: Sequence[str] = ()) -> str:
         figures = _figures(sides, comparisons, champion.classifier.classes)
     estimate = None
     if new.paths:
-        estimate = forecast.told(champion.version.tags, np.stack(new.probabilities), np.array(new.unknown))
+        estimate = forecast.for_version(champion.version.tags, np.stack(new.probabilities), np.array(new.unknown))
     report: dict[str, Any] = {
         "model": champion.classifier.name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),

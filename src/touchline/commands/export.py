@@ -133,7 +133,7 @@ def _photos(paths: Paths, side: int) -> tuple[np.ndarray, str]:
     if paths.split_table.is_file():
         split = read_table(paths.split_table)
         files = (paths.workspace / path for path in split.loc[split["subset"] == "test", "path"])
-        # Named by digest: in this order classes are mixed, and a second export is held against the same ones.
+        # Named by digest: in this order classes are mixed, and a second export is compared on the same ones.
         found = sorted((file for file in files if file.is_file()), key=lambda file: file.name)[:PHOTOS]
         if found:
             read = parallel.in_order(lambda file: photos.read(file, side), found)

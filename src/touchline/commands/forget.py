@@ -1,8 +1,8 @@
-"""`touchline forget`: takes photos, or all photos of an author, out of the project and of the models that learned them.
+"""`touchline forget`: removes photos, or all photos of an author, from the project and from the models trained on them.
 
-What is to be done is shown first. Then it is noted in `data/forgotten.csv`, for good, and in a file that is deleted at
-the end, so that an interrupted run can be run again: each step may be done twice. docs/data-card.md says what lies
-outside its reach.
+The plan is shown first. It is then noted permanently in `data/forgotten.csv`, and in a file that is deleted at the end,
+so that an interrupted run can be continued: every step can safely be repeated. docs/data-card.md lists what is out of
+reach.
 """
 
 import hashlib
@@ -42,23 +42,23 @@ if TYPE_CHECKING:
     from touchline.tracking.removal import Learned
 
 _Row = Mapping[str, str]
-# Where a table of photos says whose a photo is, and where it came from.
+# Columns of a table of photos that name its author and where it came from.
 _NAMES = ("author", "author_page", "origin", "landing_page")
 
 
 @dataclass
 class Task:
-    """What is to be forgotten, and what was found of it before anything was deleted; kept until all is done.
+    """What is to be forgotten, and what was found before anything was deleted; kept until everything is done.
 
     Attributes:
         photos: sha256 of each photo's file.
         origins: [source, origin] of each.
-        authors: names and pages of authors whose photos must not come at all.
-        names: what else names the photos or their authors, and nothing that stays.
-        pictures: sha256 of the photo, by the sha256 of its thumbnails.
-        models: that learned from one of the photos, as in the store (`Learned`).
-        places: how many files held each photo, by place and sha256.
-        figures: of each model on the test photos, before.
+        authors: names and pages of authors none of whose photos may come back.
+        names: other names of the photos and their authors, without those that photos which stay have too.
+        pictures: sha256 of the photo, by the sha256 of each of its thumbnails.
+        models: those in the MLflow store that learned from one of the photos (`Learned`).
+        places: how many files held each photo, by folder and sha256.
+        figures: each model's scores on the test photos, before the removal.
     """
 
     photos: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Task:
 
     @property
     def gone(self) -> Forgotten:
-        """As `data/forgotten.csv` keeps it."""
+        """The same, as digests for `data/forgotten.csv`."""
         return Forgotten(
             frozenset(self.photos),
             frozenset(origin_digest(*origin) for origin in self.origins),
@@ -95,36 +95,36 @@ def run(
     retire: bool,
     yes: bool,
 ) -> None:
-    """Show what would be removed, ask, remove it, look for it again, and write `reports/forgotten/<time>.json`.
+    """Show what would be removed, ask, remove it, search again, and write `reports/forgotten/<time>.json`.
 
-    Without photos, authors and origins, go on with an interrupted run; where there is none, remove from this machine
-    what `data/forgotten.csv` names.
+    Without photos, authors and origins, continue an interrupted run; if there is none, remove from this machine the
+    photos that `data/forgotten.csv` lists.
 
     Args:
         photos: files, or the first 8 or more digits of their sha256.
         authors: names, or addresses of their pages.
         origins: as in data/photos.csv, or addresses of a photo or of its page.
-        remotes: DVC remotes to remove it from too.
-        retire: do not train networks again that learned from it, but take them out of params.yaml.
+        remotes: DVC remotes to remove the photos from too.
+        retire: remove networks that learned from them from params.yaml, instead of training them again.
         yes: do not ask.
 
     Raises:
-        TouchlineError: something is not there or ambiguous, a stage, flow or other program is running, a tool fails,
-            or something is left; then the next run goes on.
+        TouchlineError: something does not exist or is ambiguous, a stage, flow or other program is running, a tool
+            fails, or something is left. The next run continues.
     """
     import typer
     from filelock import FileLock, Timeout
 
     began = time.monotonic()
     if paths.workspace != paths.project:
-        raise TouchlineError(f"{paths.workspace} is a copy that belongs to {paths.project}: run this there")
+        raise TouchlineError(f"{paths.workspace} is a copy of {paths.project}: run `touchline forget` there")
     known = _remotes(paths)
     if unknown := [remote for remote in remotes if remote not in known]:
-        raise ParamsError(f"--remote {unknown[0]}: DVC has no such remote; there are: {', '.join(known) or 'none'}")
+        raise ParamsError(f"--remote {unknown[0]}: DVC has no such remote (existing: {', '.join(known) or 'none'})")
     if remotes and not _cache(paths).is_relative_to(paths.project):
         raise ParamsError(
-            f"--remote: this project shares DVC's cache {_cache(paths)} with others, and what they need would be "
-            "deleted too: run `dvc gc --cloud` with `--projects` yourself"
+            f"--remote: this project shares DVC's cache {_cache(paths)} with others, whose files would be deleted too: "
+            "run `dvc gc --cloud` with `--projects` yourself"
         )
     paths.locks.mkdir(parents=True, exist_ok=True)
     try:
@@ -133,7 +133,7 @@ def run(
             retired = _retired(paths, params, task) if retire else []
             _show(paths, params, task, retired, remotes, known)
             if not yes and not (sys.stdin.isatty() and typer.confirm("Remove this for good?")):
-                say("nothing was removed: look at this, then give --yes")
+                say("nothing was removed: to remove this, run again with --yes")
                 return
             write_json(_note(paths), asdict(task))
             _remove(paths, params, task, retired)
@@ -144,7 +144,7 @@ def run(
 
 
 def _note(paths: Paths) -> Path:
-    """What is being done; it names people, and is deleted at the end."""
+    """The task at hand. The file names people, so it is deleted at the end."""
     return paths.project / ".dvc/tmp/forget.json"
 
 
@@ -173,7 +173,7 @@ def _task(paths: Paths, params: Params, photos: Sequence[str], authors: Sequence
         task.photos = sorted(gone.photos)
         found += [row for row in rows if gone.has(*(row.get(key, "") for key in ("source", "origin", *_NAMES[:2])))]
     digests = {row["sha256"] for row in found} - set(task.photos)
-    # The same bytes may lie under several origins or classes.
+    # The same bytes may have several origins or classes.
     found = [row for row in rows if row["sha256"] in {*digests, *task.photos}]
     task.photos += sorted(digests)
     task.origins = _unique([*task.origins, *([row["source"], row["origin"]] for row in found if row.get("source"))])
@@ -193,7 +193,7 @@ def _unique(pairs: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _rows(paths: Paths) -> list[_Row]:
-    """What is known of photos, now and in the tables that DVC keeps of earlier commits; texts by column."""
+    """Rows about photos, of the current tables and of those in DVC's cache from earlier commits."""
     tables = [paths.photos_table, paths.ledger]
     for file in _cache(paths).glob("files/md5/??/*"):
         with file.open("rb") as content:
@@ -245,7 +245,7 @@ def _rows_of_photo(paths: Paths, rows: Sequence[_Row], name: str, task: Task) ->
         raise ParamsError(f"{name} is the beginning of {len(digests)} photos' sha256: write more digits")
     if not digests:
         raise TouchlineError(
-            f"{name}: no such photo in this project; if it lies in an older commit, `dvc fetch` that first"
+            f"{name}: no such photo in this project; if it is in an older commit, run `dvc fetch` there first"
         )
     return [row for row in rows if row["sha256"] in digests] or [{"sha256": digest} for digest in digests]
 
@@ -256,9 +256,9 @@ def _is_photo(path: Path) -> bool:
 
 
 def _of_author(rows: Sequence[_Row], name: str, task: Task) -> tuple[list[str], list[_Row]]:
-    """How an author's names and pages are written, and the rows. One page under two names is one author."""
+    """All spellings of an author's names and pages, and their rows. Two names with the same page are one author."""
     if not name.strip():
-        raise ParamsError("--author is empty: name photos without an author by their digests")
+        raise ParamsError("--author is empty: give the digests of photos without an author")
     wanted = {same_author(name)}
     while True:
         theirs = [row for row in rows if wanted & {same_author(row.get(key, "")) for key in _NAMES[:2]}]
@@ -268,9 +268,9 @@ def _of_author(rows: Sequence[_Row], name: str, task: Task) -> tuple[list[str], 
         wanted |= pages
     if not theirs and name not in task.authors:
         authors = sorted({row["author"] for row in rows if row.get("author")})
-        close = get_close_matches(name, authors, 3) or ["none like it"]
+        close = get_close_matches(name, authors, 3) or ["none"]
         raise TouchlineError(
-            f"--author {name}: no photo is by that author; names in data/photos.csv: {', '.join(close)}"
+            f"--author {name}: no photo has this author; similar names in data/photos.csv: {', '.join(close)}"
         )
     written = {row[key] for row in theirs for key in _NAMES[:2] if row.get(key)}
     return sorted({name, *written}), theirs
@@ -287,12 +287,12 @@ def _of_origin(paths: Paths, rows: Sequence[_Row], origin: str, task: Task) -> l
 
 
 def _files_of(paths: Paths, photos: Collection[str], given: Sequence[str]) -> dict[str, Path]:
-    """A file with the bytes of each photo of which there is one."""
+    """One file with the bytes of each photo, where one exists."""
     stems = {photo[:16] for photo in photos}
     ours = [*paths.photos.glob("*/*"), *paths.spare.glob("*"), *paths.feedback.glob("*")]
     near = [*(file for file in ours if file.stem[:16] in stems), *map(Path, given)]
     found = {digest: file for file in near if file.is_file() and (digest := sha256(file)) in photos}
-    # Of photos of earlier commits only DVC's cache may have a file.
+    # Photos of earlier commits may have a file only in DVC's cache.
     for file in _cache(paths).glob("files/md5/??/*") if len(found) < len(photos) else ():
         if file.is_file() and (digest := sha256(file)) in photos:
             found.setdefault(digest, file)
@@ -300,7 +300,7 @@ def _files_of(paths: Paths, photos: Collection[str], given: Sequence[str]) -> di
 
 
 def _find(paths: Paths, params: Params, task: Task) -> None:
-    """Note where the photos lie and which models learned from them, besides what an interrupted run noted."""
+    """Add to the task where the photos are and which models learned from them; keep what an interrupted run found."""
     known = {model["model_id"] for model in task.models}
     task.models += [asdict(each) for each in _learned(paths, params, task.photos) if each.model_id not in known]
     for place, count in _places(paths, _search(paths, task)).items():
@@ -315,7 +315,7 @@ def _search(paths: Paths, task: Task) -> dict[Path, set[str]]:
 
 
 def _places(paths: Paths, found: Mapping[Path, Collection[str]]) -> dict[str, dict[str, int]]:
-    """How many files hold each photo, by folder; a folder deeper down, or a file, may be called after someone."""
+    """How many files hold each photo, by folder, without deeper folders and names of files, which may name people."""
     counts: dict[str, Counter[str]] = {}
     for file, photos in found.items():
         place = "/".join(file.relative_to(paths.project).parent.parts[:2]) or "."
@@ -352,7 +352,7 @@ def _retired(paths: Paths, params: Params, task: Task) -> list[str]:
 
 
 def _refits(params: Params, name: str) -> bool:
-    """Whether a model is a head on frozen features, which is made again in seconds."""
+    """Whether a model is a head on frozen features, which is refitted in seconds."""
     model = params.models.get(name)
     return isinstance(model, HeadParams) and not model.fine_tune.blocks
 
@@ -385,7 +385,7 @@ def _show(
             then += f", and {name} leaves params.yaml"
         elif name:
             made = "refitted" if _refits(params, name) else "trained again"
-            then = f"{made} without it; the new version passes the same gates; this one is {then}"
+            then = f"{made} without it; the new version must pass the gates; this one is {then}"
         table.add_row(f"MLflow: {escape(model['model'])}", "", f"{versions}{aliases}: {then}")
     table.add_row("MLflow: pictures", "", "JPEGs and pages of all runs are deleted; those of the new report stay")
     table.add_row("DVC's cache", "", "`dvc gc --workspace`: older commits and experiments can no longer be checked out")
@@ -398,11 +398,11 @@ def _show(
     if len(task.photos) > 10:
         say(f"and {len(task.photos) - 10:,} more")
     if alike := _alike(paths, params, task):
-        say(f"photos much like them stay, unless you name them too: {', '.join(photo[:16] for photo in alike)}")
+        say(f"near-duplicates stay, unless you name them too: {', '.join(photo[:16] for photo in alike)}")
 
 
 def _alike(paths: Paths, params: Params, task: Task) -> list[str]:
-    """Photos that stay and whose perceptual hash is that of a near-duplicate."""
+    """Photos that stay although they are near-duplicates, by their perceptual hash."""
     if not paths.validated_table.exists():
         return []
     table = read_table(paths.validated_table)
@@ -441,7 +441,7 @@ def _delete_files(paths: Paths, params: Params, task: Task) -> None:
     for file in [*paths.photos.glob("*/*"), *paths.spare.glob("*")]:
         if file.stem in stems:
             file.unlink()
-    # Heat maps are drawn beside photos.
+    # Heat maps are saved beside photos.
     for file in (paths.project / "data").rglob("*.touchline.jpg"):
         if not file.with_name(file.name.removesuffix(".touchline.jpg")).exists():
             file.unlink()
@@ -455,7 +455,7 @@ def _delete_files(paths: Paths, params: Params, task: Task) -> None:
         listed = {digest for file in folder.glob("*.txt") for digest in file.read_text().split()}
         if folder.name not in params.features and not listed.isdisjoint(task.photos):
             feature_store.remove(folder)
-    # Pages that no stage makes: `touchline audit`, `drift` and `dvc plots` write them again.
+    # Pages that no stage writes: run `touchline audit`, `drift` or `dvc plots` again for new ones.
     made = (paths.workspace / "dvc.yaml").read_text()
     pages = [file for file in paths.reports.glob("*") if file.is_file() and f"reports/{file.name}" not in made]
     for file in pages:
@@ -537,7 +537,7 @@ def _repro(paths: Paths, *arguments: str) -> None:
         cwd=paths.workspace, env=os.environ | {"PATH": programs}, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise TouchlineError("`dvc repro` failed, as said above: resolve that, then run `touchline forget` to go on")
+        raise TouchlineError("`dvc repro` failed (see above): fix that, then run `touchline forget` to continue")
 
 
 def _remove_from_mlflow(paths: Paths, params: Params, task: Task) -> None:
@@ -552,13 +552,13 @@ def _remove_from_mlflow(paths: Paths, params: Params, task: Task) -> None:
         removal.remove(paths, store, name, models)
     was = any(registry.CHAMPION in model.aliases and any(name == of for of, _ in model.versions) for model in models)
     if was and paths.photos_table.exists() and registry.alias(store, name, registry.CHAMPION) is None:
-        # The old champion, which had to go, won against the new model; the other gates still hold.
+        # The new model lost against the old champion, which is deleted now; the other gates still apply.
         _repro(paths, "--force", "--single-item", "register")
     removal.remove_pictures(store, paths.reports)
 
 
 def _collect(paths: Paths, remotes: Sequence[str]) -> list[str]:
-    """Delete from DVC's cache and remotes what the workspace does not need. Returns what was not reached."""
+    """Delete from DVC's cache and remotes what the workspace does not need. Returns what could not be reached."""
     if not _cache(paths).is_relative_to(paths.project):
         return [f"DVC's cache {_cache(paths)}, which other projects share: see `dvc gc --projects`"]
     clean.dvc(paths.project, "gc", "--workspace", "--force")
@@ -567,7 +567,7 @@ def _collect(paths: Paths, remotes: Sequence[str]) -> list[str]:
         try:
             clean.dvc(paths.project, "gc", "--workspace", "--cloud", "--remote", remote, "--force")
         except TouchlineError as error:
-            unreached.append(f"remote {remote}, which did not answer: {error}")
+            unreached.append(f"remote {remote}, where `dvc gc` failed: {error}")
     return unreached
 
 
@@ -587,7 +587,7 @@ def _remotes(paths: Paths) -> list[str]:
 def _conclude(
     paths: Paths, params: Params, task: Task, unreached: Sequence[str], not_asked: Sequence[str], began: float
 ) -> None:
-    """Look again, write the receipt, and delete the note unless something is left to do."""
+    """Search again, write the receipt, and delete the note unless something is left to do."""
     from touchline.tracking import registry, runs
 
     left = _search(paths, task)
@@ -623,14 +623,14 @@ def _conclude(
     for place in beyond:
         say(f"out of reach: {place}")
     if any("champion" in model["aliases"] for model in task.models) and champion is None:
-        say("there is no champion now: no new model passed the gates; `touchline promote` makes one by hand")
+        say("there is no champion now: no new model passed the gates; use `touchline promote` to choose one by hand")
     if left or still:
         names = ", ".join([*map(paths.relative, left), *(f"model {model.model_id} in MLflow" for model in still)][:5])
-        raise TouchlineError(f"still found in {names}: delete it there, then run `touchline forget` again")
+        raise TouchlineError(f"still found in {names}: delete these, then run `touchline forget` again")
     if unreached and any(line.startswith("remote ") for line in unreached):
-        raise TouchlineError(f"{unreached[0]}; all else is done; run again when it answers, or without that --remote")
+        raise TouchlineError(f"{unreached[0]}: all else is done; run again when it answers, or without that --remote")
     _note(paths).unlink()
-    say("nothing is left; commit data/forgotten.csv, data/decisions.csv, dvc.lock and params.yaml where they changed")
+    say("nothing is left: commit the changes in data/forgotten.csv, data/decisions.csv, dvc.lock and params.yaml")
 
 
 def _out_of_reach(paths: Paths, params: Params, task: Task, not_asked: Sequence[str]) -> Iterator[str]:
@@ -648,12 +648,12 @@ def _out_of_reach(paths: Paths, params: Params, task: Task, not_asked: Sequence[
         place = (paths.project / folder).resolve()
         is_source = any(source == name for source, _ in task.origins)
         if is_source and not place.is_relative_to(paths.project.resolve()):
-            yield f"{place}: outside the project; delete it there"
+            yield f"{place}, which is outside the project: delete it there"
     if params.ingest.imagenet.origin == "ilsvrc2012" and any(source == "imagenet" for source, _ in task.origins):
-        yield f"{params.ingest.imagenet.archive}: tars within a tar are not looked into"
+        yield f"{params.ingest.imagenet.archive}: tars inside a tar are not searched"
     from touchline.tracking import client
 
     if not client.is_own(paths):
         yield f"{client.place_of(client.tracking_uri(paths))}: run `mlflow gc` where it is kept"
     if pictures := list(paths.project.glob("data/**/*.touchline.jpg")):
-        yield f"{len(pictures)} heat maps in data/ by `predict --explain`: the photos beside them may show it"
+        yield f"{len(pictures)} heat maps in data/ by `predict --explain`: check whether the photos beside them show it"

@@ -1,4 +1,4 @@
-"""Where a photo lies in a project: a search of all its files and databases, by content and by name."""
+"""Search all files and databases of a project for traces of a photo, by content and by name."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ from touchline.data.thumbnails import jpeg, thumbnail
 
 # The longer sides, in pixels, of the small copies in pages.
 _SIDES = (160, 240)
-# The code, and what tools keep of it; photos do not come there.
+# Code and the tools' caches of it, where no photo can be.
 _CODE = {
     ".git", ".venv", "src", "tests", "docs", "flows", "benchmarks", "__pycache__", ".mypy_cache", ".ruff_cache",
     ".pytest_cache", ".hypothesis",
@@ -32,16 +32,16 @@ _HEX = re.compile(rb"([0-9a-f]{16})[0-9a-f]{0,48}")
 _HEX_ANYWHERE = re.compile(rb"(?=([0-9a-f]{16}))")
 _DATABASE = (b"SQLite format 3\0", b"7\x7f\x06\x82", b"7\x7f\x06\x83")  # the file, and its write-ahead log
 _BASE64 = re.compile(rb"base64,([A-Za-z0-9+/]+=*)")
-# A name shorter than this is found by chance.
+# Shorter names would be found by chance.
 _SHORTEST = 4
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What shows that a file holds something of a photo.
+    """What a trace of a photo can be.
 
     Attributes:
-        photos: sha256 of each photo by the sha256 of what is the same photo: its file, its thumbnails.
+        photos: sha256 of each photo, by the sha256 of its file and of each of its thumbnails.
         names: of authors, origins and pages.
     """
 
@@ -50,7 +50,7 @@ class Traces:
 
     @cached_property
     def _stems(self) -> dict[bytes, str]:
-        # Files are called by the first digits of the digest.
+        # Files are named after the first digits of the digest.
         return {photo[:16].encode(): photo for photo in self.photos.values()}
 
     @cached_property
@@ -65,7 +65,7 @@ class Traces:
         return re.compile(rb"(?<!\w)(?:" + words + rb")(?!\w)") if written else None
 
     def of(self, content: bytes) -> set[str]:
-        """The photos (sha256) that `content` holds or names; an empty text stands for a name of theirs."""
+        """The photos (sha256) that `content` contains or mentions; an empty string stands for one of the names."""
         found = {self.photos.get(hashlib.sha256(content).hexdigest())}
         if layout.format_of(content[:64]):
             return {photo for photo in found if photo}
@@ -84,7 +84,7 @@ class Traces:
 
 
 def thumbnails(content: bytes) -> list[str]:
-    """The sha256 of the small copies that pages show of a photo; none of what is not a readable photo."""
+    """The sha256 of the small copies of a photo that pages show; empty if the photo cannot be read."""
     try:
         pictures = [jpeg(thumbnail(content, side)) for side in _SIDES]
     except TouchlineError:
@@ -93,12 +93,12 @@ def thumbnails(content: bytes) -> list[str]:
 
 
 def search(paths: Paths, traces: Traces, besides: Collection[Path]) -> dict[Path, set[str]]:
-    """The files of the project that hold or name one of the photos, and which ones; see `Traces.of`.
+    """The files of the project that contain or mention one of the photos, and which ones; see `Traces.of`.
 
-    Members of tars and zips (as models and arrays are), databases, and pictures within pages are looked into.
+    Includes members of tars and zips (models and arrays are zips), databases, and pictures inside pages.
 
     Args:
-        besides: files and folders that are not looked at.
+        besides: files and folders to skip.
     """
     found = {}
     for top in sorted(paths.project.iterdir()):
@@ -113,8 +113,8 @@ def search(paths: Paths, traces: Traces, besides: Collection[Path]) -> dict[Path
                 continue
             except OSError as error:
                 raise TouchlineError(
-                    f"{file} cannot be read ({error.strerror}), so it is not known whether it holds the photo: allow "
-                    "reading it, then run again"
+                    f"{file} cannot be read ({error.strerror}), so it may still hold the photo: allow reading it, then "
+                    "run again"
                 ) from None
             if hits:
                 found[file] = hits

@@ -1,8 +1,8 @@
-"""`touchline monitor`: how the champion does in use, by the record that `serve --record` and `predict --record` keep.
+"""`touchline monitor`: how well the champion does in use, from the answers kept by `serve` and `predict --record`.
 
-What was asked lately is held against the champion's answers on the test photos, which it never saw either. A photo that
-was asked about more than once counts once there, and photos that the champion learned from do not count: it knows them.
-Rates, milliseconds and errors count every row.
+Recent answers are compared with the champion's answers on the test photos, which it did not learn from either. In this
+comparison a photo that came more than once counts once, and photos that the champion learned from are left out. Rates,
+milliseconds and errors count every row.
 """
 
 import json
@@ -36,19 +36,18 @@ if TYPE_CHECKING:
 WARNING = "warning"
 EXIT_CODES = {SILENT: 0, WARNING: 3, TOO_FEW: 4}
 SIMILARITY = "similarity"
-# What a warning is about.
+# The subjects of warnings.
 DRIFT, UNKNOWN_RATE, ACCURACY, AGE, LATENCY, ERRORS = "drift", "unknown", "accuracy", "age", "latency", "errors"
-_SECONDS_A_DAY = 24 * 60 * 60
 
 
 @dataclass(frozen=True)
-class Warned:
+class Alert:
     """What `monitor` warns of.
 
     Attributes:
         what: DRIFT, UNKNOWN_RATE, ACCURACY, AGE, LATENCY or ERRORS.
-        found, limit: the figure, and the one it passes.
-        says: both in words.
+        found, limit: the figure, and the limit it exceeds or misses.
+        says: both in a sentence.
     """
 
     what: str
@@ -59,10 +58,10 @@ class Warned:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a table of answers comes to; None where it has nothing to say of.
+    """Summary of a table of answers; None where the table has no values for it.
 
     Attributes:
-        asked: rows. answered: those with an answer; all shares but `errors` are of these.
+        asked: number of rows. answered: rows with an answer; all shares except `errors` are of these.
         unknown, unsure, errors: shares.
         confidence: median.
         p50, p99: milliseconds.
@@ -81,7 +80,7 @@ class Figures:
 
     @classmethod
     def of(cls, rows: "pd.DataFrame", classes: Sequence[str]) -> "Figures":
-        """Of rows as `served.read` gives them."""
+        """Summarise rows from `served.read`."""
         answered = rows[rows["error"] == ""]
         waits = answered["milliseconds"].dropna()
 
@@ -101,7 +100,7 @@ milliseconds(0.5), milliseconds(0.99),
 
 
 @dataclass(frozen=True)
-class Right:
+class Accuracy:
     """How many answers were right, with Wilson's 95 % interval."""
 
     right: int
@@ -111,7 +110,7 @@ class Right:
     high: float
 
     @classmethod
-    def of(cls, right: int, photos: int) -> "Right":
+    def of(cls, right: int, photos: int) -> "Accuracy":
         return cls(right, photos, right / photos, *scores.wilson(right, photos))
 
 
@@ -139,7 +138,7 @@ def run(paths: Paths, params: Params) -> str:
         sides = (_side(asked, classifier.classes), Side({}, []), _side(test, classifier.classes))
         comparisons = drift.compare(*sides, params.split.near_duplicate_bits)
     in_use = _in_use(paths, _once(own, learned_from), classifier.classes)
-    of_test = Right.of(int((test["guess"] == test["class"]).sum()), len(test)) if test is not None else None
+    of_test = Accuracy.of(int((test["guess"] == test["class"]).sum()), len(test)) if test is not None else None
     age = _age(version, now)
     differing = [each for each in comparisons if each.warns(params.drift)]
     warned = warnings(watch, figures, on_test, differing, in_use, of_test, age)
@@ -171,41 +170,41 @@ def warnings(
     recent: Figures,
     test: Figures | None,
     differing: Sequence[drift.Comparison],
-    in_use: Right | None,
-    of_test: Right | None,
+    in_use: Accuracy | None,
+    of_test: Accuracy | None,
     age_days: int | None,
-) -> list[Warned]:
-    """What is worth a warning; a limit that is null warns of nothing, and too few photos neither.
+) -> list[Alert]:
+    """The warnings; there are none for a limit that is null, or with too few photos.
 
     Args:
         recent: of the rows of `monitor.recent_days`. test: of the test photos.
         differing: the comparisons of both that warn.
-        in_use, of_test: how right the champion was where people said what a photo shows, and on the test photos.
+        in_use, of_test: the champion's accuracy on photos that people labelled, and on the test photos.
     """
-    found: list[Warned] = []
+    found: list[Alert] = []
 
     def warn(what: str, value: float | None, limit: float | None, says: str) -> None:
         if value is not None and limit is not None and value > limit:
-            found.append(Warned(what, round(value, 6), round(limit, 6), says))
+            found.append(Alert(what, round(value, 6), round(limit, 6), says))
 
     for each in differing:
         says = f"{each.what} differ{'' if each.what == CLASSES else 's'} from the test photos' ({each.statistic} "
-        found.append(Warned(DRIFT, each.distance, each.by_chance, f"{says}{each.value:.2f})"))
+        found.append(Alert(DRIFT, each.distance, each.by_chance, f"{says}{each.value:.2f})"))
     enough = recent.answered >= FEWEST
     if enough and test and test.unknown is not None and recent.unknown is not None:
-        # Its interval, so that two of thirty photos raise no warning.
+        # The lower end of its interval, so that two of thirty photos raise no warning.
         surely = scores.wilson(round(recent.unknown * recent.answered), recent.answered)[0]
         says = (
-            f"{100 * recent.unknown:.0f} % of the answers were unknown, of the test photos {100 * test.unknown:.0f} %"
+            f"{100 * recent.unknown:.0f} % of the answers were unknown; {100 * test.unknown:.0f} % on the test photos"
         )
         limit = params.max_unknown_ratio and params.max_unknown_ratio * test.unknown
         warn(UNKNOWN_RATE, surely, limit, says)
     if in_use and of_test and in_use.photos >= FEWEST and in_use.accuracy < of_test.low:
         says = (
-            f"accuracy in use is {in_use.accuracy:.3f}, under the interval of the test's, "
+            f"accuracy in use is {in_use.accuracy:.3f}, below the interval of the test accuracy, "
             f"{of_test.low:.3f} to {of_test.high:.3f}"
         )
-        found.append(Warned(ACCURACY, round(in_use.accuracy, 6), round(of_test.low, 6), says))
+        found.append(Alert(ACCURACY, round(in_use.accuracy, 6), round(of_test.low, 6), says))
     warn(AGE, age_days, params.max_age_days, f"it has been champion for {age_days} days")
     if enough:
         warn(LATENCY, recent.p99, params.max_milliseconds, f"1 % of the answers took over {recent.p99} ms")
@@ -223,9 +222,9 @@ def _once(rows: "pd.DataFrame", learned_from: set[str]) -> "pd.DataFrame":
 
 
 def _test_photos(paths: Paths, params: Params, classifier: Classifier, learned_from: set[str]) -> "pd.DataFrame | None":
-    """The champion's answers on the test photos, as `served.read` gives answers, with their class and hash.
+    """The champion's answers on the test photos, in the columns of `served.read`, with their class and hash.
 
-    None, with a line, where there are too few that it did not learn from, or they are not on this machine.
+    None, after printing a line, if too few are left that it did not learn from, or they are not on this machine.
     """
     try:
         table, split = read_table(paths.validated_table), read_table(paths.split_table)
@@ -233,13 +232,15 @@ def _test_photos(paths: Paths, params: Params, classifier: Classifier, learned_f
         test = test.merge(table[["path", "perceptual_hash"]], on="path")
         test = test[~test["sha256"].isin(learned_from)].reset_index(drop=True)
         if len(test) < FEWEST:
-            raise TouchlineError(f"data/split.csv has {len(test)} test photos that it did not learn from")
+            raise TouchlineError(
+                f"data/split.csv has {len(test)} test photos that it did not learn from, and {FEWEST} are needed"
+            )
         files = [paths.workspace / path for path in test["path"]]
         found, _ = inference.predict(classifier.network, files, "test photos", classifier.forward)
         similar = classifier.similarities(found)
         answers = [classifier.answer(*each, params.predict) for each in zip(found, similar, strict=True)]
     except TouchlineError as error:
-        say(f"{classifier.name} is not held against the test photos: {error}")
+        say(f"{classifier.name} is not compared with its answers on the test photos: {error}")
         return None
     columns = ("label", "guess", "confidence", "similarity")
     values = {name: [getattr(answer, name) for answer in answers] for name in columns}
@@ -252,46 +253,49 @@ def _side(rows: "pd.DataFrame", classes: Sequence[str]) -> Side:
     similar = rows["similarity"].to_numpy(float)
     if np.isfinite(similar).all():
         values[SIMILARITY] = similar
-    # A record has no perceptual hash. Digests are as far apart as photos that are no near-duplicates.
+    # Recorded answers have no perceptual hash. Digests differ as much as the hashes of unrelated photos.
     hashes = rows["perceptual_hash"] if "perceptual_hash" in rows else rows["photo"].str[:16]
     chosen = drift.sample(list(range(len(rows))))
     return Side({what: found[chosen] for what, found in values.items()}, [hashes.iloc[row] for row in chosen])
 
 
-def _in_use(paths: Paths, rows: "pd.DataFrame", classes: Sequence[str]) -> Right | None:
-    """How right the champion was on photos of which people said in the app what they show; None if there are none."""
+def _in_use(paths: Paths, rows: "pd.DataFrame", classes: Sequence[str]) -> Accuracy | None:
+    """The champion's accuracy on photos that people labelled in the app; None if there are none."""
     truth = rows["photo"].map(feedback.labels(paths.feedback))
     known = truth.isin(classes)
-    return Right.of(int((rows["guess"] == truth)[known].sum()), int(known.sum())) if known.any() else None
+    return Accuracy.of(int((rows["guess"] == truth)[known].sum()), int(known.sum())) if known.any() else None
 
 
 def _forecast(version: "Version", rows: "pd.DataFrame", classes: Sequence[str]) -> dict[str, Any] | None:
-    """How right the champion is on these photos, by its probabilities; None where that cannot be told."""
+    """A forecast of the champion's accuracy on these photos; None if there is none for it, or too few photos."""
     if len(rows) < FEWEST:
         return None
     probabilities = np.array([[found[name] for name in classes] for found in map(json.loads, rows["probabilities"])])
-    return forecast.told(version.tags, probabilities, (rows["label"] == UNKNOWN).to_numpy())
+    return forecast.for_version(version.tags, probabilities, (rows["label"] == UNKNOWN).to_numpy())
 
 
 def _age(version: "Version", now: datetime) -> int | None:
-    """Days since it became champion; None where the registry does not say."""
+    """Days since it became champion; None if the registry has no date."""
     from touchline.tracking.registry import PROMOTED_AT
 
     since = version.tags.get(PROMOTED_AT)
     return (now - datetime.fromisoformat(since)).days if since else None
 
 
-def _verdict(model: str, photos: int, warned: Sequence[Warned], params: MonitorParams) -> dict[str, str]:
+def _verdict(model: str, photos: int, warned: Sequence[Alert], params: MonitorParams) -> dict[str, str]:
     asked = f"{photos:,} photo{'s' if photos != 1 else ''} in {params.recent_days} days"
     if warned:
         return {"outcome": WARNING, "verdict": f"{model}, {asked}: {'; '.join(each.says for each in warned)}."}
     if photos < FEWEST:
         return {
             "outcome": TOO_FEW,
-            "verdict": f"Too few to tell: data/served has {asked} that {model} answered, and {FEWEST} are the least: "
+            "verdict": f"Too few photos: data/served has {asked} that {model} answered, and {FEWEST} are needed: "
             "start `touchline serve --record`.",
         }
-    return {"outcome": SILENT, "verdict": f"No warning: {asked}, answered by {model} as the test photos were."}
+    return {
+        "outcome": SILENT,
+        "verdict": f"No warning: {asked}; the answers of {model} are like those on the test photos.",
+    }
 
 
 def _days(rows: "pd.DataFrame") -> "pd.Series":
@@ -301,7 +305,7 @@ def _days(rows: "pd.DataFrame") -> "pd.Series":
 
 
 def _figures(rows: "pd.DataFrame", classifier: Classifier, test: Figures | None) -> dict[str, Callable[["Axes"], None]]:
-    """What to draw of each day, all models together, by its title."""
+    """Functions that draw a chart by day, all models together, by the chart's title."""
     by_day = {day: Figures.of(part, classifier.classes) for day, part in rows.groupby(_days(rows))}
     first = rows.drop_duplicates("model").assign(day=_days)["day"].iloc[1:]
     days = list(by_day)
@@ -362,7 +366,7 @@ def _write(
 
 
 def _log(paths: Paths, params: Params, version: "Version", report: Mapping[str, Any], now: datetime) -> None:
-    """The recent figures as MLflow metrics of the champion's run; a store that does not answer costs a line."""
+    """Log the recent figures as metrics of the champion's run; if the store does not answer, print a line."""
     from touchline.tracking import runs
     from touchline.tracking.client import StoreError
 
@@ -376,11 +380,11 @@ def _log(paths: Paths, params: Params, version: "Version", report: Mapping[str, 
     try:
         runs.log_use(runs.open_store(paths, params.register_.name), version.run_id, numbers, now)
     except StoreError as error:
-        say(f"not in MLflow: {error}")
+        say(f"the figures are not in MLflow: {error}")
 
 
 def _print(report: Mapping[str, Any], paths: Paths) -> None:
     print(report["verdict"])
     if report["forecast"]:
         print(report["forecast"]["says"])
-    print(f"look through {paths.relative(paths.reports / 'monitor.html')}; all figures: reports/monitor.json")
+    print(f"page: {paths.relative(paths.reports / 'monitor.html')}; all figures: reports/monitor.json")

@@ -39,7 +39,7 @@ from touchline.models.inference import BATCH, Row, answers, load_model
 STDIN = "-"
 # Behind the whole name: a.jpg and a.png may lie side by side.
 OVERLAY = ".touchline.jpg"
-# A file in a folder is taken for a photo by its content; one so named that is none is worth a word.
+# A file in a folder counts as a photo by its content; one that only has a photo's name is reported.
 NAMED_AS_PHOTOS = {
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
 }  # fmt: skip
@@ -135,7 +135,7 @@ def run(
     if failed:
         raise TouchlineError(f"{failed:,} failed, named above")
     if unrecorded:
-        raise TouchlineError(f"{unrecorded.total():,} answers are not in {paths.served}, for the reason above")
+        raise TouchlineError(f"{unrecorded.total():,} answers could not be recorded in {paths.served}: see above")
 
 
 def find(names: Iterable[str]) -> Iterator[Found]:
@@ -346,7 +346,7 @@ def save_overlay(target: Path, content: bytes) -> str:
         if target.exists():
             with target.open("rb") as file:
                 if not explaining.is_overlay(file.read(_FIRST_BYTES)):
-                    return f"{shown(target)} is no overlay of ours, and stays"
+                    return f"{shown(target)} was not written by --explain, so it is kept: move it away"
         write_bytes(target, content)
     except OSError as error:
         if error.errno in _DISK_FULL:
@@ -370,7 +370,7 @@ def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tup
         if answer.similarity is not None:
             numbers += [f"{answer.similarity:.3f}", f"{answer.percentile:.1f}"]
         table.add_row(Text(shown(path)), label, *numbers)
-    # Where nobody looks at it, no line is folded: rich would take 80 columns.
+    # Without a terminal, no line is folded: rich would take 80 columns.
     Console(file=results, width=None if results.isatty() else 10_000).print(table)
 
 
@@ -388,7 +388,7 @@ def _write_csv(results: IO[str], classes: Sequence[str], answers: Iterable[tuple
 
 
 def csv_line(values: Sequence[object]) -> str:
-    """A line of a CSV file, whose texts no spreadsheet runs."""
+    """A line of a CSV file, without texts that a spreadsheet would take for formulas."""
     # Told to end lines with \n alone, csv would put no quotes round a \r, and one name would be two rows.
     line = io.StringIO(newline="")
     csv.writer(line).writerow([no_formula(value) if isinstance(value, str) else value for value in values])

@@ -1,7 +1,7 @@
-"""The second tab of `touchline app`: doubtful photos one by one, each settled with a click or a key.
+"""The second tab of `touchline app`: doubtful photos one by one, each decided with a click or a key.
 
-Clicks on photos of the project become lines of data/decisions.csv; photos without a label, which `touchline suggest`
-chose, go into the queue of `touchline.sources.feedback` with the class that they are given.
+Decisions about photos of the project become lines of data/decisions.csv. Photos without a label, which `touchline
+suggest` chose, go into the queue of `touchline.sources.feedback` with the class that the person chose.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,11 +36,11 @@ LISTS = {
     NEXT: "To label next",
 }
 SUGGESTED = "suggested.csv"
-# Photos in the grid, and pixels of the longer side of each and of the one that is looked at.
+# Photos in the grid; pixels of the longer side of each, and of the chosen photo.
 _GRID, _SMALL, _LARGE = 24, 128, 480
 _LONGEST_NAME = 80
 
-# Buttons carry what they do, and the key that does the same.
+# Each button has its action, and the key for it, in data attributes.
 SCRIPT = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-act]');
@@ -80,14 +80,14 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Item:
-    """A photo to settle.
+    """A photo to decide about.
 
     Attributes:
-        photo: what a decision calls it: its path under data/photos, or the first digits of its digest.
-        label: what it is filed under; empty where it has no label yet.
-        suggested: what it looks like; may be empty.
+        photo: its name in decisions: its path under data/photos, or the first digits of its digest.
+        label: its class; empty where it has none yet.
+        suggested: the class it looks like; may be empty.
         doubt: 0 to 1.
-        why: in a word or two.
+        why: why it is listed, in a few words.
         near: the other photo of a pair.
     """
 
@@ -102,22 +102,22 @@ class Item:
 
 
 class Look(Protocol):
-    """What a model makes of a photo: its answer in words, a heat map, and similar training photos by class.
+    """Gives a model's view of a photo: its answer in words, a heat map, and similar training photos by class.
 
     Pictures are JPEGs in base64.
     """
 
     def __call__(self, content: bytes, without: str) -> tuple[str, str, dict[str, list[str]]]:
-        """Look at a photo; `without` is the digest of one that is not to be shown as similar."""
+        """Look at a photo; `without` is the digest of a photo not to show as similar."""
 
 
 class Session:
-    """Where one person is. (Gradio would take a dataclass apart.)
+    """The state of one person's review. (Not a dataclass, which Gradio would convert to a dict.)
 
     Attributes:
-        at: the photo that is looked at; empty for the first that is left.
-        done: what takes back each thing that was done, and the photo it was done to; the last one last.
-        skipped: photos without a label that are not to be shown again.
+        at: the photo that is shown; empty for the first of the list.
+        done: for each action, a function that undoes it, and its photo; the latest is last.
+        skipped: photos without a label that should not be shown again.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Session:
 
 
 class Review:
-    """The photos to settle, and what is done with them."""
+    """The photos to decide about, and what a decision does."""
 
     def __init__(self, paths: Paths, params: Params, look: Look) -> None:
         self._paths, self._params = paths, params
@@ -136,16 +136,16 @@ class Review:
         self._large = lru_cache(maxsize=64)(lambda file, _: jpeg(thumbnail(file, _LARGE)))
 
     def items(self, name: str) -> list[Item]:
-        """Photos of a list of LISTS that have no decision yet, the largest doubt first.
+        """Photos of one of the LISTS that have no decision yet, the most doubtful first.
 
         Raises:
-            TouchlineError: a file that a list is made of cannot be read.
+            TouchlineError: a file that the list is made from cannot be read.
         """
         found = {CORRECTED: self._corrected, DOUBTFUL: self._doubtful, NEXT: self._next}.get(name)
         items = list(found() if found else self._audited(name))
         known = decisions.read(self._paths.decisions, self._params.classes)
         decided = tuple(each.digest for each in known)
-        # Of a pair whose other photo is dropped nothing is left to say.
+        # If the other photo of a pair is dropped, there is nothing left to decide.
         dropped = tuple(each.digest for each in known if each.kind == "drop")
         left = {
             each.photo: each
@@ -155,14 +155,14 @@ class Review:
         return sorted(left.values(), key=lambda each: (-each.doubt, each.photo))
 
     def act(self, session: Session, name: str, photo: str, act: str, label: str, who: str) -> str:
-        """Do what a button says.
+        """Carry out the action of a button.
 
         Args:
-            photo: of the item that the button was about; what a browser sends may be anything.
+            photo: of the item that the button belongs to; a browser may send anything here.
             act: show, next, keep, drop, relabel or undo.
 
         Returns:
-            What a person should know of it, or nothing.
+            A message for the person, or an empty string.
 
         Raises:
             TouchlineError: it cannot be done.
@@ -171,17 +171,17 @@ class Review:
             if not session.done:
                 return "Nothing to undo."
             take_back, session.at = session.done.pop()
-            return "" if take_back() else "It is not there any more: somebody changed the file."
+            return "" if take_back() else "Cannot be undone: the line or photo has been changed or removed since."
         items = [each for each in self.items(name) if each.photo not in session.skipped]
         places = [place for place, each in enumerate(items) if each.photo == photo]
         if not places:
-            return "That photo is settled already."
+            return "There is already a decision about that photo."
         item, after = items[places[0]], items[(places[0] + 1) % len(items)].photo
         session.at = photo if act == "show" else after
         if act in ("show", "next"):
             return ""
         if act not in decisions.KINDS or (act == "relabel" and label not in self._params.classes):
-            raise TouchlineError(f"{act} {label} is not to be done: load the page again")
+            raise TouchlineError(f"unknown action {act} {label}: load the page again")
         if act == "relabel" and label == item.label:
             act = "keep"
         if name == NEXT:
@@ -198,7 +198,7 @@ class Review:
         return ""
 
     def _label(self, session: Session, item: Item, label: str) -> Callable[[], bool]:
-        """Give a photo a label, or with none skip it; returns what takes that back."""
+        """Give a photo a label, or skip it if the label is empty; returns a function that undoes it."""
         if not label:
             session.skipped.add(item.photo)
             return partial(_unskip, session, item.photo)
@@ -206,7 +206,7 @@ class Review:
         return partial(feedback.forget, self._paths.feedback, item.sha256)
 
     def page(self, session: Session, name: str, message: str = "") -> str:
-        """The list and the photo that is looked at, as HTML."""
+        """The list and the chosen photo, as HTML."""
         try:
             items = [each for each in self.items(name) if each.photo not in session.skipped]
             current = next((each for each in items if each.photo == session.at), items[0] if items else None)
@@ -223,15 +223,15 @@ class Review:
             queue=name in (NEXT, CORRECTED) and "feedback" not in self._params.ingest.sources,
         )  # fmt: skip
 
-    def made(self) -> str:
-        """When the audit last looked, in words."""
+    def last_audit(self) -> str:
+        """When the audit last ran, in words."""
         file = self._paths.reports / "audit.csv"
         if not file.is_file():
             return "the audit has not run yet"
         when = strftime("%Y-%m-%d %H:%M", localtime(file.stat().st_mtime))
         table = self._paths.validated_table
         changed = table.is_file() and table.stat().st_mtime > file.stat().st_mtime
-        return f"looked on {when}" + (", and photos have changed since" if changed else "")
+        return f"the audit ran on {when}" + (", and photos have changed since" if changed else "")
 
     def _seen(self, item: Item) -> dict[str, Any]:
         when = item.file.stat().st_mtime_ns
@@ -241,11 +241,11 @@ class Review:
 
     def _empty(self, name: str) -> str:
         if name == NEXT:
-            return "`touchline suggest FOLDER` chooses photos whose labels would tell most."
+            return "Empty: `touchline suggest FOLDER` chooses photos whose labels would teach the model most."
         if name == CORRECTED:
-            return "No answer was corrected on the first tab, or each correction is settled."
+            return "Empty: no answer was corrected on the first tab, or all corrections are decided."
         looked = name == DOUBTFUL or (self._paths.reports / "audit.csv").is_file()
-        return "None is left." if looked else "Press the button to look for them."
+        return "None left." if looked else 'Press "Look for suspects" to find some.'
 
     def _audited(self, problem: str) -> Iterator[Item]:
         file = self._paths.reports / "audit.csv"
@@ -257,7 +257,7 @@ class Review:
         )
         labels = dict(self._validated()[["path", "class"]].itertuples(index=False))
         for row in table[table["problem"] == problem].to_dict("records"):
-            # Of photos that left since, or got another class, the audit knows nothing.
+            # The audit is out of date for photos that are gone or have another class.
             if row["sha256"] in files and labels.get(row["path"]) == row["class"]:
                 near = self._paths.workspace / row["near_to"] if row["near_to"] else None
                 why = f"looks like {row['suggested']}" if row["suggested"] else problem
@@ -268,7 +268,7 @@ class Review:
                 )  # fmt: skip
 
     def _doubtful(self) -> Iterator[Item]:
-        """Test photos that the better model of the last run calls unsure or unknown."""
+        """Test photos for which the better model of the last run answers unsure or unknown."""
         reports, params = self._paths.reports, self._params.predict
         if not (reports / "registration.json").is_file():
             return
@@ -298,7 +298,7 @@ class Review:
             if each.sha256 in hidden:
                 continue
             contradicted = each.confidence if each.guess != each.label else 0.0
-            why = f"the model said {each.guess}" if each.guess else "given a label"
+            why = f"the model answered {each.guess}" if each.guess else "given a label"
             yield Item(each.sha256[:16], each.sha256, each.photo, each.label, each.guess, contradicted, why)
 
     def _next(self) -> Iterator[Item]:
@@ -322,11 +322,11 @@ def _unskip(session: Session, photo: str) -> bool:
 
 
 def tab(paths: Paths, params: Params, look: Look, who: str, options: dict[str, Any]) -> None:
-    """Put the tab into the page that is being built.
+    """Add the tab to the Gradio page that is being built.
 
     Args:
-        who: the name to begin with.
-        options: of every event that asks a model.
+        who: the initial name of the reviewer.
+        options: Gradio's options for every event that runs a model.
     """
     import gradio
 
@@ -342,17 +342,17 @@ def tab(paths: Paths, params: Params, look: Look, who: str, options: dict[str, A
         try:
             message = review.act(session, name, **asked, who=who)
         except (TouchlineError, OSError) as error:
-            message = f"It could not be kept: {error}"
+            message = f"Not saved: {error}"
         return review.page(session, name, message), session
 
     def looked(name: str, who: str, session: Session) -> Iterator[tuple[str, str, Session]]:
-        yield "Looking through the photos: this takes seconds to minutes.", gradio.skip(), session
+        yield "Auditing the photos: this takes seconds to minutes.", gradio.skip(), session
         message = ""
         try:
             audit.run(paths, params, 24, who)
         except TouchlineError as error:
             message = str(error)
-        yield review.made(), review.page(session, name, message), session
+        yield review.last_audit(), review.page(session, name, message), session
 
     with gradio.Tab("Review", id="review", elem_id="to-review") as opening:
         with gradio.Row(equal_height=False):
@@ -364,12 +364,12 @@ def tab(paths: Paths, params: Params, look: Look, who: str, options: dict[str, A
             )
             with gradio.Column(scale=1, min_width=160):
                 button = gradio.Button("Look for suspects", elem_id="audit")
-                made = gradio.HTML(review.made, js_on_load=None, elem_id="made")
+                made = gradio.HTML(review.last_audit, js_on_load=None, elem_id="made")
         page = gradio.HTML(js_on_load=SCRIPT, elem_id="review")
         session = gradio.State(Session)
     options |= {"show_progress": "hidden"}
     opening.select(opened, [lists, session], [page, session], **options)
     lists.input(opened, [lists, session], [page, session], **options)
     page.submit(acted, [lists, name, session], [page, session], **options)
-    # Not in the way of those who click on meanwhile.
+    # Its own queue, so that other people's clicks do not wait for it.
     button.click(looked, [lists, name, session], [made, page, session], **options | {"concurrency_id": "audit"})

@@ -31,7 +31,7 @@ class Batches:
         most: photos that may be decoded or wait for the model at a time.
         most_bytes: of one photo's file.
         recorder: keeps what was asked; None keeps nothing.
-        shadow: is asked too, about photos that were answered. canary: answers a share of the photos.
+        shadow: also classifies photos that were answered. canary: answers a share of the photos.
         role: as in `served.Row`.
 
     Attributes:
@@ -98,7 +98,7 @@ class Batches:
     async def _routed(self, photo: bytes) -> Answered:
         if self._canary and self._canary.takes(photo):
             answered = await self._canary.batches._routed(photo)
-            # A canary that fails has said so in the log and in the record. The client gets the champion's answer.
+            # The failure of a canary is in the log and recorded. The client gets the champion's answer.
             if not (isinstance(answered[0], HTTPException) and answered[0].status_code == 500):
                 return answered
         return await self._answer(photo), self._classifier.name
@@ -119,7 +119,7 @@ class Batches:
         judged = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((decoded, judged))
         try:
-            # Shielded: an answer that nobody waits for any more must not break off the batch it is in.
+            # Shielded: a request whose client has gone must not cancel its whole batch.
             row, similarity = await asyncio.shield(judged)
             return self._classifier.answer(row, similarity, self._params.predict)
         except TouchlineError as error:

@@ -1,4 +1,4 @@
-"""A challenger beside the champion: a shadow is asked too and never answers, a canary answers a share of the photos."""
+"""A challenger beside the champion: a shadow's answers are only recorded; a canary answers a share of the photos."""
 
 import hashlib
 import sys
@@ -28,17 +28,17 @@ _SECONDS = 0.02
 
 
 class Shadow:
-    """Asks a model about photos that another one has answered, in a thread of its own, while its block runs.
+    """Runs a model on photos that another one has answered, in a thread of its own, while its `with` block runs.
 
-    It is asked only while the other one has nothing to do. Photos wait in a queue; where that is full they are dropped.
-    Neither a failure nor a model that never answers reaches anything else.
+    It runs only while the other model is idle. Photos wait in a queue, and are dropped if it is full. A model that
+    fails or hangs affects nothing else.
 
     Args:
-        recorder: keeps its answers.
+        recorder: records its answers.
 
     Attributes:
         is_busy: whether the other model has photos now.
-        on_photo: told of ANSWERED, FAILED or DROPPED for each photo.
+        on_photo: called with ANSWERED, FAILED or DROPPED for each photo.
     """
 
     def __init__(self, classifier: Classifier, params: Params, recorder: Recorder) -> None:
@@ -59,7 +59,7 @@ class Shadow:
         self._closing.set()
 
     def offer(self, photo: bytes, asked: Asked) -> None:
-        """Take a photo in where there is room; returns at once."""
+        """Queue a photo if there is room; returns at once."""
         with self._lock:
             room = self._bytes + len(photo) <= _MOST_BYTES
             self._bytes += len(photo) if room else 0
@@ -95,7 +95,7 @@ class Shadow:
             square = pixels(photo, model.side, self._params.validate_.max_megapixels)
             rows = model.forward(square[None])
             answer = model.answer(rows[0], model.similarities(rows)[0], self._params.predict)
-        except Exception as error:  # whatever it is, it is the shadow's alone
+        except Exception as error:  # no failure of the shadow may stop the server
             self.on_photo(FAILED)
             add(one_line(error))
             if not self._failing:
@@ -112,25 +112,25 @@ class Canary:
     """A model that answers a share of the photos in place of the champion.
 
     Attributes:
-        batches: what asks it.
-        share: of the photos, by their digests, so that one photo always goes to the same model.
+        batches: run the model.
+        share: of the photos, chosen by digest, so that one photo always goes to the same model.
     """
 
     batches: "Batches"
     share: float
 
     def takes(self, photo: bytes) -> bool:
-        """Whether a photo goes to it, by the content of its file."""
+        """Whether this photo goes to the canary, by the digest of its file."""
         return int.from_bytes(hashlib.sha256(photo).digest()[:8]) < self.share * 2**64
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A challenger, and what is asked of it.
+    """A challenger and its roles.
 
     Attributes:
-        canary_share: of the photos, that it answers.
-        is_shadow: whether it is asked about the others too.
+        canary_share: share of the photos that it answers.
+        is_shadow: whether it also classifies the others as a shadow.
     """
 
     classifier: Classifier
@@ -139,23 +139,23 @@ class Beside:
 
 
 def found(paths: Paths, params: Params, champion: Classifier, shadow: str, canary: float) -> Beside | None:
-    """The challenger that is asked for; None, with a line, where it is the model that answers already.
+    """The challenger asked for; None, after printing a line, if it is the model that answers already.
 
     Args:
         shadow: as `wanted` of `classifier.resolve`; empty: there is only a canary, and it is the alias `challenger`.
         canary: share of the photos that it answers.
 
     Raises:
-        TouchlineError: there is no such model, or its classes are others.
+        TouchlineError: there is no such model, or its classes differ.
     """
     challenger = resolve_to_serve(paths, params, shadow or CHALLENGER)
     if challenger.classes != champion.classes:
         raise TouchlineError(
-            f"{challenger.name} has other classes than {champion.name} ({', '.join(challenger.classes)}): "
+            f"{challenger.name} has other classes ({', '.join(challenger.classes)}) than {champion.name}: "
             "name another model with --shadow"
         )
     digest = challenger.files.model_sha256
     if challenger.name == champion.name or (digest and digest == champion.files.model_sha256):
-        print(f"{challenger.name} is the model that answers already: nothing is asked beside it", flush=True)
+        print(f"{challenger.name} is the model that answers already: no other model runs beside it", flush=True)
         return None
     return Beside(challenger, canary, bool(shadow))

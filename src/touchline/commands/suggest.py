@@ -1,8 +1,8 @@
-"""`touchline suggest`: of photos without a label, those whose labels would tell the model most.
+"""`touchline suggest`: the photos without a label whose labels would teach the model most.
 
-A photo tells much where the model is in doubt: its probabilities are near each other, or it resembles few of the
-training photos. Of photos much alike one label tells nearly as much as all (Settles, 2009, Active Learning Literature
-Survey, section 3).
+A label is informative where the model is in doubt: its probabilities are close to each other, or the photo resembles
+few training photos. For very similar photos, one label is nearly as informative as all of them (Settles, 2009, Active
+Learning Literature Survey, section 3).
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from touchline.models.inference import Row, answers
 from touchline.sources import feedback
 
 COLUMNS = ("photo", "sha256", "label", "guess", "confidence", "similarity", "percentile", "doubt")
-# Path and digest of a photo, or why it is left out; None where that needs no word.
+# Path and digest of a photo, and why it is left out (None if that need not be reported); its pixels.
 _Read = Row[tuple[Path, str, str | None]]
 
 
 def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, count: int, form: str) -> None:
-    """Write the photos to label next to stdout and, for the page of `touchline app`, to reports/suggested.csv.
+    """Write the photos to label next to stdout and, for `touchline app`, to reports/suggested.csv.
 
     Args:
-        names: see `predict.find`. Photos that the project has, and copies, are left out.
+        names: see `predict.find`. Photos that the project already has, and copies, are left out.
         wanted: see `classifier.resolve`.
         count: of photos to suggest.
         form: `table`, `json` (an object a line) or `csv`.
 
     Raises:
-        TouchlineError: there is no photo without a label; or, at the end, some could not be read.
+        TouchlineError: all photos have labels already; or, at the end, some could not be read.
     """
     import pandas as pd
 
@@ -78,22 +78,24 @@ def run(paths: Paths, params: Params, names: Sequence[str], wanted: str, count: 
         write_table(paths.reports / review.SUGGESTED, table)
         _write(results, form, table.to_dict("records"))
         results.flush()
-        say(f"{len(table):,} of {len(rows):,} photos without a label: label them in `touchline app`, under Review")
+        say(
+            f"chose {len(table):,} of {len(rows):,} photos without a label: label them in `touchline app`, under Review"
+        )
     if failed:
         raise TouchlineError(f"{failed:,} failed, named above")
 
 
 def doubt(probabilities: np.ndarray, percentiles: np.ndarray | None) -> np.ndarray:
-    """How much a model is in doubt about photos: 0 to 1, shape (n,).
+    """How doubtful a model is about photos: 0 to 1, shape (n,).
 
     Args:
         probabilities: of the classes, shape (n, classes).
         percentiles: how many of a hundred training photos are less similar to the others, shape (n,); None if the model
-            does not tell.
+            has no reference.
 
     Returns:
-        The larger of two doubts: the entropy of the probabilities, 1 where all are equal; and the share of the training
-        photos that are more similar to the others than the photo is.
+        The larger of two values: the entropy of the probabilities, scaled to 1 where all are equal; and the share of
+        training photos that are more similar to the others than the photo is.
     """
     clipped = np.clip(probabilities, 1e-12, 1)
     entropy = -(clipped * np.log(clipped)).sum(axis=1) / np.log(clipped.shape[1])
@@ -101,8 +103,8 @@ def doubt(probabilities: np.ndarray, percentiles: np.ndarray | None) -> np.ndarr
 
 
 def chosen(doubts: np.ndarray, features: np.ndarray, count: int) -> list[int]:
-    """Positions of at most `count` photos, the first the most doubtful; each next one by doubt and by how little it
-    resembles those before it.
+    """Positions of at most `count` photos: first the most doubtful one, then always the one with the highest product
+    of doubt and dissimilarity to those already chosen.
 
     Args:
         doubts: shape (n,).
@@ -126,7 +128,7 @@ def _labelled(paths: Paths) -> set[str]:
 
 
 def _new(rows: Iterable[_Read], known: Set[str]) -> Iterator[_Read]:
-    """What has no label, each photo once; and what could not be read."""
+    """Photos without a label, each once, and files that could not be read."""
     seen = set(known)
     for row in rows:
         (_, digest, _), image = row
@@ -155,7 +157,7 @@ def _told(classifier: Classifier, made: Sequence[Answer]) -> tuple[np.ndarray, n
 
 
 def _features(classifier: Classifier, rows: np.ndarray) -> np.ndarray:
-    """What photos are compared by; without a reference, their probabilities."""
+    """The vectors that photos are compared by: without a reference, their probabilities."""
     count = len(classifier.classes)
     if classifier.reference:
         return classifier.reference.described(rows[:, count:])

@@ -1,6 +1,6 @@
-"""`touchline predict` of videos: clips, cameras and streams, a frame at a time and as passages of one answer.
+"""`touchline predict` on videos: clips, cameras and streams, with answers for frames or for passages.
 
-A frame goes the way of a photo, through `classifier.pixels`, so both have one answer.
+A frame is prepared like a photo, by `classifier.pixels`, so a frame and a photo of the same pixels get the same answer.
 """
 
 import errno
@@ -44,9 +44,10 @@ _CLIPS = {
     ".wmv", ".flv", ".ogv", ".3gp",
 }  # fmt: skip
 _ADDRESS, _CAMERA = re.compile(r"(rtsps?|rtmp|https?)://", re.IGNORECASE), re.compile(r"\d{1,2}")
-# Milliseconds that a stream has to answer, and to give its next frame.
+# Time limit in milliseconds for a stream to connect, and for each frame.
 _PATIENCE = 10_000
-# A clip that ends this much before its header says is broken off: seconds, and a share of it. Headers round.
+# A clip counts as broken off if it ends this much before the length in its header: in seconds, and as a share. Headers
+# are rounded.
 _MISSING = 1.0, 0.02
 # Pictures on a film strip, and pixels of the longer side of each.
 _PICTURES, _SIDE = 60, 280
@@ -59,7 +60,6 @@ class Clip:
 
     Attributes:
         source: what OpenCV opens: a path, the number of a camera, or an address.
-        listed: it was not named, but lies in a folder that was.
     """
 
     source: str
@@ -78,12 +78,12 @@ class Clip:
 
     @property
     def name(self) -> str:
-        """What people call it: an address without the name and password that it may have."""
+        """The name for people: of an address, without user name and password."""
         return f"camera {self.source}" if self.is_camera else re.sub(r"(?<=://)[^/?#]*@", "", self.source)
 
     @property
     def strip(self) -> Path:
-        """Where its film strip goes: beside a file, else into the current folder."""
+        """Path of its film strip: beside a file, else in the current folder."""
         if not self.is_file:
             return Path(re.sub(r"\W+", "-", self.name).strip("-")[:100] + predict.OVERLAY)
         return Path(self.source + predict.OVERLAY)
@@ -91,12 +91,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is asked of a video.
+    """Which frames of a video are classified.
 
     Attributes:
         every: seconds from one frame to the next.
-        window: how many frames, an odd number, an answer is the mean of: the frame, and as many before as after it.
-        seconds: how much to watch; None for all.
+        window: odd number of frames that an answer is averaged over: the frame itself, and as many before as after it.
+        seconds: how much of the video to read; None for all.
     """
 
     every: float = 1.0
@@ -110,7 +110,7 @@ class Frame:
 
     Attributes:
         seconds: since the start.
-        pixels: as the model takes it, uint8 (side, side, 3). picture: for people, uint8 RGB.
+        pixels: input of the model, uint8 (side, side, 3). picture: for people, uint8 RGB.
     """
 
     seconds: float
@@ -120,7 +120,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Passage:
-    """Frames in a row that have one answer.
+    """Consecutive frames with the same label.
 
     Attributes:
         start, end: seconds since the start of the video.
@@ -137,7 +137,7 @@ class Passage:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What is written of it."""
+        """The row that is written for it."""
         return {
             "from": round(self.start, 3), "to": round(self.end, 3), "label": self.label,
             "confidence": round(self.confidence, 6), "frames": self.frames,
@@ -145,7 +145,7 @@ class Passage:
 
 
 def find(names: Sequence[str]) -> list[Clip]:
-    """What is to be watched; empty where the names mean photos.
+    """The videos among `names`; empty if they all name photos.
 
     Args:
         names: clips, folders with clips and without photos, patterns, addresses and numbers of cameras.
@@ -162,12 +162,15 @@ def find(names: Sequence[str]) -> list[Clip]:
         else:
             photos.append(name)
     if clips and photos:
-        raise ParamsError(f"{predict.shown(photos[0])} is no video as {clips[0].name} is: ask in two commands")
+        raise ParamsError(
+            f"{predict.shown(photos[0])} is not a video, but {clips[0].name} is: use a command for photos and one for "
+            "videos"
+        )
     return clips
 
 
 def _clips_of(name: str) -> list[Clip]:
-    """The clips that a name means; none where there is a photo, so that a large folder is not read to its end."""
+    """The clips that a name stands for; none if there is a photo, where reading of a large folder stops."""
     clips = []
     for found in predict.find([name]):
         if found.path.suffix.lower() in _CLIPS:
@@ -191,30 +194,30 @@ def run(
     paths: Paths, params: Params, clips: Sequence[Clip], wanted: str, form: str, sampling: Sampling, *,
     frames: bool, explain: bool,
 ) -> None:  # fmt: skip
-    """Write to stdout what a model says of videos, one after the other; all else goes to stderr.
+    """Write a model's answers on videos to stdout, one video after the other; everything else goes to stderr.
 
-    Ctrl-C ends it early, and what was seen by then is written; a second one ends the program at once.
+    After Ctrl-C the answers so far are written; a second Ctrl-C ends the program at once.
 
     Args:
         wanted: see `classifier.resolve`.
         form: `table`, `json` (an object a line) or `csv`.
-        frames: an answer a frame instead of one a passage.
-        explain: draw a film strip of each video, a picture a passage; see `Clip.strip`.
+        frames: one answer per frame instead of one per passage.
+        explain: draw a film strip of each video, one picture per passage; see `Clip.strip`.
 
     Raises:
         ParamsError: the window is an even number of frames.
-        TouchlineError: at the end, where a video could not be read; each was named when its turn came.
+        TouchlineError: at the end, if a video could not be read; each was named when its turn came.
     """
     if sampling.window % 2 == 0:
-        raise ParamsError(f"--window {sampling.window} has no middle: give an odd number of frames")
+        raise ParamsError(f"--window {sampling.window} is even, so it has no middle frame: give an odd number")
     results, counts, failed = sys.stdout, Counter[str](), 0
-    # Names of files are bytes, and leave as they came.
+    # Names of files are bytes, and are written as they are.
     if isinstance(results, io.TextIOWrapper):
         results.reconfigure(errors="surrogateescape")
     with redirect_stdout(sys.stderr), _ending() as ended:
         classifier = resolve(paths, params, wanted)
         explainer = classifier.explainer() if explain else None
-        # On one terminal a bar would run through lines that come as it moves.
+        # On a terminal, lines that are printed meanwhile would break the progress bar.
         with_bar = not (results.isatty() and form != "table")
 
         def watched(clip: Clip) -> Iterator[dict[str, Any]]:
@@ -251,7 +254,7 @@ def run(
 
 @contextmanager
 def _ending() -> Iterator[Callable[[], bool]]:
-    """What tells whether Ctrl-C was pressed. The second one does what it does elsewhere."""
+    """Gives a function that returns whether Ctrl-C was pressed. A second Ctrl-C has its usual effect."""
     pressed = threading.Event()
 
     def end(*_: object) -> None:
@@ -269,8 +272,8 @@ class Video:
     """A clip to be watched.
 
     Attributes:
-        error: once it has been watched, what was wrong with it, or nothing.
-        end: how many seconds were watched so far.
+        error: once it has been read, what was wrong with it; else empty.
+        end: seconds read so far.
     """
 
     def __init__(self, clip: Clip, sampling: Sampling, max_megapixels: float, ended: Callable[[], bool]) -> None:
@@ -278,11 +281,11 @@ class Video:
         self.error, self.end = "", 0.0
 
     def frames(self, side: int, *, with_bar: bool, pictures: bool) -> Iterator[Frame]:
-        """Its frames at the times that are wanted.
+        """Its frames at the times that `Sampling` asks for.
 
         Args:
-            side: of the pixels that the model takes.
-            pictures: whether people will see them.
+            side: height and width in pixels of the model's input.
+            pictures: also give pictures for people.
         """
         import cv2
 
@@ -292,7 +295,7 @@ class Video:
         capture, length = _opened(self._clip), 0.0
         try:
             if not capture.isOpened():
-                why = "cut off or" if self._clip.is_file else "no answer from it, or"
+                why = "cut off or" if self._clip.is_file else "it does not answer, or is"
                 self.error = f"{why} not a video that OpenCV can decode"
                 return
             rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -302,7 +305,7 @@ class Video:
             images = self._images(capture, limit, 1 / rate if rate > 0 else 0.0, live=live)
             number = int(min(length, limit) / self._sampling.every)
             for seconds, image in track(images, number, "frames") if with_bar and number > BATCH else images:
-                # Without loss, and as the photo that it would be.
+                # Lossless, so that it is decoded as a photo of these pixels would be.
                 content = cv2.imencode(".bmp", image)[1].tobytes()
                 picture = thumbnail(content, _SIDE) if pictures else None
                 yield Frame(seconds, pixels(content, side, self._max_megapixels), picture)
@@ -320,16 +323,16 @@ class Video:
     def _images(
         self, capture: "cv2.VideoCapture", limit: float, last: float, *, live: bool
     ) -> Iterator[tuple[float, np.ndarray]]:
-        """Seconds and image, BGR, of each frame that is wanted. All are read: seeking is inexact in many formats.
+        """Seconds and BGR image of each frame asked for. All frames are read: seeking is inexact in many formats.
 
         Args:
-            last: how many seconds the last frame stands.
+            last: how many seconds the last frame is shown.
         """
         import cv2
 
         began, due = None, 0.0
         while not self._ended() and capture.grab():
-            # A camera does not tell the time, and a stream's begins anywhere.
+            # A camera gives no time, and a stream's time may start anywhere.
             now = time.monotonic() if live else capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             began = now if began is None else began
             seconds = now - began
@@ -350,7 +353,7 @@ def _opened(clip: Clip) -> "cv2.VideoCapture":
     import cv2
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    # FFmpeg itself would print too. A clip may be a list of other files and addresses: none of another kind is opened.
+    # Silences FFmpeg too. A clip may be a list of other files and addresses: only those of the same kind may be opened.
     kinds = "file" if clip.is_file else "rtsp,rtmp,rtp,udp,tcp,tls,http,https,httpproxy,crypto"
     options = {"LOGLEVEL": "-8", "CAPTURE_OPTIONS": f"protocol_whitelist;{kinds}|rtsp_transport;tcp"}
     for name, value in options.items():
@@ -358,7 +361,7 @@ def _opened(clip: Clip) -> "cv2.VideoCapture":
     if clip.is_camera:
         return cv2.VideoCapture(int(clip.source))
     patience = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _PATIENCE, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _PATIENCE]
-    # The whole path: a name may look like a protocol of FFmpeg's.
+    # The absolute path, because a name may look like one of FFmpeg's protocols.
     source = str(Path(clip.source).absolute()) if clip.is_file else clip.source
     return cv2.VideoCapture(source, cv2.CAP_FFMPEG, [] if clip.is_file else patience)
 
@@ -366,7 +369,7 @@ def _opened(clip: Clip) -> "cv2.VideoCapture":
 def answered(
     frames: Iterable[Frame], classifier: Classifier, params: PredictParams, window: int
 ) -> Iterator[tuple[Frame, Answer]]:
-    """The answer for each frame: of the mean of its row and those of the frames around it, `window` in all."""
+    """The answer for each frame, averaged over the outputs of `window` frames around it."""
 
     def rows() -> Iterator[tuple[Frame, np.ndarray, float | None]]:
         for frame in frames:
@@ -380,7 +383,7 @@ def answered(
 
 
 def centred(items: Iterable[T], beside: int) -> Iterator[tuple[T, list[T]]]:
-    """Each item, and the items from `beside` before it to `beside` after it, as far as there are any."""
+    """Each item, with the list of items from `beside` before it to `beside` after it, as far as they exist."""
     window: deque[T | None] = deque(maxlen=2 * beside + 1)
     for item in chain(items, repeat(None, beside)):
         window.append(item)
@@ -391,10 +394,10 @@ def centred(items: Iterable[T], beside: int) -> Iterator[tuple[T, list[T]]]:
 def passages(
     answers: Iterable[tuple[Frame, Answer]], end: Callable[[], float]
 ) -> Iterator[tuple[Frame, Answer] | Passage]:
-    """The answers as they come, and each passage of one label once it is over.
+    """The answers as they come, and each passage once it is over.
 
     Args:
-        end: where the video ends, in seconds, asked when the answers have ended.
+        end: returns where the video ends, in seconds; called when the answers have ended.
     """
     passage: Passage | None = None
     for frame, answer in answers:
@@ -417,8 +420,8 @@ def _joined(before: Passage | None, frame: Frame, answer: Answer) -> Passage:
 
 
 class _Strip:
-    """The film strip of a video: of each passage its surest frame and what the model looked at; of very many passages
-    the longest.
+    """The film strip of a video: each passage's most confident frame, with a heat map of what the model looked at. If
+    there are very many passages, only the longest are shown.
     """
 
     def __init__(self, classifier: Classifier, explainer: Explain) -> None:
@@ -437,7 +440,7 @@ class _Strip:
             self._pictures.remove(min(self._pictures, key=lambda picture: picture[0]))
 
     def save(self, target: Path) -> str:
-        """Write it, unless there is nothing to draw; why that failed, or nothing."""
+        """Write it, unless it is empty. Returns why that failed, else an empty string."""
         if not self._pictures:
             return ""
         return predict.save_overlay(target, explaining.strip([picture[1:] for picture in self._pictures]))
@@ -474,7 +477,7 @@ def _cell(column: str, value: object) -> str:
 def _write_json(results: IO[str], _: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         results.write(json.dumps(row, allow_nan=False) + "\n")
-        results.flush()  # of a stream it is wanted now
+        results.flush()  # answers about a stream are wanted at once
 
 
 def _write_csv(results: IO[str], columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

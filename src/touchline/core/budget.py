@@ -1,4 +1,4 @@
-"""An amount that threads share. A module of its own: logged models carry it (see `models.photo_model`)."""
+"""An amount that threads share. A module of its own, because it is logged with models (see `models.photo_model`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

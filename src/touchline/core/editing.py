@@ -75,7 +75,7 @@ def set_values(file: Path, changes: Mapping[str, Any]) -> None:
 
 
 def remove_entries(file: Path, keys: Collection[str]) -> None:
-    """Take entries out of sections of params.yaml, and no other character; an entry it has not is passed over.
+    """Remove entries from sections of params.yaml, and change nothing else; missing entries are ignored.
 
     Raises:
         ParamsError: as `set_values`.

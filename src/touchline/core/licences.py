@@ -1,7 +1,7 @@
 """Licences of photos by their SPDX names (https://spdx.org/licenses), and what each allows.
 
-Sources state licences in words of their own: an address, `CC BY 2.0`, a sentence. A licence that SPDX does not list has
-a name that begins with `LicenseRef-`, as SPDX has it.
+Sources state licences in their own words: an address, `CC BY 2.0`, a sentence. As in SPDX, a licence that is not on its
+list has a name that begins with `LicenseRef-`.
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Use = Literal["research", "internal", "product"]
-# Each allows more than the one before it.
+# Each is wider than the one before it.
 USES: tuple[Use, ...] = ("research", "internal", "product")
 
 
@@ -18,8 +18,8 @@ class Licence:
     """What is known of a licence.
 
     Attributes:
-        name: by SPDX; empty where none is stated, or the words mean none that is known.
-        use: the most that it lets a model be used for, of `USES`; None where that is not known.
+        name: by SPDX; empty if no licence is stated, or it is not recognised.
+        use: the widest of `USES` that it allows for a model; None if unknown.
         share: photos under it may be shown and passed on.
     """
 
@@ -32,7 +32,7 @@ _OPEN = {
     name.casefold(): name
     for name in ("MIT", "Apache-2.0", "BSD-3-Clause", "CDLA-Permissive-2.0", "ODbL-1.0", "OGL-UK-3.0", "Unlicense")
 }
-# An address, or a name with its version. Ports to one country's law (`/by/2.0/de`) allow the same.
+# An address, or a name with its version. Versions for one country's law (`/by/2.0/de`) allow the same.
 _CREATIVE_COMMONS = re.compile(
     r"(?:(?:https?://)?(?:www\.)?creativecommons\.org/licenses/|cc-?|creative-commons-)"
     r"(by(?:-(?:nc|nd|sa)){0,2})[-/](?:v|version-)?([1-4]\.[05])(?:/.*|-[a-z]{2,9})?"
@@ -45,12 +45,12 @@ _OTHER = re.compile(r"LicenseRef-[A-Za-z0-9.-]+")
 
 
 def named(words: str) -> Licence:
-    """The licence that a source's words mean."""
+    """The licence that a source states in `words`."""
     words = words.strip()
     folded = re.sub(r"[\s_]+", "-", words.casefold())
     if found := _CREATIVE_COMMONS.fullmatch(folded):
         terms, version = found.group(1).upper(), found.group(2)
-        # Not for commerce; no derivatives, which for a model that is passed on is not settled.
+        # NC: not for commerce. ND: no derivatives; whether a model that is passed on is one has not been decided.
         use: Use = "research" if "NC" in terms else "internal" if "ND" in terms else "product"
         return Licence(f"CC-{terms}-{version}", use)
     if _WAIVED.fullmatch(folded):

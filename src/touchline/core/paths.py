@@ -3,7 +3,7 @@
 They are the same folder except in `dvc exp run --temp`, which works in a copy under `.dvc/tmp/exps` and names the
 project in DVC_ROOT, and in the clone that a scheduled flow may work in, which names it in TOUCHLINE_PROJECT. What every
 run shares (the MLflow store, the ledger of rejected photos, the journal of fetched ones, the folder that photos are
-taken from) hangs on the project; what a stage reads and writes hangs on the workspace.
+taken from) is relative to the project; what a stage reads and writes is relative to the workspace.
 """
 
 import os
@@ -111,7 +111,7 @@ class Paths:
 
     @property
     def served(self) -> Path:
-        """The record of what `serve` and `predict` were asked."""
+        """The records of answers that `serve` and `predict` keep."""
         return self.project / "data/served"
 
     @property

@@ -20,7 +20,7 @@ from touchline.core.paths import Paths
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 _SECONDS_FOR_LOCK = 20.0
-# Of a stage's cost; smaller differences are noise, whatever their share.
+# Smaller differences in a stage's cost are noise, however large in proportion.
 _LEAST = {"seconds": 5.0, "peak_megabytes": 200.0}
 SHELLS = {"sh", "dash", "bash", "zsh", "ksh", "fish"}
 
@@ -85,12 +85,12 @@ def slower(costs: Mapping[str, Mapping[str, Any]], limit: float) -> list[str]:
 def _earlier(paths: Paths, name: str) -> dict[str, Any]:
     """The `input` of a run that has ended, and `earlier`; see `costs`."""
     digest = hashlib.sha256()
-    # Every stage's input follows from these two, and code, whose cost is in question.
+    # Every stage's input follows from these two files; code is left out, since its cost is what is compared.
     for path in (paths.workspace / "params.yaml", paths.photos_table):
         digest.update(path.read_bytes() if path.exists() else b"")
     found = {"input": digest.hexdigest()}
     last: dict[str, Any] = {}
-    with suppress(TouchlineError):  # none yet, or a torn one, for which no stage need fail
+    with suppress(TouchlineError):  # missing or damaged, which is no reason to fail
         last = read_json(paths.locks / f"{name}.json")
     if last.get("input") != found["input"]:
         return found

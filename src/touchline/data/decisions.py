@@ -73,7 +73,7 @@ def read(path: Path, classes: Sequence[str]) -> list[Decision]:
 def add(
     paths: Paths, classes: Sequence[str], photo: str, kind: str, label: str = "", who: str = "", why: str = ""
 ) -> str:
-    """Write a decision into the file, safely beside other processes that do so.
+    """Add a decision to the file; several processes may do so at once.
 
     Args:
         photo, kind, label, who, why: as of `Decision`.
@@ -82,7 +82,7 @@ def add(
         The line, for `take_back`; empty if the same had been decided before.
 
     Raises:
-        TouchlineError: the photo has another decision, or a line of the file cannot be followed.
+        TouchlineError: the photo has another decision, or a line of the file is invalid.
     """
     with _locked(paths):
         content = re.sub(r"\r(?!\n)", "\n", _content(paths.decisions) or ",".join(COLUMNS) + "\n")
@@ -92,7 +92,7 @@ def add(
                 if (other.kind, other.label) == (kind, label):
                     return ""
                 by = f" by {other.who}" if other.who else ""
-                raise TouchlineError(f"it was decided{by} already: {other.kind} {other.label}".rstrip())
+                raise TouchlineError(f"the photo has a decision{by} already: {other.kind} {other.label}".rstrip())
         end = "\r\n" if "\r\n" in content else "\n"
         head, _, rest = content.partition("\n")
         columns = [column.strip() for column in next(csv.reader([head.removeprefix(_MARK)]))]
@@ -108,7 +108,7 @@ def add(
 
 
 def take_back(paths: Paths, line: str) -> bool:
-    """Delete a line that `add` wrote; False if it is not there any more."""
+    """Delete a line that `add` wrote; False if the file no longer has it."""
     with _locked(paths):
         lines = (_content(paths.decisions) or "").splitlines(keepends=True)
         places = [place for place, each in enumerate(lines) if each.rstrip("\r\n") == line]
@@ -271,5 +271,5 @@ def _csv(values: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line that no spreadsheet runs."""
+    """Text as one line that a spreadsheet does not take for a formula."""
     return no_formula(" ".join(text.split()))

@@ -169,7 +169,7 @@ def update(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
-    # The settings are written before any row and go last, so rows without them are of nobody knows what.
+    # The settings are written before any row and go last, so without settings it is unknown how the rows were made.
     known = None
     with suppress(TouchlineError):
         known = read_json(folder / _SETTINGS)

@@ -1,8 +1,8 @@
-"""`data/forgotten.csv`: photos and authors that were taken out for good; `ingest` takes them from no source again.
+"""`data/forgotten.csv`: photos and authors that were removed permanently; `ingest` takes them from no source again.
 
-The file is committed to git, so that it holds on every machine, and it names no one: its lines are SHA-256 digests of a
-photo's file, of a source with an origin in it, or of an author's name or page. If you know a name, you can check
-whether it is among them, but you cannot read it there.
+The file is committed to git, so that it applies on every machine. It has no names: its lines are SHA-256 digests of a
+photo's file, of a source with one of its origins, or of an author's name or page. If you know a name, you can check
+whether it is listed, but you cannot read names from the file.
 """
 
 import hashlib
@@ -48,17 +48,17 @@ def origin_digest(source: str, origin: str) -> str:
 
 
 def author_digest(author: str) -> str:
-    """Of a name or a page, whatever its capitals and spaces."""
+    """Of a name or a page, regardless of capitals and spaces."""
     return _digest(same_author(author))
 
 
 def same_author(author: str) -> str:
-    """What is the same for all ways to write an author's name."""
+    """An author's name in one spelling, regardless of capitals and spaces."""
     return " ".join(author.split()).casefold()
 
 
 def read(path: Path) -> Forgotten:
-    """What `path` holds; nothing if the file does not exist.
+    """The content of `path`; empty if the file does not exist.
 
     Raises:
         TouchlineError: the file is not a table of digests.
@@ -78,7 +78,7 @@ def read(path: Path) -> Forgotten:
 
 
 def add(path: Path, more: Forgotten) -> None:
-    """Write what is to be forgotten into `path`, besides what it has."""
+    """Add what is to be forgotten to `path`."""
     import pandas as pd
 
     known = read(path) | more

@@ -1,8 +1,8 @@
-"""What a photo's own file says about machine learning: IPTC's data-mining field in its XMP, and C2PA's assertion.
+"""What a photo's file states about machine learning: IPTC's data-mining field in its XMP, and C2PA's assertion.
 
-XMP is found as text, as readers that do not know a file's format are meant to find it (ISO 16684-1, 7.3), so one way
-serves all formats. Two cases need more: a JPEG cuts XMP of over 64 KB into segments, and a PNG may compress it. Packets
-in UTF-16 or UTF-32, which only TIFF allows, are not found.
+XMP is found by a text search, which ISO 16684-1 (7.3) provides for readers that do not know a file's format, so one
+method serves all formats. Two cases need more: a JPEG splits XMP of over 64 KB into segments, and a PNG may compress
+it. Packets in UTF-16 or UTF-32, which only TIFF allows, are not found.
 
 The field's values: https://iptc.org/std/photometadata/documentation/userguide/#_data_mining; the assertions: CAWG
 training and data mining 1.1, and `c2pa.training-mining` of C2PA 1.
@@ -22,15 +22,15 @@ from touchline.core.errors import one_line
 from touchline.data import layout
 
 _FIELD = "http://ns.useplus.org/ldf/xmp/1.0/ DataMining"
-# A classifier generates nothing; any other value that begins with PROHIBITED, also one with conditions, forbids.
+# A classifier is not generative. Every other value forbids training, including those with conditions and unknown ones.
 _ALLOWED = {"", "DMI-UNSPECIFIED", "DMI-ALLOWED", "DMI-PROHIBITED-GENAIMLTRAINING"}
 _FORBIDDEN_USES = {"ai_training", "data_mining"}
-# Bytes of a packet; programs that write more put pictures into it.
+# Bytes of an XMP packet; larger ones contain pictures.
 _LONGEST = 2**20
-# A photo has one, and one more for each smaller picture in it.
+# A photo has one packet, and one more for each smaller picture in its file.
 _MOST_PACKETS = 20
 _START = re.compile(rb"<(\w{1,20}:(?:xmpmeta|xapmeta|RDF))[\s>]")
-# What stands between two parts of XMP that a JPEG has in several segments (ISO 16684-3, 1.1.3.1).
+# The bytes between two parts of XMP that a JPEG stores in several segments (ISO 16684-3, 1.1.3.1).
 _BETWEEN = re.compile(rb"\xff\xe1..http://ns\.adobe\.com/xmp/extension/\0.{40}", re.DOTALL)
 _COMPRESSED = re.compile(rb"iTXtXML:com\.adobe\.xmp\x00\x01\x00[^\x00]{0,80}\x00[^\x00]{0,80}\x00")
 # The description of the box that holds a C2PA manifest store (C2PA 2.2, 11.1.4).
@@ -42,16 +42,16 @@ _TYPES = {
 
 
 class _Unreadable(Exception):
-    """What the file says cannot be told."""
+    """The statement in the file cannot be read."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What a file says.
+    """What a file states.
 
     Attributes:
-        forbids: by which field and value it forbids to train a classifier on it; empty where it does not.
-        unreadable: why something in it could not be read; empty where all could.
+        forbids: the field and value that forbid training a classifier on it; empty if nothing does.
+        unreadable: why a part could not be read; empty if everything could.
     """
 
     forbids: str = ""
@@ -59,7 +59,7 @@ class Statement:
 
 
 def read(content: bytes) -> Statement:
-    """What the bytes of an image file say; never raises for bad content."""
+    """The statement in the bytes of an image file; never raises for bad content."""
     forbids, unreadable = "", ""
     for reader in (_iptc, _c2pa):
         try:
@@ -137,7 +137,7 @@ def _values(packet: bytes) -> list[str]:
     parser = expat.ParserCreate("utf-8", " ")
     parser.StartElementHandler, parser.CharacterDataHandler = start, text
     parser.EndElementHandler, parser.buffer_text = end, True
-    # Entities are declared there: without any, no text is longer than the packet.
+    # A document type may declare entities, which could expand to far more text than the packet has.
     parser.StartDoctypeDeclHandler = refuse
     try:
         parser.Parse(packet, True)
@@ -151,15 +151,15 @@ def _c2pa(content: bytes) -> str:
         return ""
     context = _c2pa_context()
     if context is None:
-        raise _Unreadable("C2PA data, for which the extra `c2pa` is not installed")
+        raise _Unreadable("C2PA data, and the extra `c2pa` is not installed")
     from c2pa import Reader
 
     try:
         with Reader(_TYPES.get(layout.format_of(content), ""), io.BytesIO(content), context=context) as reader:
             store: dict[str, Any] = json.loads(reader.json())
-    except Exception as error:  # its own kinds, many, on hostile bytes
+    except Exception as error:  # hostile bytes raise many kinds of its own
         raise _Unreadable(f"C2PA data that is damaged ({one_line(error, 80)})") from None
-    # Whoever signed it: a forged wish not to be used is honoured all the same.
+    # The signature is not checked: an opt-out with a forged signature is respected too.
     for manifest in store.get("manifests", {}).values():
         for assertion in manifest.get("assertions", []):
             if ".training-mining" in assertion.get("label", ""):
@@ -171,7 +171,7 @@ def _c2pa(content: bytes) -> str:
 
 @cache
 def _c2pa_context() -> Any | None:
-    """How c2pa reads: it asks a network neither for manifests that are kept elsewhere nor whether a key is valid."""
+    """Settings of c2pa: it fetches neither remote manifests nor the status of certificates. None if not installed."""
     try:
         from c2pa import Context
     except ImportError:

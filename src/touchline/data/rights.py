@@ -1,4 +1,4 @@
-"""Which photos may be learned from, shown, passed on and served: by their licences and `rights` in params.yaml."""
+"""Which photos may be used for training, shown, pushed and served, by their licences and `rights` in params.yaml."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -23,7 +23,7 @@ def licence(words: str, source: str) -> Licence:
 
     Args:
         words: the column `licence` of data/photos.csv.
-        source: its name; what it says of all its photos counts where the words mean no licence that is known.
+        source: its name. Its own licence applies if the words are not a licence that is recognised.
     """
     found = licences.named(words)
     if found.use is None and (origin := extensions.source(source)) and origin.licence:
@@ -39,17 +39,17 @@ def of_rows(rows: "pd.DataFrame") -> list[Licence]:
 
 
 def allowed(rows: "pd.DataFrame", kind: Kind, params: Params) -> "pd.DataFrame":
-    """The rows whose photos `rights` in params.yaml allows something to be done with."""
+    """The rows whose photos `rights.<kind>` in params.yaml allows."""
     return rows[np.array([params.rights.allows(kind, each) for each in of_rows(rows)], dtype=bool)]
 
 
 def shown(rows: "pd.DataFrame", params: Params) -> "pd.DataFrame":
-    """The rows whose photos may be seen by others: figures are passed on, and some licences do not allow that."""
+    """The rows whose photos may be shown: figures are passed on, which some licences do not allow."""
     return allowed(rows, "show", params)
 
 
 def files(paths: Paths, params: Params) -> dict[str, Path]:
-    """The photos on this disk that may be seen by others, by their sha256."""
+    """The photos on this disk that may be shown, by their sha256."""
     if not paths.photos_table.is_file():
         return {}
     table = shown(read_table(paths.photos_table), params)
@@ -66,17 +66,17 @@ def hidden(paths: Paths, params: Params) -> set[str]:
 
 
 def in_words(found: Licence, words: str) -> str:
-    """What messages call a photo's licence."""
+    """The name of a photo's licence in messages."""
     return found.name or words.strip() or "no licence"
 
 
 def counted(rows: "pd.DataFrame") -> dict[str, int]:
-    """How many rows have each licence, by what messages call it, the most frequent first."""
+    """How many rows have each licence, by its name in messages, the most frequent first."""
     return dict(Counter(map(in_words, of_rows(rows), rows["licence"])).most_common())
 
 
 def unfit(rows: "pd.DataFrame", use: Use, params: Params) -> "pd.DataFrame":
-    """The rows whose licences do not let a model that learned from them be put to a use."""
+    """The rows whose licences do not allow a use of a model that learned from them."""
 
     def closed(found: Licence) -> bool:
         if found.use is None:
@@ -100,7 +100,7 @@ def by_author(rows: "pd.DataFrame") -> "pd.DataFrame":
     """How many photos there are of each source, licence and author, the most first.
 
     Returns:
-        Columns source, licence, spdx (its name), use (the most that it allows; empty where not known), author, photos.
+        Columns source, licence, spdx (its name), use (the widest allowed; empty if unknown), author, photos.
     """
     found = of_rows(rows)
     named = rows.assign(spdx=[each.name for each in found], use=[each.use or "" for each in found])
@@ -117,14 +117,14 @@ def check_served(model: str, licences: Collection[str] | None, params: Params) -
     """Refuse to serve a model that learned from photos under licences that `rights.serve` does not allow.
 
     Args:
-        model: what people call it.
-        licences: of the photos, as `names` has them; None where they were not noted.
+        model: its name for people.
+        licences: of the photos it learned from, as in `names`; None if they are unknown.
 
     Raises:
         TouchlineError: it names the licences.
     """
     stated = [Licence(name, "product" if name else None) for name in ([""] if licences is None else licences)]
-    if closed := [each.name or "one that is not known" for each in stated if not params.rights.allows("serve", each)]:
+    if closed := [each.name or "not recognised" for each in stated if not params.rights.allows("serve", each)]:
         raise TouchlineError(
             f"{model} learned from photos whose licence `rights.serve` in params.yaml does not allow "
             f"({', '.join(sorted(closed))}): name another model with --model"
@@ -132,7 +132,7 @@ def check_served(model: str, licences: Collection[str] | None, params: Params) -
 
 
 def check_use(model: str, rows: "pd.DataFrame", params: Params) -> None:
-    """Refuse a model for the use that `register.use` names, where the photos it learned from do not allow that.
+    """Refuse a model if the photos it learned from do not allow the use that `register.use` names.
 
     Args:
         rows: those of `learned_from`.
@@ -145,5 +145,5 @@ def check_use(model: str, rows: "pd.DataFrame", params: Params) -> None:
         counts = ", ".join(f"{count:,} under {name}" for name, count in counted(closed).items())
         raise TouchlineError(
             f"register.use is {use}, which photos that {model} learned from do not allow: {counts}, the first "
-            f"{closed['path'].iloc[0]}: leave them out by `rights.train`, or change register.use"
+            f"{closed['path'].iloc[0]}: leave them out with `rights.train`, or change register.use"
         )

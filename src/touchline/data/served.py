@@ -1,8 +1,8 @@
-"""The record of what was asked: a row a photo, kept by `--record` of `serve` and `predict`, read by `monitor`.
+"""Records of answers: one row for each photo, kept by `serve --record` and `predict --record`, read by `monitor`.
 
-`data/served/` holds SQLite files, `<day>-<process>-<random>.sqlite`. Each has one writer, which begins a new one each
-day (UTC) and when one grows large. A thread commits four times a second, so that a killed process loses no more than
-that, and no answer waits for the disk. Other programs may read the files at any time.
+`data/served/` has SQLite files, `<day>-<process>-<random>.sqlite`. Each has one writer, which starts a new file each
+day (UTC) and when the file has grown large. A thread commits four times a second, so a killed process loses at most a
+quarter of a second, and no answer waits for the disk. Other programs may read the files at any time.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ from touchline.data.thumbnails import at_its_aspect, jpeg_file
 if TYPE_CHECKING:
     import pandas as pd
 
-# The part of a model in an answer: the champion gave it, or whatever model was asked for in its place; a challenger was
-# asked beside it; or a challenger gave it in its place.
+# A model's role in an answer: CHAMPION, the model that normally answers (or the one given by --model); SHADOW,
+# a challenger that was run beside it; CANARY, a challenger that answered in its place.
 CHAMPION, SHADOW, CANARY = "champion", "shadow", "canary"
 SUFFIX = ".sqlite"
 _VERSION = 1
@@ -49,17 +49,17 @@ PRAGMA user_version = {_VERSION};
 _SECONDS = 0.25
 _MOST_WAITING = 4096
 _THUMBNAIL = 240
-# A file that has grown to this share of `monitor.keep_megabytes` is followed by another, so that old ones can go.
+# At this share of `monitor.keep_megabytes` a new file is started, so that old ones can be deleted.
 _SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A photo that was asked about.
+    """What is recorded of a photo itself.
 
     Attributes:
         photo: sha256 of its file. size: bytes of its file.
-        thumbnail: a JPEG of 240 pixels; None where none is kept.
+        thumbnail: a JPEG of 240 pixels; None if none is kept.
     """
 
     photo: str
@@ -68,7 +68,7 @@ class Asked:
 
     @classmethod
     def of(cls, content: bytes, square: np.ndarray | None, *, keep_photo: bool) -> Self:
-        """Of a photo's file, and its pixels, uint8 RGB (side, side, 3); None where it cannot be judged."""
+        """From a photo's file and its pixels, uint8 RGB (side, side, 3); None if it could not be decoded."""
         thumbnail = None
         if keep_photo and square is not None:
             thumbnail = jpeg_file(at_its_aspect(square, photos.header(content), _THUMBNAIL))
@@ -77,16 +77,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Row:
-    """An answer, or why there was none.
+    """An answer, or the reason why there was none.
 
     Attributes:
         time: seconds since 1970, UTC.
-        model: what people call it, with its version. model_sha256: of its `.keras` file; empty where that is not known.
-        role: CHAMPION; a model that was asked beside it has another.
+        model: its name for people, with its version. model_sha256: of its `.keras` file; empty if unknown.
+        role: CHAMPION, SHADOW or CANARY.
         photo, size: as in Asked.
-        label, guess, confidence, similarity: as in `classifier.Answer`; None where there was no answer.
-        probabilities: JSON, an object of class and probability.
-        milliseconds: from the photo's arrival to its answer; None where photos were not asked about one by one.
+        label, guess, confidence, similarity: as in `classifier.Answer`; None if there was no answer.
+        probabilities: a JSON object, the probability of each class.
+        milliseconds: from the photo's arrival to its answer; None for answers that `predict` gives in batches.
         error: why there was no answer; else empty.
     """
 
@@ -110,16 +110,16 @@ _INSERT = f"INSERT INTO answers VALUES ({', '.join('?' * len(COLUMNS))})"  # noq
 
 
 class Recorder:
-    """Writes rows in a thread of its own, for as long as its block runs.
+    """Writes rows in a thread of its own, as long as its `with` block runs.
 
     Args:
-        folder: of the record; made if missing.
-        model, model_sha256: as in `Row`, of what answers.
+        folder: of the records; created if missing.
+        model, model_sha256: of the model that answers, as in `Row`.
         keep_photos: keep a thumbnail of each photo.
 
     Attributes:
-        asked: makes what is kept of a photo; a cluster's workers may call it too.
-        on_lost: told of the number of rows that could not be kept; the disk is full, for example.
+        asked: makes an `Asked` of a photo; the workers of a cluster may call it too.
+        on_lost: called with the number of rows that could not be written, for example because the disk is full.
 
     Raises:
         TouchlineError: the folder cannot be written to.
@@ -139,7 +139,7 @@ class Recorder:
             self._file, self._database = self._opened()
         except (sqlite3.Error, OSError) as error:
             raise TouchlineError(
-                f"{folder} cannot be written ({one_line(error)}): make room or allow it, or leave out --record"
+                f"{folder} cannot be written ({one_line(error)}): make room, allow writing there, or leave out --record"
             ) from None
         self._thread = threading.Thread(target=self._work, name="record", daemon=True)
 
@@ -162,12 +162,12 @@ class Recorder:
         model: tuple[str, str] | None = None,
         wait: bool = False,
     ) -> None:
-        """Keep an answer.
+        """Record an answer.
 
         Args:
             said: the fields of a `classifier.Answer`, or why there is none.
-            model: name and sha256, where it is not the one that answers usually.
-            wait: for room, where the writer is behind; else such a row is lost, and counted.
+            model: name and sha256, if it is not the recorder's own model.
+            wait: wait if the writer is behind; otherwise the row is lost, and counted.
         """
         answer: dict[str, Any] = {"error": said} if isinstance(said, str) else {
             **{name: said[name] for name in ("label", "guess", "confidence", "similarity")},
@@ -201,18 +201,18 @@ class Recorder:
             self._failing = False
         except (sqlite3.Error, OSError) as error:
             self.on_lost(len(rows))
-            # Other errors than those of operation (a full disk, a lock) do not pass.
+            # Operational errors (a full disk, a lock) may pass; others mean that the file is damaged.
             self._torn = not isinstance(error, sqlite3.OperationalError)
             if not self._failing:
                 print(
                     f"touchline: {self._folder} cannot be written ({one_line(error)}): make room there; until then "
-                    "photos are answered, and not recorded",
+                    "answers are not recorded",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
             self._failing = True
 
     def _is_over(self) -> bool:
-        """Whether the file is of another day, large, torn or deleted."""
+        """Whether a new file is needed: this one is of another day, large, damaged or deleted."""
         if self._torn or _day(self._file) != _today() or not self._file.exists():
             return True
         return _size(self._file) > _SHARE * 1e6 * self._params.keep_megabytes
@@ -225,7 +225,7 @@ class Recorder:
         # Opened in one thread and used in another, one after the other.
         database = sqlite3.connect(file, check_same_thread=False, timeout=30)
         try:
-            # Readers and the writer do not wait for each other; and a commit need not wait for the disk.
+            # Readers and the writer do not block each other, and a commit does not wait for the disk.
             database.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; BEGIN; {_TABLES} COMMIT;")
         except BaseException:
             database.close()
@@ -235,11 +235,11 @@ class Recorder:
 
 
 def read(folder: Path, since: datetime | None = None, columns: Collection[str] = COLUMNS) -> "pd.DataFrame":
-    """The rows of the record, in the order of time; a file that cannot be read is named, and the others are read.
+    """The recorded rows, by time. A file that cannot be read is named, and the others are read.
 
     Args:
-        since: what was asked before is left out.
-        columns: of `Row`.
+        since: leave out earlier rows.
+        columns: those of `Row` to read; `time` is always included.
     """
     import pandas as pd
 
@@ -256,7 +256,7 @@ def read(folder: Path, since: datetime | None = None, columns: Collection[str] =
 
 
 def thumbnails(folder: Path, wanted: Collection[str]) -> dict[str, bytes]:
-    """JPEG files by the sha256 of the photo, of those of `wanted` that were kept."""
+    """The thumbnails, as JPEG files, that were kept of the `wanted` photos, by sha256."""
     found: dict[str, bytes] = {}
     for file in files(folder):
         with _naming(file), _reading(file) as database:
@@ -266,18 +266,21 @@ def thumbnails(folder: Path, wanted: Collection[str]) -> dict[str, bytes]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of the record, the oldest first."""
+    """The files with records, the oldest first."""
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 
 def expired(folder: Path, params: MonitorParams) -> list[Path]:
-    """The files beyond `monitor.keep_days` and, the oldest first, `monitor.keep_megabytes`; none that is written to."""
+    """Files to delete: those beyond `monitor.keep_days`, and the oldest beyond `monitor.keep_megabytes`.
+
+    Never one that a running process writes to.
+    """
     first = f"{datetime.now(UTC) - timedelta(days=params.keep_days):%Y-%m-%d}"
     room = 1e6 * params.keep_megabytes
     gone, newest = [], set[str]()
     for file in sorted(files(folder), key=lambda file: (_day(file), file.stat().st_mtime), reverse=True):
         room -= _size(file)
-        # The last one of a process that runs is open.
+        # The newest file of a running process is open.
         process = file.stem.split("-")[-2] if file.stem.count("-") >= 2 else ""
         is_open = process not in newest and _began(process) <= _day(file)
         newest.add(process)
@@ -287,7 +290,7 @@ def expired(folder: Path, params: MonitorParams) -> list[Path]:
 
 
 def _began(process: str) -> str:
-    """The day on which a process of this id began; later than any if there is none."""
+    """The day on which the process with this id started; later than any day if there is none."""
     import psutil
 
     try:
@@ -297,7 +300,7 @@ def _began(process: str) -> str:
 
 
 def delete(file: Path) -> None:
-    """Delete a file of the record, with those that SQLite keeps beside it."""
+    """Delete a file with records, and the files that SQLite keeps beside it."""
     for part in _parts(file):
         part.unlink(missing_ok=True)
 
@@ -324,11 +327,11 @@ def _today() -> str:
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Name a file that cannot be read, and go on."""
+    """Report a file that cannot be read, and continue."""
     try:
         yield
     except (sqlite3.Error, TouchlineError) as error:
-        say(f"{file} is left out ({one_line(error)}): another Touchline can read it, or delete it")
+        say(f"{file} is left out ({one_line(error)}): read it with the Touchline that wrote it, or delete it")
 
 
 @contextmanager
@@ -336,5 +339,5 @@ def _reading(file: Path) -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=30)) as database:
         [version] = database.execute("PRAGMA user_version").fetchone()
         if version != _VERSION:
-            raise TouchlineError(f"its version is {version}, and this Touchline reads {_VERSION}")
+            raise TouchlineError(f"its format is version {version}, and this Touchline reads {_VERSION}")
         yield database

@@ -186,7 +186,7 @@ def _fit_head(
     losses = heads.cross_validated(sample, labels, groups, weights, params.strengths, params.folds, params.seed)
     kept = int(np.argmin(losses))
     strength = params.strengths[kept]
-    # Of a stream, heads of the sample are only compared, and a start for the head of all rows.
+    # For streamed rows, heads fitted to the sample only choose the strength and the starting point.
     tolerance = heads.ROUGH if isinstance(rows, Stream) else heads.EXACT
     fitted = list(heads.path(sample, labels, weights, params.strengths, tolerance))
     of_both = heads.balance(both.labels, both.groups, params.balance)

@@ -43,7 +43,7 @@ def build(features: BackboneFeatures, project: Path) -> "keras.Model":
     Args:
         features: names the backbone and its weights, or several, whose maps are put behind each other; `views` plays
             no part here.
-        project: folder that a relative `features.weights` hangs on.
+        project: folder that a relative `features.weights` is relative to.
 
     Returns:
         A functional model named after the backbone: uint8 RGB `(None, image_size, image_size, 3)`, 0 to 255, to a

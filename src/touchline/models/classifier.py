@@ -167,7 +167,7 @@ def resolve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
 
 
 def resolve_to_serve(paths: Paths, params: Params, wanted: str = "") -> Classifier:
-    """As `resolve`; raises TouchlineError too where `rights.serve` does not allow the photos that it learned from."""
+    """As `resolve`; also raises TouchlineError if `rights.serve` does not allow the photos it learned from."""
     found = resolve(paths, params, wanted)
     licences, record = found.licences, found.files.model.with_suffix(".json")
     if licences is None and record.is_file() and paths.split_table.is_file():

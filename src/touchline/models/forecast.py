@@ -1,14 +1,14 @@
-"""How right a classifier is on photos whose class is not known, estimated from its probabilities.
+"""Forecasts: a classifier's accuracy on photos without labels, estimated from its probabilities.
 
-Three estimates: the mean confidence; the same after temperature scaling (Guo et al., 2017); and average thresholded
-confidence, the share of photos whose confidence passes a threshold, which of known photos as many pass as are answered
-rightly (Garg et al., 2022, https://arxiv.org/abs/2201.04234). Temperature and threshold come from cross-validation.
-How wrong the estimates are on photos of new sources is measured on groups of training photos that were left out.
+There are three estimates: the mean confidence; the same after temperature scaling (Guo et al., 2017); and average
+thresholded confidence (Garg et al., 2022, https://arxiv.org/abs/2201.04234), the share of photos whose confidence
+reaches a threshold, chosen so that on labelled photos this share equals the accuracy. Temperature and threshold come
+from cross-validation. The error of each estimate on new sources is measured by leaving out groups of training photos.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -20,20 +20,20 @@ from touchline.models import heads
 TAG = "touchline.forecast"
 THRESHOLDED, CALIBRATED, CONFIDENCE = "thresholded confidence", "calibrated confidence", "mean confidence"
 METHODS = (THRESHOLDED, CALIBRATED, CONFIDENCE)
-# Groups are left out in so many parts at most, and of very many photos so many are looked at.
+# The most parts in which groups are left out, and the most photos that are used.
 _PARTS, _MOST = 10, 10_000
-# A smaller part says little of how wrong an estimate is.
+# Smaller parts are ignored: their accuracy is too uncertain.
 FEWEST = 20
 _LEAST_PARTS = 3
 
 
 @dataclass(frozen=True)
 class Forecaster:
-    """What an estimate needs.
+    """Estimates accuracy.
 
     Attributes:
         threshold: of the confidence. temperature: of the probabilities.
-        left_out: by part of the training photos that was left out: photos, accuracy, and each estimate of it.
+        left_out: for each part of the training photos that was left out: photos, accuracy, and each estimate of it.
     """
 
     threshold: float
@@ -42,16 +42,16 @@ class Forecaster:
 
     @classmethod
     def of(cls, labels: np.ndarray, validated: np.ndarray, left_out: np.ndarray, parts: np.ndarray) -> Self | None:
-        """Learn from answers on photos that the model which gave them was not fitted to.
+        """Fit to probabilities for photos that the model giving them was not fitted to.
 
         Args:
             labels: int64, shape (n,).
-            validated: probabilities of cross-validation, shape (n, classes).
-            left_out: the same of models from which the photo's whole part was left out.
-            parts: number of the part of each photo, shape (n,); -1 where there is no such model.
+            validated: probabilities from cross-validation, shape (n, classes).
+            left_out: the same, from models fitted without the photo's whole part.
+            parts: number of the part of each photo, shape (n,); -1 if there is no such model.
 
         Returns:
-            None where fewer than three parts have 20 photos: too few to tell how wrong an estimate is.
+            None if fewer than three parts have 20 photos: too few to measure the error of an estimate.
         """
         found = []
         for part in np.unique(parts[parts >= 0]):
@@ -67,27 +67,23 @@ class Forecaster:
 
     @classmethod
     def load(cls, tags: Mapping[str, str]) -> Self | None:
-        """Of a registered version, by its tags; None where its model has none."""
+        """From the tags of a registered version; None if it has no forecaster."""
         found = json.loads(tags.get(TAG) or "null")
         return cls(**found) if found else None
 
-    def dump(self) -> str:
-        """The value of TAG."""
-        return json.dumps(asdict(self))
-
     def error(self, method: str) -> float:
-        """Root mean square of an estimate's errors on the parts that were left out."""
+        """Root mean square error of an estimate on the parts that were left out."""
         errors = [part[method] - part["accuracy"] for part in self.left_out]
         return float(np.sqrt(np.mean(np.square(errors))))
 
     def accuracy(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """The accuracy on photos, by the estimate that was less wrong on the parts that were left out.
+        """The accuracy on photos, by the estimate with the smallest error on the parts that were left out.
 
         Args:
             probabilities: of the model's answers, shape (n, classes), n at least 1.
 
         Returns:
-            `accuracy`, `give_or_take` (the root mean square of its errors), `method`, and each estimate by name.
+            `accuracy`, `give_or_take` (its root mean square error), `method`, and each estimate by name.
         """
         each = _each(probabilities, self.threshold, self.temperature)
         method = min(each, key=self.error)
@@ -100,7 +96,7 @@ class Forecaster:
 def of_head(
     rows: np.ndarray, labels: np.ndarray, groups: Sequence[str], strength: float, params: HeadParams
 ) -> Forecaster | None:
-    """What a forecast of a head needs, from heads of the same strength that were fitted without some of the photos.
+    """The forecaster of a head, from heads of the same strength that were fitted without some of the photos.
 
     Args:
         rows, labels, strength: as `heads.path`. groups: as `heads.out_of_fold`.
@@ -120,13 +116,13 @@ def of_head(
     return Forecaster.of(truth, validated, left_out, parts)
 
 
-def told(tags: Mapping[str, str], probabilities: np.ndarray, unknown: np.ndarray) -> dict[str, Any] | None:
-    """The forecast of a registered version on photos, with a sentence in `says`; None if its model has none.
+def for_version(tags: Mapping[str, str], probabilities: np.ndarray, unknown: np.ndarray) -> dict[str, Any] | None:
+    """A registered version's forecast for photos, with a sentence in `says`; None if it has no forecaster.
 
     Args:
         tags: of the version.
         probabilities: of its answers, shape (n, classes).
-        unknown: which photos it calls so, bool, shape (n,): they are no part of the forecast.
+        unknown: whether it calls each photo unknown, bool, shape (n,); these are left out of the forecast.
     """
     forecaster = Forecaster.load(tags)
     if forecaster is None or unknown.all():

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _PART = 1024
 # The largest slope left, where the loss curves by about 1 in every direction.
 _TOLERANCE = 1e-5
-# The largest slope left of the mean loss. With scikit-learn's default, on 10,000 rows of 1,280 features, weights are up
-# to 0.08 from the solution; with ours 0.002, in three times the seconds. Cross-validation only compares: it takes the
-# default.
+# The largest gradient of the mean loss at which fitting stops. With scikit-learn's default, on 10,000 rows of 1,280
+# features, weights are up to 0.08 from the solution; with this value 0.002, in three times the seconds.
+# Cross-validation only compares heads, so it uses the default.
 EXACT, ROUGH = 1e-6, 1e-4
 _ITERATIONS = 100
 
@@ -88,7 +88,7 @@ def refined(
     sample: np.ndarray,
     sample_weights: np.ndarray,
 ) -> Head:
-    """The head that `path` would fit to rows which may be larger than memory, in some ten passes over them.
+    """The head that `path` would fit, for rows that may not fit into memory, in about ten passes over them.
 
     Newton's method, but for one thing: how the loss curves is taken from a sample of the rows, and L-BFGS makes up for
     the difference. What the head comes to depends on all rows.
@@ -106,7 +106,7 @@ def refined(
     from threadpoolctl import threadpool_limits
 
     mean, classes = sample.mean(axis=0, dtype=np.float64), len(near.bias)
-    # Of two classes scikit-learn fits the difference: half of it each way is half as large a penalty.
+    # For two classes scikit-learn fits one row of weights, the difference. Split in two, its penalty is halved.
     cost = strength / (2 if classes == 2 else 1)
     # Mean curvature of a softmax over the directions in which classes differ.
     curved = (1 - (near.probabilities(sample) ** 2).sum(axis=1)) / (classes - 1)
@@ -115,7 +115,7 @@ def refined(
         factor = cholesky(_curvature(sample, mean, scale, cost * sample_weights * curved), overwrite_a=True)
 
     def head(variables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weights of scaled rows, weights, and biases, of variables in which the loss curves by about 1 everywhere."""
+        """Weights for scaled rows, weights, and biases, from variables in which the loss curves by about 1."""
         layer = solve_triangular(factor, variables.reshape(-1, classes))
         matrix = layer[:-1] / scale
         return layer[:-1], matrix, layer[-1] - mean @ matrix
@@ -163,7 +163,7 @@ def sample(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scale(rows: Stream) -> float:
-    """The scale of rows, as `path` has it."""
+    """The scale of rows, as in `path`."""
 
     def sums(part: Part) -> tuple[int, float, float]:
         wide = rows.read(part)[1].astype(np.float64).ravel()

@@ -1,7 +1,7 @@
-"""A model as MLflow loads it, also where this package is not installed: photos in, probabilities out.
+"""The registered model as MLflow loads it, even if this package is not installed: photos in, probabilities out.
 
-A logged model carries this module and what it imports (`tracking.runs.CODE`), so that its photos are decoded by the
-code that decoded those it learned from. It needs Keras, NumPy, OpenCV and Pillow.
+This module and what it imports (`tracking.runs.CODE`) are logged with each model, so that photos are decoded by the
+same code as in training. It needs Keras, NumPy, OpenCV and Pillow.
 """
 
 import base64
@@ -18,7 +18,7 @@ class PhotoModel:
     """A Keras model of photos, for `mlflow.pyfunc`.
 
     Args:
-        path: a .keras file: uint8 RGB, shape (n, side, side, 3) in, probabilities, shape (n, classes) out.
+        path: a .keras file. It takes uint8 RGB, shape (n, side, side, 3), and gives probabilities, shape (n, classes).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -31,20 +31,22 @@ class PhotoModel:
         """The probabilities of each photo, float32, shape (n, classes).
 
         Args:
-            given: the bytes of image files, also as base64 text: one, a list, an array, or a table of one column. Or
-                pixels that are ready: integers from 0 to 255, RGB, shape (n, side, side, 3).
+            given: the bytes of image files, or base64 text of them: one, a list, an array, or a table of one column.
+                Or pixels: integers from 0 to 255, RGB, shape (n, side, side, 3).
 
         Raises:
-            TouchlineError: a photo does not decode, or `given` is something else.
+            TouchlineError: a photo cannot be decoded, or `given` is something else.
         """
         return self._network.predict(pixels(given, self._side), verbose=0)
 
 
 def pixels(given: Any, side: int) -> np.ndarray:
-    """What `PhotoModel.predict` is given, as uint8 RGB, shape (n, side, side, 3)."""
+    """The input of `PhotoModel.predict` as uint8 RGB, shape (n, side, side, 3)."""
     if hasattr(given, "columns"):
         if len(given.columns) != 1:
-            raise TouchlineError(f"a table of {len(given.columns)} columns: give one, of the bytes of image files")
+            raise TouchlineError(
+                f"the table has {len(given.columns)} columns: give one column, with the bytes of image files"
+            )
         given = given.iloc[:, 0]
     if isinstance(given, bytes | str):
         given = [given]
@@ -58,8 +60,8 @@ def pixels(given: Any, side: int) -> np.ndarray:
         array = np.empty(0)
     if array.shape[1:] != (side, side, 3) or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
         raise TouchlineError(
-            "neither the bytes of image files (as base64 in JSON) nor pixels: those are integers from 0 to 255, RGB, "
-            f"of the shape (n, {side}, {side}, 3)"
+            "the input is neither bytes of image files nor pixels: give bytes (in JSON: base64), or integers from 0 to "
+            f"255, RGB, of shape (n, {side}, {side}, 3)"
         )
     return array.astype(np.uint8)
 
@@ -71,7 +73,7 @@ def _content(row: bytes | str, name: str) -> bytes:
         # Some encoders break the text into lines.
         return base64.b64decode("".join(row.split()), validate=True)
     except ValueError:
-        raise TouchlineError(f"{name} is text that is not base64: send the bytes of an image file as base64") from None
+        raise TouchlineError(f"{name} is not base64: send the bytes of an image file as base64") from None
 
 
 def _load_pyfunc(path: str) -> PhotoModel:

@@ -1,4 +1,4 @@
-"""What a model's reference is worth: how many test photos, and photos of something else, are called `unknown`."""
+"""How well a model's reference works: how many test photos, and photos of something else, are called `unknown`."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,7 @@
-"""The model card of a version, in Markdown: what was measured of it, and where its limits are.
+"""The model card of a version, in Markdown: its measurements and limits.
 
 After Mitchell et al., "Model Cards for Model Reporting" (2019, https://arxiv.org/abs/1810.03993). docs/model-card.md
-has what holds for every model.
+describes what applies to every version.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ def markdown(
         slices: its rows of `reports/slices.csv`.
         licences: `reports/licences.csv`.
         outcome: what `register` decided.
-        costs: what each stage's last run on this machine cost.
+        costs: of each stage's last run on this machine.
     """
     name, registered = record["model"], outcome["registered"]
     version = f"version {registered['version']}" if registered else "not registered: an experiment"
@@ -86,7 +86,7 @@ def markdown(
             "",
             f"## Figures on {metrics['test_photos']:,} test photos",
             "",
-            "In brackets: Wilson's 95 % interval. The last ones are baselines; size and aspect is the control.",
+            "In brackets: Wilson's 95 % interval. The last rows are baselines; size and aspect is the control.",
             "",
             *_table(("", *scores.titles()), ((key, *scores.cells(found)) for key, found in compared.items())),
             "",
@@ -106,7 +106,7 @@ def markdown(
             "## Limits",
             "",
             "- The test photos come from the same sources as the training photos; for others the figures may not hold.",
-            "- Slices of few photos have wide intervals. People, countries, levels and ages were not measured.",
+            "- Small slices have wide intervals. Accuracy by people, countries, levels and ages was not measured.",
             f"- Below a confidence of {params.predict.min_confidence} the answer is `unsure`.",
             "",
             "## Cost",
@@ -131,7 +131,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _unknown(found: Mapping[str, Any] | None) -> list[str]:
-    """How many test photos, and of how many of something else, are called `unknown`, as `evaluate` measured it."""
+    """How many test photos and photos of something else are called `unknown`, as `evaluate` measured it."""
     if found is None:
         return ["Not measured: the model calls no photo `unknown`."]
     rows = [(label, f"{count:,}", f"{found['unknown'][label]:,}") for label, count in found["photos"].items()]

@@ -1,4 +1,4 @@
-"""The photos described for machines: Croissant 1.1 with its vocabulary for responsible AI, in JSON-LD.
+"""Croissant 1.1 metadata of the photos, with its vocabulary for responsible AI, in JSON-LD.
 
 https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and croissant-rai-spec.html. Photos are described by
 the table that lists them with their SHA-256, not one by one: there may be a million.
@@ -38,7 +38,7 @@ _CONTEXT = {
     "name": {"@container": "@language"},
     **{term: f"cr:{term}" for term in _TERMS},
 }
-# The columns of data/split.csv that are described, and what they are.
+# Descriptions of the columns of data/split.csv.
 _FIELDS = {
     "path": "Where the photo lies; its file is named by the beginning of its SHA-256",
     "class": "What the photo shows",
@@ -71,11 +71,11 @@ _LIMITATIONS = (
 
 
 def place(paths: Paths) -> Path:
-    """Where the pipeline writes it: beside the table that it describes, which it names by a relative path."""
+    """The file that the pipeline writes: beside the table that it describes, since it has the relative path of that."""
     return paths.split_table.with_name("croissant.json")
 
 
-def described(paths: Paths, params: Params, split: "pd.DataFrame") -> dict[str, Any]:
+def metadata(paths: Paths, params: Params, split: "pd.DataFrame") -> dict[str, Any]:
     """The metadata, as JSON-LD.
 
     Args:
@@ -144,7 +144,7 @@ def _field(name: str, description: str, kind: str, **more: Any) -> dict[str, Any
 
 
 def _photos() -> dict[str, Any]:
-    """The rows of data/split.csv; subset and class refer to the lists of them."""
+    """The rows of data/split.csv; subset and class refer to the record sets that list their values."""
     lists = {"subset": "subsets/name", "class": "classes/name"}
     fields = [
         _field(
@@ -162,7 +162,7 @@ def _counts(values: "pd.Series") -> str:
 
 
 def _leaning(used: "pd.DataFrame") -> list[str]:
-    """How much of each class each source gives, where there are several."""
+    """The share of each class that each source supplies; empty if there is one source."""
     if used["source"].nunique() < 2:
         return []
     shares = used.groupby("class")["source"].value_counts(normalize=True)
@@ -171,6 +171,6 @@ def _leaning(used: "pd.DataFrame") -> list[str]:
 
 
 def _address(licence: str) -> str:
-    """Of a licence that SPDX lists; the words of another."""
+    """The address of a licence on the SPDX list; another licence as it is stated."""
     known = rights.licence(licence, "")
     return f"https://spdx.org/licenses/{known.name}.html" if known.use else licence

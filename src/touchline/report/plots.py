@@ -53,7 +53,7 @@ _STYLE: "dict[RcKeyType, Any]" = {
     "axes.titleweight": "bold",
     "figure.constrained_layout.use": True,
     "savefig.dpi": 110,
-    # Text stays text, in the fonts of whoever reads it; equal figures are equal files.
+    # Text stays text, in the reader's own fonts; equal figures are equal files.
     "svg.fonttype": "none",
     "svg.hashsalt": "touchline",
 }

@@ -50,7 +50,7 @@ def remember(folder: Path, content: bytes, label: str, answers: Sequence[dict[st
 
 @dataclass(frozen=True)
 class Entry:
-    """What a person said of a photo.
+    """A photo that a person labelled in the app.
 
     Attributes:
         photo: its file.
@@ -86,7 +86,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def forget(folder: Path, digest: str) -> bool:
-    """Take a photo out of the queue again; False if it is not there any more."""
+    """Remove a photo from the queue; False if the queue no longer has it."""
     found = next((entry for entry in entries(folder) if entry.sha256 == digest), None)
     if found:
         (folder / f"{digest}.json").unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def candidates(received: Received, classes: Sequence[str]) -> Iterator[Candidate
 
 
 def labels(folder: Path) -> dict[str, str]:
-    """What each photo of the queue shows, by its sha256; an entry that cannot be read is named and left out."""
+    """The label of each photo in the queue, by its sha256; an entry that cannot be read is named and left out."""
     found = {}
     for record in sorted(folder.glob("*.json")):
         try:
@@ -163,7 +163,7 @@ SOURCE = Source(
     _plan,
     licence=Licence("LicenseRef-Feedback", "internal"),
     corrects=True,
-    collected="Photos that people gave at the page of `touchline app`.",
-    labelled="By the person who gave the photo.",
+    collected="Photos that people submitted in `touchline app`.",
+    labelled="By the person who submitted the photo.",
     forget=_forget,
 )

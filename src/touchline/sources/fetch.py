@@ -197,7 +197,7 @@ class _Filling:
         # A photo may be offered under another class than before.
         self._place_of = {path.name: path for path in whole}
         self._waiting: dict[str, deque[tuple[int, Candidate]]] = defaultdict(deque)
-        # Photos that are there, and offers of which nobody knows yet: they fill the room together.
+        # Photos that exist already, and offers that were not tried yet: together they fill the room.
         self._taken: Counter[str] = Counter()
         self._undecided = 0
         self._exhausted = False
@@ -230,7 +230,7 @@ class _Filling:
                 for fetcher in fetchers:
                     fetcher.cancel()
                 await asyncio.gather(*fetchers, return_exceptions=True)
-                # Who draws may be waiting for this very thread, and for gigabytes more, so nobody waits for that.
+                # The drawing thread may be blocked on this one, or on gigabytes of other work, so do not wait for it.
                 drawer.shutdown(wait=False, cancel_futures=True)
                 if self._drawing is not None:
                     for task in asyncio.all_tasks() - {asyncio.current_task(), self._settling}:

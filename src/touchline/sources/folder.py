@@ -181,7 +181,7 @@ def _plan(paths: Paths, params: Params) -> list[Planned]:
 
 
 def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
-    """Delete files and rows of the manifest. A folder outside the project is its owner's: nothing there is touched."""
+    """Delete files, and rows of the manifest. Nothing is changed in a folder outside the project."""
     folder = (paths.project / params.ingest.folder).resolve()
     if not folder.is_relative_to(paths.project.resolve()):
         return 0

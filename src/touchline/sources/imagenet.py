@@ -634,7 +634,7 @@ def _from_kaggle(params: ImageNetParams, classes: Sequence[str], folder: Path) -
     names = _kaggle_names(path, wnids)
     _say_missing(params, classes, names, f"the Kaggle competition's {_KAGGLE_LIST}")
     if not all((folder / wnid / name).exists() for wnid in names for name in names[wnid]):
-        # Before the first photo, not in the middle: whoever has no token is told so at once.
+        # Before the first photo, not in the middle, so that a missing token is reported at once.
         client = client or _kaggle_client()
     return {
         wnid: [_Photo(wnid, name, partial(_kaggle_photo, client, wnid, folder / wnid / name)) for name in names[wnid]]
@@ -837,7 +837,7 @@ def _plan(paths: Paths, params: Params) -> list[Planned]:
 
 
 def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
-    """Delete photos from the folder of ImageNet's files, if that is in the project: files, and members of tars."""
+    """Delete photos (files and members of tars) from the folder of ImageNet's files, if it is in the project."""
     folder = (paths.project / params.ingest.imagenet.folder).resolve()
     if not folder.is_relative_to(paths.project.resolve()):
         return 0
@@ -871,7 +871,7 @@ def _forget(paths: Paths, params: Params, gone: Forgotten) -> int:
 
 
 def _tar_without(path: Path, gone: Forgotten) -> int:
-    """Write a synset's tar again without the photos that are forgotten. Returns how many those were."""
+    """Rewrite a synset's tar without the forgotten photos. Returns how many there were."""
     wnid = path.stem
 
     def goes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:

@@ -421,7 +421,7 @@ def _within_limit(photos: Sequence[_Photo], limit: int, taken: Counter[tuple[str
 
 
 def _in_turn(photos: Sequence[_Photo], classes: Sequence[str]) -> Iterator[_Photo]:
-    """One photo of each class after another, so that whoever stops early has not stopped within one class."""
+    """One photo of each class after another, so that a caller that stops early has photos of every class."""
     by_class = [[photo for photo in photos if photo.label == label] for label in classes]
     for row in zip_longest(*by_class):
         yield from (photo for photo in row if photo is not None)
@@ -606,7 +606,7 @@ def _planned_photos(paths: Paths, params: Params) -> Iterator[Planned]:
 
 
 def _forget(paths: Paths, _: Params, gone: Forgotten) -> int:
-    """Take photos out of what is kept of the label files, and delete the whole files if they name one of them."""
+    """Delete photos from the filtered labels, and delete whole label files that name one of them."""
     count = 0
     for path in paths.openimages.glob("*-*.json"):
         subset = path.stem.rpartition("-")[0]
@@ -643,7 +643,7 @@ SOURCE = Source(
     by_url=True,
     licensed=True,
     facts=_facts,
-    collected="Photos of Open Images V7, published on Flickr under CC BY 2.0, at most some of each author.",
+    collected="Photos of Open Images V7, published on Flickr under CC BY 2.0, with a limit for each author.",
     labelled="Image-level labels that people verified; photos of two classes or of excluded ones are left out.",
     forget=_forget,
 )

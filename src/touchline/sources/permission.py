@@ -1,4 +1,4 @@
-"""Which photos of a source may be learned from, by their licences and by what their own files say."""
+"""Leaves out photos that may not be used for training, by their licences and by statements in their files."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from touchline.core import parallel
 from touchline.core.progress import say
 from touchline.data import opt_outs, rights
 from touchline.sources import Candidate, Source
+from touchline.sources.received import shown
 
 if TYPE_CHECKING:
     from touchline.core.licences import Licence
@@ -22,12 +23,12 @@ Identity = tuple[str, str, str]
 
 @dataclass
 class Permissions:
-    """What `rights` in params.yaml allows a run of `ingest` to take, and what it left out so far.
+    """Applies `rights` in params.yaml to a run of `ingest`, and notes what was left out.
 
     Attributes:
-        refused: why a photo is left out.
-        forbidding: how a photo's file forbids machine learning, whether or not that is honoured.
-        unreadable: why it cannot be told whether it does.
+        refused: why each photo was left out.
+        forbidding: the statement in each photo's file that forbids machine learning, honoured or not.
+        unreadable: why the statement in a photo's file could not be read.
     """
 
     rules: "RightsParams"
@@ -35,8 +36,8 @@ class Permissions:
     forbidding: dict[Identity, str] = field(default_factory=dict)
     unreadable: dict[Identity, str] = field(default_factory=dict)
 
-    def of(self, source: Source) -> Source:
-        """The source with only the offers that are allowed, as far as is known before their files are."""
+    def filtered(self, source: Source) -> Source:
+        """The source without the offers whose licences are not allowed; files are checked later by `check_files`."""
 
         def offers(paths: "Paths", params: "Params") -> Iterator[Candidate]:
             known: dict[str, Licence] = {}
@@ -52,8 +53,8 @@ class Permissions:
 
         return replace(source, offers=offers)
 
-    def look_into(self, photos: Sequence[tuple[Identity, Path]]) -> set[Identity]:
-        """Those of some photos whose files do not allow it; noted as refused."""
+    def check_files(self, photos: Sequence[tuple[Identity, Path]]) -> set[Identity]:
+        """Check the statements in photos' files. Returns the photos that they exclude, which are noted as refused."""
         found = parallel.in_order(lambda photo: opt_outs.read(photo[1].read_bytes()), photos)
         refused: dict[Identity, str] = {}
         for (identity, _), statement in zip(photos, found, strict=True):
@@ -82,17 +83,17 @@ class Permissions:
         }
 
     def tell(self) -> None:
-        """Say what was left out, and which files forbid machine learning."""
+        """Print what was left out, and which files forbid machine learning."""
         if counts := self.left_out():
             say("rights: left out: " + ", ".join(f"{count:,} ({reason})" for reason, count in counts.items()))
         for what, found in (
             ("forbid machine learning", self.forbidding),
-            ("may forbid machine learning in what cannot be read", self.unreadable),
+            ("may forbid machine learning, but the statement cannot be read", self.unreadable),
         ):
             if found:
                 (_, source, origin), why = next(iter(found.items()))
                 taken = len(found.keys() - self.refused.keys())
-                name = origin.encode("unicode_escape").decode("ascii")[:120]
                 say(
-                    f"rights: {len(found):,} photos {what}, {taken:,} of them taken; the first: {source} {name} ({why})"
+                    f"rights: {len(found):,} photos {what}; {taken:,} of them are used; the first: {source} "
+                    f"{shown(origin)} ({why})"
                 )

@@ -1,4 +1,4 @@
-"""The sample: drawn scenes of sports, so that a first run needs no network and nobody's permission.
+"""The sample: drawn scenes of sports, so that a first run needs no network and no permission.
 
 `rugby` and `soccer` are drawn as people know them. Any other class name gets a made-up sport: a ball, a goal and shirts
 combined by the name's position in the list of classes, so the picture has nothing to do with the word. Classes share
@@ -26,7 +26,7 @@ from touchline.sources import Candidate, Planned, Source
 from touchline.sources.scenes import BALLS, GOALS, SHIRTS, Image, Rng, Sport, draw, resized
 
 _LICENCE = "CC0-1.0"
-# Scenes that are worth the start of processes: drawing holds Python's lock most of the time.
+# From this many scenes on, starting processes pays off: drawing holds Python's lock most of the time.
 _MANY = 100
 _FORMATS = {7: "png", 13: "webp"}  # of the scenes whose index ends so, modulo 20; the others are JPEG
 

@@ -1,6 +1,6 @@
-"""What a model must pass to become champion. A gate looks at figures, and gives the reason against the model if any.
+"""The gates that a model must pass to become champion. A gate returns the reason for refusing the model, else None.
 
-To add one, write a function of this form and name it in `GATES`.
+To add a gate, write a function of the type `Gate` and list it in `GATES`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ class Cost:
     """What a model costs in use.
 
     Attributes:
-        milliseconds: a photo, from its file to its probabilities.
-        megabytes: of the file that the engine reads.
+        milliseconds: for one photo, from its file to its probabilities.
+        megabytes: size of the file that the engine reads.
     """
 
     milliseconds: float
@@ -28,8 +28,9 @@ class Duel:
     """Champion and challenger on the same photos, which neither was trained on.
 
     Attributes:
-        photos: how many; the accuracies are of these.
-        costs: of the champion and of the challenger, both measured here and now; None where no gate needs them.
+        photos: how many.
+        champion, challenger: accuracies on them.
+        costs: of the champion and of the challenger, both measured just now; None if no gate needs them.
     """
 
     photos: int
@@ -40,13 +41,13 @@ class Duel:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is known of the model that may become champion.
+    """The model that may become champion, with its figures.
 
     Attributes:
         model: its name in params.yaml.
         metrics: `reports/metrics.json`.
         slices: its rows of `reports/slices.csv`.
-        duel: champion against it; None if there is no champion, it is the champion, or its classes are others.
+        duel: its comparison with the champion; None if there is none, the model is the champion, or classes differ.
     """
 
     model: str
@@ -64,7 +65,7 @@ Gate = Callable[[Candidate, RegisterParams], str | None]
 
 
 def refusals(candidate: Candidate, params: RegisterParams) -> list[str]:
-    """The reasons of all gates that the model does not pass."""
+    """The reasons of all gates that refuse the model."""
     return [reason for gate in GATES if (reason := gate(candidate, params))]
 
 
@@ -96,7 +97,7 @@ def _other_models(candidate: Candidate, params: RegisterParams) -> str | None:
 
 
 def _slices(candidate: Candidate, params: RegisterParams) -> str | None:
-    """The lower bound of the interval is judged, so that a slice must show that it is good enough."""
+    """Uses the lower bound of the interval, so that a small slice does not pass by chance."""
     floor = params.min_slice_accuracy
     if floor is None:
         return None
@@ -108,13 +109,13 @@ def _slices(candidate: Candidate, params: RegisterParams) -> str | None:
     ]
     if not low:
         return None
-    # A set of a hundred classes has hundreds of slices.
+    # With a hundred classes there are hundreds of slices.
     more = f" (and {len(low) - 3} more slices)" if len(low) > 3 else ""
     return f"accuracy of {', '.join(low[:3])}{more}: the lower bound is under register.min_slice_accuracy {floor}"
 
 
 def _unknown(candidate: Candidate, params: RegisterParams) -> str | None:
-    # A model from before there was a reference, or a network without one, calls no photo unknown.
+    # A model without a reference calls no photo unknown.
     found = candidate.metrics.get("unknown", {}).get(candidate.model)
     if params.max_unknown_share is None or not found:
         return None

@@ -40,7 +40,7 @@ _ATTRIBUTION = {
 }  # fmt: skip
 # How far the share of a source may lie apart from class to class before a person is told.
 _TELLING = 0.2
-# What passes over a source add up to.
+# Counts that add up over the passes over a source.
 _SPENT = {"fetched", "megabytes", "seconds"}
 # The class and subset of photos that fill one place each.
 _Place = tuple[str, str]
@@ -71,10 +71,10 @@ def run(paths: Paths, params: Params) -> str:
         before = {known for known in rejected if known[1] == source.name}
         found, counts, taken = _permitted(paths, params, source, taken, before, permissions)
         rows += found
-        if gone and source.network:  # a list or an archive that was fetched again names or holds it again
+        if gone and source.network:  # a list or archive that was fetched again may contain it again
             source.forget(paths, params, gone)
         report[source.name] = counts | source.facts(paths, params)
-    # The same bytes may come from another origin, which shows when they are read.
+    # The same bytes may come from another origin, which is known only after reading them.
     offered = pd.DataFrame(rows, columns=list(COLUMNS)).loc[lambda table: ~table["sha256"].isin(gone.photos)]
     permissions.tell()
     if offered.empty:
@@ -113,7 +113,7 @@ def plan(paths: Paths, params: Params) -> list[Planned]:
 
 
 def _without(source: Source, gone: Forgotten) -> Source:
-    """The source, which offers nothing that was forgotten."""
+    """The source without the offers that `data/forgotten.csv` lists."""
 
     def offers(paths: Paths, params: Params) -> Iterator[Candidate]:
         for each in source.offers(paths, params):
@@ -131,7 +131,7 @@ def _permitted(
     rejected: Set[tuple[str, str, str]],
     permissions: Permissions,
 ) -> tuple[list[Sequence[object]], dict[str, Any], Counter[_Place]]:
-    """Rows of the photos that may be learned from, what to report of the source, and the places taken after it.
+    """Rows of the photos that may be used for training, figures about the source, and the places taken after it.
 
     Whether a file forbids it is known once it is here. Another pass then gives its place to another photo, unless that
     would read all of a remote source again.
@@ -140,11 +140,11 @@ def _permitted(
     earlier: dict[str, Any] = {}
     while True:
         places = taken.copy()
-        rows, counts = fill(paths, params, permissions.of(source), places, rejected)
-        # Of all passes; the other figures are those of the last one.
+        rows, counts = fill(paths, params, permissions.filtered(source), places, rejected)
+        # These figures are of all passes, the others of the last one.
         counts |= {key: round(counts[key] + earlier.get(key, 0), 2) for key in _SPENT & counts.keys()}
         of_rows = [(str(row[1]), str(row[2]), str(row[9])) for row in rows]
-        refused = permissions.look_into(
+        refused = permissions.check_files(
             [(each, paths.workspace / str(row[0])) for each, row in zip(of_rows, rows, strict=True)]
         )
         if not refused or (source.network and not source.by_url):
@@ -157,7 +157,7 @@ def _permitted(
 
 
 def _check_remote(table: "pd.DataFrame", params: Params) -> None:
-    """Raise TouchlineError where `dvc push` would send photos to a remote that `rights.push` does not allow."""
+    """Raise TouchlineError if `dvc push` would send photos to a remote although `rights.push` does not allow it."""
     if params.ingest.remote:
         return
     closed = table.drop(rights.allowed(table, "push", params).index)

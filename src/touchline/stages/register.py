@@ -37,7 +37,7 @@ from touchline.tracking.registry import CHALLENGER, CHAMPION, Version
 
 # DVC takes what an experiment's `register` wrote for up to date.
 ONCE_MORE = "`dvc repro --force --single-item register`"
-# In which champion and challenger are timed.
+# Rounds in which champion and challenger are timed.
 _ROUNDS = 3
 
 
@@ -216,10 +216,10 @@ def _duel(paths: Paths, params: Params, store: Store, champion: Version, record:
 
 
 def costs(champion: Classifier, challenger: Classifier, files: Sequence[Path], params: Params) -> tuple[Cost, Cost]:
-    """What two models cost, measured here, in turn, on the same photos; figures of two machines do not compare."""
+    """The costs of two models, measured in turn on the same photos: figures from two machines are not comparable."""
     few, both = files[: inference.BATCH], (champion, challenger)
     rounds = [[_seconds(each, few) for each in both] for _ in range(_ROUNDS)]
-    # The shortest of several rounds is the one that other processes disturbed least.
+    # The shortest of several rounds, which other processes disturbed least.
     first, second = (
         Cost(
             round(1000 * min(seconds) / len(few), 2),
@@ -290,7 +290,7 @@ def _register(
 
 
 def _headline(records: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], outcome: Mapping[str, Any]) -> str:
-    """Which model is better, in a line for the page of an experiment: the models, the most accurate first."""
+    """The result in a line for the page of an experiment: the models, the most accurate first, and the champion."""
     accuracies = {record["run_name"]: metrics["models"][name]["accuracy"] for name, record in records.items()}
     ranked = sorted(accuracies, key=lambda name: -accuracies[name])
     reached = ", ".join(f"{name} {accuracies[name]:.3f}" for name in ranked)

@@ -21,7 +21,7 @@ from touchline.report import croissant
 if TYPE_CHECKING:
     import pandas as pd
 
-# What the stages after this one need of a photo: they read no other table. `given` is the subset that its source gave.
+# What later stages need of a photo: they read no other table. `given` is the subset that its source assigned.
 COLUMNS = (
     "path", "class", "subset", "group", "sha256", "given", "source", "width", "height", "licence", "author", "origin",
     "title", "landing_page",
@@ -103,7 +103,7 @@ def run(paths: Paths, params: Params) -> str:
             f"needs {FEWEST_TO_LEARN_FROM} of each class: add photos, change split.seed, or make split.test_share or "
             "split.validation_share smaller"
         )
-    write_json(croissant.place(paths), croissant.described(paths, params, table))
+    write_json(croissant.place(paths), croissant.metadata(paths, params, table))
     sizes = ", ".join(f"{subset} {sum(counts[subset].values()):,} ({shares[subset]:.1%})" for subset in SUBSETS)
     near = f"; near-duplicates: {len(moves):,} moved, {len(conflicts):,} left out, see reports/split.json"
     return sizes + (near if moves or conflicts else "")
@@ -160,7 +160,7 @@ def _grouped(photos: "pd.DataFrame", pairs: list[tuple[int, int]], by_group: boo
     named = photos["group"].ne("").to_numpy() & by_group
     free = [(a, b) for a, b in pairs if not (named[a] or named[b])]
     shas = photos["sha256"].str[:16]
-    # A cluster is called after its smallest digest; which subset it gets hangs on its photos' keys, not on that name.
+    # A cluster is called after its smallest digest; which subset it gets depends on its photos' keys, not on that name.
     names = shas.groupby(similarity.components(len(photos), free)).transform("min")
     return photos.assign(group=np.where(named, photos["group"], names), key=np.where(named, photos["group"], shas))
 

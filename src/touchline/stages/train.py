@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from touchline.tracking.client import Store
 
-# Training photos on which OpenVINO is held against Keras.
+# Training photos on which OpenVINO is compared with Keras.
 _COMPARED = 32
 
 
@@ -228,7 +228,7 @@ def _refuse_absent_gpus() -> None:
 
 
 def _flat_params(model: ModelParams, features: FeaturesParams, params: Params) -> dict[str, Any]:
-    """What a person compares between runs: every number once, no names of files, nothing without effect.
+    """The params that people compare between runs: each value once, without names of files and values without effect.
 
     The first chart of a comparison in MLflow shows the first three that differ: architecture, augmentation, backbone.
     """

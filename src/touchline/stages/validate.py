@@ -161,7 +161,7 @@ def run(paths: Paths, params: Params) -> str:
 def photo_rules(limits: ValidateParams) -> list[Rule]:
     """What each photo must meet. A photo that fails several rules is rejected for the first of them.
 
-    Two classes comes before duplicate: where nobody can tell the class, no copy may stay.
+    Two classes comes before duplicate: where the class is uncertain, no copy may stay.
     """
     side, aspect = limits.min_side, f"{limits.max_aspect:g}"
     megapixels, contrast = f"{limits.max_megapixels:g}", f"{limits.min_contrast:g}"
@@ -462,7 +462,7 @@ def render_page(
     pictures: Mapping[str, str],
     left_out: Mapping[str, Any] | None,
 ) -> str:
-    """reports/validation.html: one file that needs nothing but itself; every value in it is escaped.
+    """reports/validation.html: a single file without links to others; every value in it is escaped.
 
     Args:
         pictures: thumbnails of some rejected photos, JPEG in base64, by path.
@@ -485,7 +485,7 @@ def render_page(
 
 
 def _pictures(paths: Paths, params: Params, rejected: "pd.DataFrame") -> dict[str, str]:
-    """Thumbnails, JPEG in base64, by path: of as many reasons as there are, of photos that decode and may be shown.
+    """Thumbnails, JPEG in base64, by path: of photos rejected for each reason, if they decode and may be shown.
 
     What a person decided is not shown: a photo may have been dropped because it must not be seen.
     """

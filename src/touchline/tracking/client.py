@@ -376,9 +376,9 @@ def _follow_the_project(connection: sqlite3.Connection, artifacts: str) -> None:
 
 
 def under_id(store: Store, run_id: str, wanted: str) -> str:
-    """Give a run that has just been made the id of a lost one, which reports, links and Prefect name; return its id.
+    """Give a new run the id of a lost one, to which reports, links and Prefect refer; return its id.
 
-    MLflow's API lets nobody choose an id, so this is done where the store is a SQLite file and has no such run.
+    MLflow's API does not allow choosing an id, so this is done where the store is a SQLite file and has no such run.
     """
     uri = store.client.tracking_uri
     if not uri.startswith("sqlite:///") or not re.fullmatch("[0-9a-f]{32}", wanted):

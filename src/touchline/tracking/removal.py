@@ -1,4 +1,4 @@
-"""What the store keeps of photos that have to go: models that learned from them, and pictures that may show them."""
+"""Removes from the store the models that learned from given photos, and pictures that may show them."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
-# Photos are drawn as JPEG and into pages; all other figures are PNG.
+# Figures with photos are JPEG files or parts of pages; all other figures are PNG.
 _PICTURES = (".jpg", ".jpeg", ".html")
-# Of the run of a model: what it learned from.
+# Files of a model's run that name the authors of its photos.
 _NAMING_AUTHORS = ("licences.csv", "model-card.md")
 
 
@@ -30,8 +30,8 @@ class Learned:
     """A model in the store that learned from one of the photos.
 
     Attributes:
-        versions: (name, number) of each registered version of it.
-        aliases: those that one of the versions holds.
+        versions: (name, number) of each of its registered versions.
+        aliases: those of its versions.
     """
 
     model_id: str
@@ -81,9 +81,9 @@ def learned_from(store: Store, photos: Collection[str]) -> list[Learned]:
 
 
 def remove(paths: Paths, store: Store, experiment: str, models: Collection[Learned]) -> None:
-    """Delete models: their versions with all aliases, their files, and what says that their runs have one.
+    """Delete models: their versions with all aliases, their files, and the tags and files of their runs that name them.
 
-    The runs stay, with their params and metrics. Interrupted, it can be asked again.
+    The runs stay, with their params and metrics. After an interruption, call it again.
     """
     for model in models:
         for name, number in model.versions:
@@ -102,7 +102,7 @@ def remove(paths: Paths, store: Store, experiment: str, models: Collection[Learn
 
 
 def remove_pictures(store: Store, reports: Path) -> None:
-    """Delete the pictures and pages of all runs, since any may show a photo; those of `reports` now may stay."""
+    """Delete the pictures and pages of all runs, since any may show a photo, except those that `reports` has now."""
     current = {sha256(file) for file in (reports / "figures").rglob("*") if file.is_file()}
     if (reports / "report.html").is_file():
         current.add(hashlib.sha256(report_alone(reports)).hexdigest())
@@ -117,7 +117,7 @@ def remove_pictures(store: Store, reports: Path) -> None:
 
 
 def _delete_files(store: Store, run: "Run", wanted: Callable[[str], bool]) -> None:
-    """Delete those files at the root of a run's artifacts whose paths are `wanted`."""
+    """Delete the files at the root of a run's artifacts for whose paths `wanted` returns True."""
     repository = _artifacts(store, run.info.artifact_uri)
     with one_line_errors(store.place):
         for file in repository.list_artifacts():

@@ -43,10 +43,10 @@ PACKAGE = Path(touchline.__file__).parent
 _SUBSETS = ("train/", "validation/", "cross_validation/")
 _OF_TRAINING = ("seconds/train", "epochs", "strength")
 _REPORT = "report.html"
-# The interval stands in the description; as metrics its bounds would crowd out others.
+# The interval is in the description; as metrics, its bounds would crowd out others.
 _NOT_LOGGED = ("accuracy_low", "accuracy_high")
 _LONGEST_DIGEST = 36  # characters of a dataset digest that MLflow takes
-# What a logged model needs where this package is not installed, and the modules of this package that it carries.
+# Packages that a logged model needs if this package is not installed, and the modules of this package logged with it.
 _REQUIREMENTS = ("tensorflow", "keras", "numpy", "opencv-python-headless", "pillow")
 CODE = (
     "__init__", "core/__init__", "core/budget", "core/errors", "data/__init__", "data/layout", "data/photos",
@@ -356,7 +356,7 @@ def report_alone(reports: Path) -> bytes:
 
 
 def log_use(store: Store, run_id: str, metrics: Mapping[str, float], when: datetime) -> None:
-    """Log `use/<metric>`, what a model does in use; the step is the day, counted from 1970."""
+    """Log `use/<metric>`, the figures of a model in use; the step is the number of days since 1970."""
     named = {f"use/{name}": value for name, value in metrics.items()}
     _log_metrics(store, run_id, named, step=int(when.timestamp()) // (24 * 60 * 60), when=when)
 
@@ -371,7 +371,7 @@ def _log_files(store: Store, run_id: str, folder: Path) -> None:
 
 
 def log_file(store: Store, run_id: str, file: Path) -> None:
-    """Log a page or a table as an artifact of a run, which the UI shows as such."""
+    """Log a page or a table as an artifact of a run; the UI shows it as one."""
     store.client.log_artifact(run_id, str(file))
 
 
