@@ -120,7 +120,8 @@ class Littered:
         project.git("checkout", "--quiet", "main")
         project.change({"split.seed": 4})
         project.dvc("repro", "split")
-        self.of_nobody = [output_of(project, file) for file in ("data/split.csv", "reports/split.json")]
+        of_split = ("data/split.csv", "data/croissant.json", "reports/split.json")
+        self.of_nobody = [output_of(project, file) for file in of_split]
         project.git("checkout", "--quiet", ".")
         project.dvc("checkout")
         seeds = {of_experiment, of_branch, self.of_nobody[0], output_of(project, "data/split.csv")}
@@ -246,7 +247,7 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(littered: Littered) ->
         "exported models": ("1", "would go"),
         "records of answers": ("1", "would go"),
         "copies of the project": ("1", "would go"),
-        "objects in DVC's cache": ("2", "would go"),
+        "objects in DVC's cache": ("3", "would go"),
         "runs in MLflow": ("5", "would go"),
         "network files in your cache": ("1", "would go"),
     }

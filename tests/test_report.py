@@ -113,7 +113,7 @@ def test_photos_of_imagenet_are_not_shown_unless_they_may_be(project: projects.P
     gallery = files.read_table(project.root / "reports/gallery.csv")
     assert set(split.loc[gallery["path"], "source"]) == {"sample"}
     hidden = (split["source"] == "imagenet").sum()
-    assert f"{hidden} photos of imagenet may not be passed on" in page.text
+    assert f"{hidden} photos of imagenet may not be shown" in page.text
 
 
 def test_the_page_holds_the_figures_that_the_stages_wrote(project: projects.Project, page: Page) -> None:
