@@ -491,10 +491,9 @@ def _examples(paths: Paths, params: Params) -> "pd.DataFrame":
     """Photos of the test subset that may be shown, some of each class, with what is known of their authors."""
     import pandas as pd
 
-    if not (paths.split_table.is_file() and paths.photos_table.is_file()):
+    if not paths.split_table.is_file():
         return pd.DataFrame()
-    split, known = read_table(paths.split_table), read_table(paths.photos_table)
-    known = known.drop_duplicates("path").drop(columns=["class", "subset", "group", "sha256"])
-    test = split[split["subset"] == "test"].merge(known, on="path")
+    split = read_table(paths.split_table)
+    test = split[split["subset"] == "test"]
     there = test["path"].map(lambda path: (paths.workspace / path).is_file())
     return rights.shown(test[there], params).sort_values("sha256").groupby("class").head(_EXAMPLES)
