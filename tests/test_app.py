@@ -605,7 +605,7 @@ def test_a_photo_is_taken_and_not_fetched(params_with: Any, paths: Paths, monkey
 
 def test_a_photo_that_was_forgotten_is_not_kept_again(paths: Paths, params_with: Any) -> None:
     models = SimpleNamespace(choices=lambda: {"cnn": "cnn"}, look=None)
-    built = app.page(paths, params_with(), models)  # type: ignore[arg-type]
+    built = app.page(paths, params_with(), models)
     [correct] = [each.fn for each in built.fns.values() if each.name == "correct"]
     photo, other = colour("red"), colour("blue")
     forgotten.add(paths.forgotten, Forgotten(frozenset({hashlib.sha256(photo).hexdigest()})))
