@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boards
@@ -26,7 +27,10 @@ from touchline.commands import app
 from touchline.core import files
 from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
+from touchline.data import forgotten
+from touchline.data.forgotten import Forgotten
 from touchline.models.classifier import Answer
+from touchline.sources import feedback
 from touchline.tracking import registry, runs
 from touchline.tracking.client import Store
 
@@ -597,6 +601,17 @@ def test_a_photo_is_taken_and_not_fetched(params_with: Any, paths: Paths, monkey
     with pytest.raises(gradio.Error):
         asyncio.run(photo.async_move_resource_to_block_cache("https://example.com/large.jpg"))
     assert not fetched
+
+
+def test_a_photo_that_was_forgotten_is_not_kept_again(paths: Paths, params_with: Any) -> None:
+    models = SimpleNamespace(choices=lambda: {"cnn": "cnn"}, look=None)
+    built = app.page(paths, params_with(), models)
+    [correct] = [each.fn for each in built.fns.values() if each.name == "correct"]
+    photo, other = colour("red"), colour("blue")
+    forgotten.add(paths.forgotten, Forgotten(frozenset({hashlib.sha256(photo).hexdigest()})))
+    for content, kept in ((photo, 0), (other, 1)):
+        correct((content, []), "rugby")
+        assert len(feedback.entries(paths.feedback)) == kept
 
 
 def test_uploads_are_limited_in_size_together(client: httpx.Client) -> None:

@@ -19,6 +19,7 @@ from filelock import FileLock
 from projects import REGISTERED, UP_TO_DATE, Project, built, copy, versions
 from ruamel.yaml import YAML
 
+from touchline.commands import clean
 from touchline.core.files import write_text
 from touchline.core.paths import Paths
 from touchline.tracking import registry, runs
@@ -292,6 +293,14 @@ def wait_until(is_so: Callable[[], object], seconds: float = 120) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_export_wrote_is_known_in_every_format(paths: Paths) -> None:
+    ours = ["a.onnx", "a.tflite", "openvino/touchline.json", "saved/assets.extra/touchline.json"]
+    for name in (*ours, "mine.txt", "mine/touchline.txt"):
+        (paths.exports / name).parent.mkdir(parents=True, exist_ok=True)
+        (paths.exports / name).touch()
+    assert {path.name for path in clean.exported(paths)} == {name.partition("/")[0] for name in ours}
 
 
 @pytest.mark.parametrize(

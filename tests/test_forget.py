@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import sqlite3
 import subprocess
 import tarfile
@@ -417,6 +418,13 @@ def test_a_photo_that_was_only_asked_about_leaves_the_record_and_the_logs_of_flo
         assert database.execute("SELECT message FROM log").fetchall() == [("all is well",)]
 
 
+def test_heat_maps_anywhere_in_the_project_are_told_of(paths: Paths, params_with: ParamsWith) -> None:
+    (paths.project / "album").mkdir()
+    (paths.project / "album/a.jpg.touchline.jpg").write_bytes(b"a photo, and others like it")
+    told_of = list(forgetting._out_of_reach(paths, params_with(), forgetting.Task(), []))
+    assert any("album/a.jpg.touchline.jpg" in line for line in told_of)
+
+
 def test_a_copy_of_an_older_commit_takes_nothing_that_the_project_forgot(paths: Paths, params_with: ParamsWith) -> None:
     params = params_with(ingest={"sources": ["folder"], "folder": "incoming", "min_per_class": 1})
     offer(paths, {"rugby/a.jpg": photo(1), "rugby/b.jpg": photo(2), "soccer/c.jpg": photo(3)})
@@ -463,6 +471,7 @@ def test_a_photo_of_an_old_commit_leaves_every_store_and_the_champion_stays(proj
     assert StoredModel.PHOTOS in said.err and said.err.count("\n") == 1
     away.rename(listed)
     project.call("forget", digest(SCENES[0])[:12], "--yes")
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # `mlflow gc` sets it, and other projects would be looked for there
     assert unreceipted(project.root, SCENES[0], NAMES) == {"data/forgotten.csv"}
     [receipt] = [json.loads(file.read_text()) for file in (project.root / "reports/forgotten").glob("*.json")]
     assert receipt["photos"] == [digest(SCENES[0])]

@@ -114,7 +114,7 @@ def exported(paths: Paths) -> list[Path]:
     return [
         path
         for path in sorted(paths.exports.glob("*"))
-        if path.suffix in endings or (path / "assets.extra" / RECORD).is_file()
+        if path.suffix in endings or any((path / place / RECORD).is_file() for place in (".", "assets.extra"))
     ]
 
 

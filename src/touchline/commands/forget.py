@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from touchline import sources
 from touchline.commands import clean
-from touchline.commands.forget_search import Traces, search, thumbnails
+from touchline.commands.forget_search import Traces, files, search, thumbnails
+from touchline.commands.predict import OVERLAY
 from touchline.core import extensions
 from touchline.core.editing import remove_entries
 from touchline.core.errors import ParamsError, TouchlineError
@@ -431,6 +432,10 @@ def _remove(paths: Paths, params: Params, task: Task, retired: Sequence[str]) ->
     _remove_from_mlflow(paths, params, task)
 
 
+def _heat_maps(paths: Paths) -> list[Path]:
+    return [file for file in files(paths.project) if file.name.endswith(OVERLAY)]
+
+
 def _delete_files(paths: Paths, params: Params, task: Task) -> None:
     """Delete what no stage makes again."""
     gone = forgotten.read(paths.forgotten)
@@ -441,9 +446,9 @@ def _delete_files(paths: Paths, params: Params, task: Task) -> None:
     for file in [*paths.photos.glob("*/*"), *paths.spare.glob("*")]:
         if file.stem in stems:
             file.unlink()
-    # Heat maps are saved beside photos.
-    for file in (paths.project / "data").rglob("*.touchline.jpg"):
-        if not file.with_name(file.name.removesuffix(".touchline.jpg")).exists():
+    # Heat maps are drawn beside photos.
+    for file in (paths.project / "data").rglob(f"*{OVERLAY}"):
+        if not file.with_name(file.name.removesuffix(OVERLAY)).exists():
             file.unlink()
     _delete_rows(paths, params, task)
     for file in served.files(paths.served):
@@ -655,5 +660,5 @@ def _out_of_reach(paths: Paths, params: Params, task: Task, not_asked: Sequence[
 
     if not client.is_own(paths):
         yield f"{client.place_of(client.tracking_uri(paths))}: run `mlflow gc` where it is kept"
-    if pictures := list(paths.project.glob("data/**/*.touchline.jpg")):
-        yield f"{len(pictures)} heat maps in data/ by `predict --explain`: check whether the photos beside them show it"
+    if maps := _heat_maps(paths):
+        yield f"{len(maps)} heat maps by `predict --explain`, the first {maps[0]}: the photos in them may show it"

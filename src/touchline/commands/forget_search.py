@@ -101,24 +101,31 @@ def search(paths: Paths, traces: Traces, besides: Collection[Path]) -> dict[Path
         besides: files and folders to skip.
     """
     found = {}
-    for top in sorted(paths.project.iterdir()):
-        for file in (top, *top.rglob("*")) if top.name not in _CODE else ():
-            if any(file.is_relative_to(path) for path in besides) or file.is_symlink() or not file.is_file():
-                continue
-            hits: set[str] = set()
-            try:
-                for content in _contents(file):
-                    hits |= traces.of(content)
-            except FileNotFoundError:  # a temporary file of a program that is running
-                continue
-            except OSError as error:
-                raise TouchlineError(
-                    f"{file} cannot be read ({error.strerror}), so it may still hold the photo: allow reading it, then "
-                    "run again"
-                ) from None
-            if hits:
-                found[file] = hits
+    for file in files(paths.project):
+        if any(file.is_relative_to(path) for path in besides):
+            continue
+        hits: set[str] = set()
+        try:
+            for content in _contents(file):
+                hits |= traces.of(content)
+        except FileNotFoundError:  # a temporary file of a program that is running
+            continue
+        except OSError as error:
+            raise TouchlineError(
+                f"{file} cannot be read ({error.strerror}), so it is not known whether it holds the photo: allow "
+                "reading it, then run again"
+            ) from None
+        if hits:
+            found[file] = hits
     return found
+
+
+def files(project: Path) -> Iterator[Path]:
+    """The files of a project, without code and links."""
+    for top in sorted(project.iterdir()):
+        for file in (top, *top.rglob("*")) if top.name not in _CODE else ():
+            if file.is_file() and not file.is_symlink():
+                yield file
 
 
 def _contents(file: Path) -> Iterator[bytes]:

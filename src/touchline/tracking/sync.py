@@ -1,5 +1,6 @@
 """The store beside the project's files: what it lacks is put back, and what nothing needs any more is deleted."""
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
@@ -193,8 +194,13 @@ def collect_garbage(paths: Paths, experiment: str, found: Garbage) -> None:
         store.client.delete_run(run_id)
     for model_id in found.models:
         store.client.delete_logged_model(model_id)
+    import mlflow
     from mlflow.cli import gc
 
-    uri = own_uri(paths)
-    with one_line_errors(place_of(uri)), redirect_stdout(StringIO()):
-        gc.main(["--backend-store-uri", uri, "--tracking-uri", uri], standalone_mode=False)
+    uri, before = own_uri(paths), os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        with one_line_errors(place_of(uri)), redirect_stdout(StringIO()):
+            gc.main(["--backend-store-uri", uri, "--tracking-uri", uri], standalone_mode=False)
+    finally:
+        # It sets the variable, which would name this process's store from now on; None takes it out again.
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
