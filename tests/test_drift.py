@@ -308,7 +308,9 @@ def test_the_forecast_of_the_champion_is_told_where_it_has_one(
     part = {"photos": 40, "accuracy": 0.9, **dict.fromkeys(forecast.METHODS, 0.94)}
     [version] = made.versions
     made.versions = [
-        Version(**(vars(version) | {"tags": {forecast.TAG: forecast.Forecaster(0.8, 1.0, [part] * 3).dump()}}))
+        Version(
+            **(vars(version) | {"tags": {forecast.TAG: json.dumps(vars(forecast.Forecaster(0.8, 1.0, [part] * 3)))}})
+        )
     ]
     made.drift(tmp_path / "album")
     found = made.report["forecast"]
