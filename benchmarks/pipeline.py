@@ -36,6 +36,7 @@ COPIED = (
     ".dvc/plots",
     "src",
     "data/incoming",
+    "data/feedback",
     "data/decisions.csv",
     "data/forgotten.csv",
 )
