@@ -53,7 +53,7 @@ def _number(value: float | None) -> str:
 
 
 def _interval(found: Mapping[str, float] | None) -> str:
-    return f"{found['accuracy']:.3f} ({found['low']:.3f} to {found['high']:.3f})" if found else ""
+    return f"{found['share']:.3f} ({found['low']:.3f} to {found['high']:.3f})" if found else ""
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from flows import project as flow_project
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 FIGURES = {"asked": 50, "photos": 40, "unknown": 0.3, "unsure": None, "errors": 0.0, "confidence": 0.9, "p50": 10.0,
            "p99": 80.0}  # fmt: skip
-RIGHT = {"right": 18, "photos": 30, "accuracy": 0.6, "low": 0.42, "high": 0.75}
+RIGHT = {"count": 18, "photos": 30, "share": 0.6, "low": 0.42, "high": 0.75}
 
 
 class Ran:

@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 from touchline import cli
 from touchline.commands import monitor
 from touchline.commands.drift import FEWEST, SILENT, TOO_FEW
-from touchline.commands.monitor import WARNING, Accuracy, Figures
+from touchline.commands.monitor import WARNING, Figures
 from touchline.core import files
 from touchline.core.params import Params
 from touchline.data import served
 from touchline.data.served import Recorder
 from touchline.models.forecast import METHODS, TAG, Forecaster
+from touchline.models.scores import Share
 from touchline.tracking import runs
 from touchline.tracking.registry import PROMOTED_AT
 
@@ -174,7 +175,7 @@ def test_what_people_corrected_is_accuracy_in_use(used: Used, right: int, outcom
     files.write_text(used.root / "feedback/torn.json", "{")
     assert used.run() == outcome, used.report
     in_use = used.report["accuracy"]["in use"]
-    assert (in_use["right"], in_use["photos"]) == (right, 30) and in_use["low"] < right / 30 < in_use["high"] + 1e-9
+    assert (in_use["count"], in_use["photos"]) == (right, 30) and in_use["low"] < right / 30 < in_use["high"] + 1e-9
     assert used.warned == (set() if outcome == SILENT else {"accuracy"})
 
 
@@ -217,8 +218,8 @@ def test_two_unknown_of_thirty_are_no_warning(params_with: Callable[..., Params]
 
 def test_few_corrections_warn_of_nothing(params_with: Callable[..., Params]) -> None:
     figures = Figures(30, 30, 0.0, 0.0, 0.0, 0.9, 10, 20, {})
-    of_test = Accuracy.of(95, 100)
+    of_test = Share.of(95, 100)
     for photos, expected in ((FEWEST - 1, []), (FEWEST, ["accuracy"])):
-        in_use = Accuracy.of(photos // 2, photos)
+        in_use = Share.of(photos // 2, photos)
         found = monitor.warnings(params_with().monitor, figures, figures, [], in_use, of_test, None)
         assert [each.what for each in found] == expected

@@ -36,7 +36,7 @@ def test_doubt_is_of_the_classes_or_of_what_was_never_seen() -> None:
 def test_what_is_chosen_is_doubtful_and_unlike_what_was_chosen_before() -> None:
     features = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], float)
     assert suggest.chosen(np.array([0.9, 0.8, 0.5, 0.1]), features, 2) == [0, 2]
-    # All of them, where there are no more; each once.
+    # A folder of fewer photos than were asked for is listed whole, each photo once.
     assert sorted(suggest.chosen(np.ones(4), features, 9)) == [0, 1, 2, 3]
 
 

@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.data import rights, served
 from touchline.models import scores
+from touchline.models.scores import Share
 from touchline.report import html
 from touchline.sources import feedback
 from touchline.tracking import registered
@@ -25,25 +26,6 @@ if TYPE_CHECKING:
 
 # Photos that the page and the terminal show.
 _ON_PAGE, _PRINTED = 60, 10
-
-
-@dataclass(frozen=True)
-class Share:
-    """A count of photos, its share, and Wilson's 95 % interval of the share."""
-
-    count: int
-    photos: int
-    share: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, count: int, photos: int) -> "Share":
-        low, high = scores.wilson(count, photos)
-        return cls(count, photos, round(count / photos, 6), round(low, 6), round(high, 6))
-
-    def __str__(self) -> str:
-        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}] on {self.photos:,} photos"
 
 
 def run(paths: Paths, params: Params, first: str, second: str) -> None:

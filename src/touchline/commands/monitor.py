@@ -24,6 +24,7 @@ from touchline.core.progress import say
 from touchline.data import served
 from touchline.models import forecast, inference, scores
 from touchline.models.classifier import UNKNOWN, UNSURE, Classifier
+from touchline.models.scores import Share
 from touchline.report import html, plots
 from touchline.sources import feedback
 
@@ -99,21 +100,6 @@ milliseconds(0.5), milliseconds(0.99),
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """How many answers were right, with Wilson's 95 % interval."""
-
-    right: int
-    photos: int
-    accuracy: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, right: int, photos: int) -> "Accuracy":
-        return cls(right, photos, right / photos, *scores.wilson(right, photos))
-
-
 def run(paths: Paths, params: Params) -> str:
     """Write `reports/monitor.json` and `reports/monitor.html`, and log the figures on the champion's run.
 
@@ -138,7 +124,7 @@ def run(paths: Paths, params: Params) -> str:
         sides = (_side(asked, classifier.classes), Side({}, []), _side(test, classifier.classes))
         comparisons = drift.compare(*sides, params.split.near_duplicate_bits)
     in_use = _in_use(paths, _once(own, learned_from), classifier.classes)
-    of_test = Accuracy.of(int((test["guess"] == test["class"]).sum()), len(test)) if test is not None else None
+    of_test = Share.of(int((test["guess"] == test["class"]).sum()), len(test)) if test is not None else None
     age = _age(version, now)
     differing = [each for each in comparisons if each.warns(params.drift)]
     warned = warnings(watch, figures, on_test, differing, in_use, of_test, age)
@@ -170,8 +156,8 @@ def warnings(
     recent: Figures,
     test: Figures | None,
     differing: Sequence[drift.Comparison],
-    in_use: Accuracy | None,
-    of_test: Accuracy | None,
+    in_use: Share | None,
+    of_test: Share | None,
     age_days: int | None,
 ) -> list[Alert]:
     """The warnings; there are none for a limit that is null, or with too few photos.
@@ -199,12 +185,12 @@ def warnings(
         )
         limit = params.max_unknown_ratio and params.max_unknown_ratio * test.unknown
         warn(UNKNOWN_RATE, surely, limit, says)
-    if in_use and of_test and in_use.photos >= FEWEST and in_use.accuracy < of_test.low:
+    if in_use and of_test and in_use.photos >= FEWEST and in_use.share < of_test.low:
         says = (
-            f"accuracy in use is {in_use.accuracy:.3f}, below the interval of the test accuracy, "
+            f"accuracy in use is {in_use.share:.3f}, below the interval of the test accuracy, "
             f"{of_test.low:.3f} to {of_test.high:.3f}"
         )
-        found.append(Alert(ACCURACY, round(in_use.accuracy, 6), round(of_test.low, 6), says))
+        found.append(Alert(ACCURACY, round(in_use.share, 6), round(of_test.low, 6), says))
     warn(AGE, age_days, params.max_age_days, f"it has been champion for {age_days} days")
     if enough:
         warn(LATENCY, recent.p99, params.max_milliseconds, f"1 % of the answers took over {recent.p99} ms")
@@ -259,11 +245,11 @@ def _side(rows: "pd.DataFrame", classes: Sequence[str]) -> Side:
     return Side({what: found[chosen] for what, found in values.items()}, [hashes.iloc[row] for row in chosen])
 
 
-def _in_use(paths: Paths, rows: "pd.DataFrame", classes: Sequence[str]) -> Accuracy | None:
+def _in_use(paths: Paths, rows: "pd.DataFrame", classes: Sequence[str]) -> Share | None:
     """The champion's accuracy on photos that people labelled in the app; None if there are none."""
     truth = rows["photo"].map(feedback.labels(paths.feedback))
     known = truth.isin(classes)
-    return Accuracy.of(int((rows["guess"] == truth)[known].sum()), int(known.sum())) if known.any() else None
+    return Share.of(int((rows["guess"] == truth)[known].sum()), int(known.sum())) if known.any() else None
 
 
 def _forecast(version: "Version", rows: "pd.DataFrame", classes: Sequence[str]) -> dict[str, Any] | None:
@@ -372,7 +358,7 @@ def _log(paths: Paths, params: Params, version: "Version", report: Mapping[str, 
 
     figures = {**report["recent"], **{f"share/{name}": share for name, share in report["recent"]["classes"].items()}}
     if report["accuracy"]["in use"]:
-        figures["accuracy"] = report["accuracy"]["in use"]["accuracy"]
+        figures["accuracy"] = report["accuracy"]["in use"]["share"]
     if report["forecast"]:
         figures["forecast"] = report["forecast"]["accuracy"]
     figures["warnings"] = len(report["warnings"])

@@ -127,6 +127,25 @@ def wilson(right: int, photos: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+@dataclass(frozen=True)
+class Share:
+    """A count of photos, its share of `photos`, and Wilson's 95 % interval of the share."""
+
+    count: int
+    photos: int
+    share: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, count: int, photos: int) -> "Share":
+        low, high = wilson(count, photos)
+        return cls(count, photos, round(count / photos, 6), round(low, 6), round(high, 6))
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}] on {self.photos:,} photos"
+
+
 def mcnemar(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """McNemar's exact test (1947): do two models differ on the same photos?
 
