@@ -69,34 +69,51 @@ def resized(image: Image, width: int, height: int) -> Image:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
 
 
-def _warped(texture: Image, view: np.ndarray, width: int, height: int) -> tuple[Image, np.ndarray]:
+def _warped(texture: Image, view: np.ndarray, rows: slice, width: int) -> tuple[Image, np.ndarray]:
     """The 8-bit `texture` as the homography `view` (3, 3), pixels to pixels, shows it; interpolated linearly.
 
+    Args:
+        rows: those of the picture that are wanted, each of `width` pixels.
+
     Returns:
-        An image of `height` and `width` whose borders go on for ever, and (height, width) bool: within the texture.
+        An image of these rows whose borders go on for ever, and for each of its pixels, bool: within the texture.
     """
-    rows, columns = texture.shape[:2]
-    # Pixels to pixels again: the inverse up to its scale, which cancels.
-    back = np.stack([np.cross(view[1], view[2]), np.cross(view[2], view[0]), np.cross(view[0], view[1])], axis=1)
-    u, v, w = _product(back, np.broadcast_arrays(np.arange(width), np.arange(height)[:, None], 1.0))
-    w = np.where(w == 0, 1e-9, w)
-    u, v = np.rint(u / w * 256), np.rint(v / w * 256)
-    within = (u >= 0) & (v >= 0) & (u < (columns - 1) * 256) & (v < (rows - 1) * 256)
-    u = np.clip(u, 0, (columns - 1) * 256 - 1).astype(np.int32)
-    v = np.clip(v, 0, (rows - 1) * 256 - 1).astype(np.int32)
-    pixels = texture.reshape(rows * columns, *texture.shape[2:])
-    corner = (v >> 8) * columns + (u >> 8)
-    each = (height, width) + (1,) * (texture.ndim - 2)
-    right, down = ((at & 255).astype(np.uint16).reshape(each) for at in (u, v))
+    tall, wide = texture.shape[:2]
+    # Pixels to pixels again: the inverse up to its scale, which cancels. Those of the texture are counted in 256ths.
+    back = np.array([np.cross(view[1], view[2]), np.cross(view[2], view[0]), np.cross(view[0], view[1])])
+    back[:, :2] *= 256
+    across, down = np.arange(width), np.arange(rows.start, rows.stop)[:, None]
+    u, v, w = (column[0] * across + column[1] * down + column[2] for column in back.T)
+    w[w == 0] = 1e-9
+    within = np.ones(w.shape, bool)
+    for at, side in ((u, wide), (v, tall)):
+        np.rint(np.divide(at, w, out=at), out=at)
+        within &= (at >= 0) & (at < (side - 1) * 256)
+        np.clip(at, 0, (side - 1) * 256 - 1, out=at)
+    columns, lines = u.astype(np.int64), v.astype(np.int64)
+    corner = (lines >> 8) * wide + (columns >> 8)
+
+    # The channels of a pixel as 16-bit parts of one integer, so that one operation is of all of them.
+    colours = texture.ndim == 3
+    packed = np.zeros((tall, wide, 4 if colours else 1), np.uint16)
+    packed[..., : texture.shape[2] if colours else 1] = texture.reshape(tall, wide, -1)
+    pixels = packed.view(np.uint64 if colours else np.uint16).ravel()
+    low, half = (np.full(4, value, np.uint16).view(pixels.dtype)[0] for value in (255, 128))
+    right, below = ((at & 255).astype(pixels.dtype) for at in (columns, lines))
 
     def between(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
-        return (first * (256 - share) + second * share + 128) >> 8
+        return (first * (256 - share) + second * share + half) >> 8 & low
 
-    top_left, top_right, low_left, low_right = (
-        np.take(pixels, corner + step, axis=0) for step in (0, 1, columns, columns + 1)
-    )
-    shown = between(between(top_left, top_right, right), between(low_left, low_right, right), down)
-    return shown.astype(np.uint8), within
+    top_left, top_right, low_left, low_right = (np.take(pixels, corner + step) for step in (0, 1, wide, wide + 1))
+    shown = between(between(top_left, top_right, right), between(low_left, low_right, right), below)
+    parts = shown.view(np.uint16).reshape(*shown.shape, -1)[..., :3].astype(np.uint8)
+    return (parts if colours else parts[..., 0]), within
+
+
+def _rows(image: Image, y: np.ndarray) -> slice:
+    """Those of the image that may show anything between the least and the greatest `y`, in pixels; at least one."""
+    top, bottom = np.clip([y.min() - 2, y.max() + 3], (0, 1), (len(image) - 1, len(image))).astype(int)
+    return slice(top, bottom)
 
 
 @dataclass(frozen=True)
@@ -314,8 +331,10 @@ def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
     left_top = (-reach * cosine, high, distance - reach * sine, 1)
     along, down = 2 * reach / wide * np.array([cosine, 0, sine, 0]), np.array([0, -high / tall, 0, 0])
     view = _product(camera.matrix, np.stack([along, down, left_top], axis=1))
-    shown, within = _warped(wall, view, camera.width, camera.height)
-    cv2.copyTo(shown, within.astype(np.uint8), image)
+    _, y, depth = _product(view, np.array([(u, v, 1) for u in (0, wide) for v in (0, tall)], float).T)
+    rows = _rows(image, y / depth)
+    shown, within = _warped(wall, view, rows, camera.width)
+    cv2.copyTo(shown, within.astype(np.uint8), image[rows])
 
 
 def _countryside(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
@@ -395,18 +414,19 @@ def _pitch(image: Image, camera: Camera, goal: Place, goal_kind: str, rng: Rng) 
         _stroke(turf, np.add(np.asarray(path), (wide / 2, -BEHIND)) * pixels, 2, 255)
     painted = np.array([[1 / pixels, 0, -wide / 2], [0, 1 / pixels, BEHIND], [0, 0, 1]])
     view = _product(_product(camera.matrix[:, [0, 2, 3]], goal.matrix), painted)
-    ground, _ = _warped(turf, view, camera.width, camera.height)
-    blades = rng.integers(0, 24, size=(camera.height // 3 + 1, camera.width // 2 + 1), dtype=np.uint8)
-    ground = cv2.subtract(ground, resized(blades, camera.width, camera.height))
-    green = np.array(_pick(GREENS, rng))
-    paint = np.array((238, 240, 235)) * rng.uniform(0.85, 1)
-    table = [np.interp(np.arange(256), (0, 160, 245), (0, green[c] * 1.3, paint[c])) for c in range(3)]
-    ground = cv2.LUT(cv2.merge([ground] * 3), np.clip(np.stack(table, -1), 0, 255).astype(np.uint8)[:, None])
     # Above the horizon the same homography would show the pitch a second time, upside down.
     left, right = camera.project([(-400, 0, 400), (400, 0, 400)])
     mask = np.zeros(image.shape[:2], np.uint8)
     _polygon(mask, np.array([left, right, (9000, 9000), (-9000, 9000)]), 255)
-    cv2.copyTo(ground, mask, image)
+    rows = _rows(image, np.array([left[1], right[1], camera.height]))
+    ground, _ = _warped(turf, view, rows, camera.width)
+    blades = rng.integers(0, 24, size=(camera.height // 3 + 1, camera.width // 2 + 1), dtype=np.uint8)
+    ground = cv2.subtract(ground, resized(blades, camera.width, camera.height)[rows])
+    green = np.array(_pick(GREENS, rng))
+    paint = np.array((238, 240, 235)) * rng.uniform(0.85, 1)
+    table = [np.interp(np.arange(256), (0, 160, 245), (0, green[c] * 1.3, paint[c])) for c in range(3)]
+    ground = cv2.LUT(cv2.merge([ground] * 3), np.clip(np.stack(table, -1), 0, 255).astype(np.uint8)[:, None])
+    cv2.copyTo(ground, mask[rows], image[rows])
 
 
 @dataclass(frozen=True)
