@@ -55,7 +55,7 @@ def drawn(fill: Callable[[Figure], None], tmp_path: Any) -> Figure:
     kept = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots._save(lambda figure: (fill(figure), kept.append(figure)), tmp_path / "figure.png")
+        plots._save(lambda figure: (fill(figure), kept.append(figure)), tmp_path / "figure.png", "png")
     return kept[0]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from touchline.core.files import replacing
+from touchline.core.files import positions, replacing
 from touchline.core.params import SUBSETS, Params
 from touchline.core.paths import Paths
 from touchline.data import photos, rights
@@ -52,10 +52,17 @@ _STYLE: "dict[RcKeyType, Any]" = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 110,
+    "figure.dpi": 110,
+    # Class names are text, whatever dollar signs they hold.
+    "text.parse_math": False,
     # Text stays text, in the reader's own fonts; equal figures are equal files.
     "svg.fonttype": "none",
     "svg.hashsalt": "touchline",
+}
+_TRANSPARENT: "dict[RcKeyType, Any]" = {
+    "figure.facecolor": "none",
+    "figure.edgecolor": "none",
+    "axes.facecolor": "none",
 }
 
 
@@ -97,7 +104,7 @@ def draw(
         suffix = ".jpg" if name.endswith(("random_photos", "mistakes")) else ".png"
         made[name] = folder / f"{name}{suffix}"
         with replacing(made[name], suffix) as temporary:
-            _save(fill, temporary)
+            _save(fill, temporary, suffix[1:])
     return made
 
 
@@ -260,9 +267,9 @@ def most_confused(of_model: "pd.DataFrame", most: int = 20) -> list[dict[str, An
 
 def confusion(of_model: "pd.DataFrame", classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Photos by true class (rows) and predicted class (columns), and their shares of the true class."""
-    from sklearn.metrics import confusion_matrix
-
-    counts = confusion_matrix(of_model["class"], of_model["predicted"], labels=classes)
+    # Not scikit-learn's: the report needs it for nothing else, and its import takes a second.
+    counts = np.zeros((len(classes), len(classes)), int)
+    np.add.at(counts, tuple(positions(of_model[column], classes) for column in ("class", "predicted")), 1)
     return counts, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
@@ -392,7 +399,7 @@ def svg(panel: Callable[["Axes"], None], prefix: str, inches: tuple[float, float
         panel(figure.subplots())
 
     buffer = io.StringIO()
-    _save(fill, buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    _save(fill, buffer, "svg")
     text = buffer.getvalue()
     drawn = text[text.index("<svg") :]
     for old, new in [
@@ -404,29 +411,34 @@ def svg(panel: Callable[["Axes"], None], prefix: str, inches: tuple[float, float
     return drawn
 
 
-def _save(fill: Callable[["Figure"], None], target: Any, **options: Any) -> None:
-    """Draw a figure and write it. Not pyplot's: that keeps figures, and wants a screen."""
+def _save(fill: Callable[["Figure"], None], target: Any, kind: str) -> None:
+    """Draw a figure and write it as `png`, `jpg` or `svg`. Not pyplot's: that keeps figures, and wants a screen."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    with matplotlib.rc_context(_STYLE | {"font.family": _fonts()}), warnings.catch_warnings():
+    style = _STYLE | {"font.family": _fonts()} | (_TRANSPARENT if kind == "svg" else {})
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         # Where no font has a letter, its place stays a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure()
-        FigureCanvasAgg(figure)
+        # Not `savefig`: it draws a figure once more, for its layout.
+        if kind == "svg":
+            canvas = FigureCanvasSVG(figure)
+            fill(figure)
+            canvas.print_svg(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            return
+        pixels = FigureCanvasAgg(figure)
         fill(figure)
-        # An SVG is shown in the reader's own fonts.
-        if options.get("format") != "svg":
-            words = (word.strip(",:()") for text in figure.findobj(Text) for word in text.get_text().split())
-            if spelt := [_in_words(word) for word in dict.fromkeys(words) if _without_glyph(word)]:
-                more = [f"and {len(spelt) - _MOST_SPELT} more"] if len(spelt) > _MOST_SPELT else []
-                figure.supxlabel("\n".join([*spelt[:_MOST_SPELT], *more]), x=0.01, ha="left", fontsize=7)
-        # Class names are text, whatever dollar signs they hold.
-        for text in figure.findobj(Text):
-            text.set_parse_math(False)
-        figure.savefig(target, **options)
+        # An SVG is shown in the reader's own fonts; here a letter that no font has is named below.
+        words = (word.strip(",:()") for text in figure.findobj(Text) for word in text.get_text().split())
+        if spelt := [_in_words(word) for word in dict.fromkeys(words) if _without_glyph(word)]:
+            more = [f"and {len(spelt) - _MOST_SPELT} more"] if len(spelt) > _MOST_SPELT else []
+            figure.supxlabel("\n".join([*spelt[:_MOST_SPELT], *more]), x=0.01, ha="left", fontsize=7)
+        write = pixels.print_png if kind == "png" else pixels.print_jpg
+        write(target)
 
 
 def _without_glyph(text: str) -> set[str]:

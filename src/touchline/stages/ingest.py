@@ -181,7 +181,8 @@ def _by_reading(
     # What a network offers may be fetched while it is offered; the others' offers cost nothing, and can be counted.
     counted = None if source.network else list(chosen)
     offered = chosen if counted is None else counted
-    kept = parallel.in_order(lambda numbered: (numbered[0], _keep(paths, numbered[1])), offered)
+    # A photo's thread waits for the disk until it is safe, and for the process that draws a scene.
+    kept = parallel.in_order(lambda numbered: (numbered[0], _keep(paths, numbered[1])), offered, threads=2)
     rows = [row for _, row in sorted(track(kept, None if counted is None else len(counted), "taking photos"))]
     return rows, {"photos": len(rows)}
 

@@ -159,9 +159,10 @@ def _write(trained: Trained, path: Path, classes: Sequence[str]) -> dict[str, st
         engines.convert(trained.model, temporary)
         side = trained.model.input_shape[1]
         images = np.stack([photos.read(file, side) for file in trained.learned_from.files[:_COMPARED]])
-        networks = engines.with_tensorflow(trained.model), engines.with_openvino(temporary)
-        rows = [each.forward(images) for each in networks]
-        difference = float(np.abs(rows[0] - rows[1]).max())
+        network = engines.with_openvino(temporary)
+        # Not in a graph: it would be built for this one batch.
+        by_keras = np.asarray(trained.model(images, training=False))
+        difference = float(np.abs(by_keras - network.forward(images)).max())
         # Written so that NaN is refused too.
         if not difference <= engines.TOLERANCE:
             raise TouchlineError(
@@ -170,10 +171,10 @@ def _write(trained: Trained, path: Path, classes: Sequence[str]) -> dict[str, st
             )
     learned_from, chosen = trained.learned_from, drawn(len(trained.learned_from.files))
     if trained.seen:
-        seen = trained.seen(networks[1], chosen)
+        seen = trained.seen(network, chosen)
     else:
-        read = partial(photos.read, size=networks[1].side)
-        seen = training.seen(networks[1], parallel.in_order(read, training.pick(learned_from.files, chosen)))
+        read = partial(photos.read, size=network.side)
+        seen = training.seen(network, parallel.in_order(read, training.pick(learned_from.files, chosen)))
     if not np.isfinite(seen).all():
         raise Diverged(f"{path.stem}: what its last layer is given of the training photos holds NaN or infinity")
     labels = [classes[learned_from.labels[number]] for number in chosen]
