@@ -202,6 +202,15 @@ def test_a_pattern_is_filled_in_where_no_shell_did(ask: Ask, somewhere: Path) ->
     assert list(ask("[x].jpg").labels) == ["[x].jpg"]
 
 
+def test_what_explain_drew_is_not_classified_in_the_next_run(ask: Ask, somewhere: Path) -> None:
+    for name in ("a/1.jpg", "a/2.jpg", "a/1.jpg.touchline.jpg"):
+        draw(somewhere / name, "red")
+    listed = sorted(f"a/{path.name}" for path in (somewhere / "a").iterdir())  # as a shell fills in a/*
+    for given, stdin in ((["a/*"], b""), (listed, b""), (["-"], "\n".join(listed).encode())):
+        assert list(ask(*given, stdin=stdin).labels) == ["a/1.jpg", "a/2.jpg"]
+    assert list(ask("a/1.jpg.touchline.jpg").labels) == ["a/1.jpg.touchline.jpg"]
+
+
 def test_names_come_from_stdin(ask: Ask, somewhere: Path) -> None:
     for name in ("a b.jpg", "album/c.jpg"):
         draw(somewhere / name, "blue")

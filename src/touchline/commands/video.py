@@ -154,7 +154,7 @@ def find(names: Sequence[str]) -> list[Clip]:
         ParamsError: they name videos and photos.
     """
     clips, photos = [], []
-    for name in names:
+    for name in predict.without_drawn(names):
         if (clip := Clip(name)).is_address or clip.is_camera:
             clips.append(clip)
         elif name != predict.STDIN and (found := _clips_of(name)):
