@@ -134,6 +134,8 @@ def run(
             print(f"{classifier.name}: {said}" + (f"; {left_out:,} other files left out" if left_out else ""))
     if failed:
         raise TouchlineError(f"{failed:,} failed, named above")
+    if left_out and not counts:
+        raise TouchlineError(f"no photo in {', '.join(map(shown, names))}: {left_out:,} other files left out")
     if unrecorded:
         raise TouchlineError(f"{unrecorded.total():,} answers could not be recorded in {paths.served}: see above")
 
@@ -376,7 +378,8 @@ def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tup
             numbers += [f"{answer.similarity:.3f}", f"{answer.percentile:.1f}"]
         table.add_row(Text(shown(path)), label, *numbers)
     # Without a terminal, no line is folded: rich would take 80 columns.
-    Console(file=results, width=None if results.isatty() else 10_000).print(table)
+    if table.row_count:
+        Console(file=results, width=None if results.isatty() else 10_000).print(table)
 
 
 def _write_json(results: IO[str], _: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:
