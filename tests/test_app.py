@@ -354,7 +354,7 @@ def test_what_is_no_photo_or_too_large_is_refused_in_a_line(page: Page, browser:
     give(browser, broken)
     found(browser, "#first .refusal", "This file cannot be judged: a web page.")
     assert not found(browser, "body").find_elements("css selector", "#wrong h2")
-    picture(browser, "no photo")
+    picture(browser, "not an image")
     for file, words in ((text, "Invalid file type: notes.txt"), (large, "maximum allowed size of 20")):
         opened(browser, page)
         give(browser, file)

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from starlette.responses import PlainTextResponse
 from test_serve import Model, Served, jpeg
 
 from touchline.commands.serve import Limits
+from touchline.core import guard
+from touchline.core.errors import ParamsError
 
 EVIL = "http://evil.example"
 
@@ -105,6 +108,13 @@ def test_on_every_address_it_answers_to_addresses_and_to_the_names_that_were_all
         assert on_every_address.predict(jpeg(), Host=host, Origin=EVIL)[0] == 403
     for host in ("evil.example", "a.touchline.example.com", "10.evil.example", "example.com"):
         assert on_every_address.ask("GET", "/ping", Host=host)[0] == 403
+
+
+@pytest.mark.parametrize("name", ["http://touchline.example.com", "touchline.example.com:8000", "", "a b"])
+def test_an_allowed_host_that_no_request_would_match_is_one_line(name: str) -> None:
+    with pytest.raises(ParamsError, match="--allowed-host") as raised:
+        guard.Guard(PlainTextResponse("hello"), "127.0.0.1", ["::1", "box", name])
+    assert name in str(raised.value)
 
 
 def test_no_answer_may_be_framed_or_taken_for_another_type(on_loopback: Served) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import names
 from PIL import Image
 
 from touchline.core import files
@@ -125,6 +126,7 @@ def test_what_operating_systems_put_beside_photos_is_passed_over(
 ) -> None:
     junk = ["Icon\r", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/rugby/._a.jpg", "@eaDir/a.jpg"]
     offer(paths, {f"{folder}{name}": photo(3) for folder in ("", "rugby/") for name in junk})
+    offer(paths, {"README.md": b"# Photos of your own, which data/incoming has"})
     offer(paths, {"rugby/a.jpg": photo(1), "soccer/b.jpg": photo(2)})
     assert list(ingested(paths, params)["origin"]) == ["rugby/a.jpg", "soccer/b.jpg"]
     assert "left out" not in capsys.readouterr().out
@@ -162,7 +164,9 @@ def test_classes_may_be_called_train_and_test(paths: Paths, params_with: ParamsW
     assert list(table["class"]) == ["train", "test"] and set(table["subset"]) == {""}
 
 
-def test_a_manifest_gives_group_licence_and_author(paths: Paths, params: Params) -> None:
+def test_a_manifest_gives_group_licence_and_author_and_a_column_of_another_name_is_named(
+    paths: Paths, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
     offer(paths, {"rugby/a b.jpg": photo(1), "soccer/b.jpg": photo(2)})
     (paths.project / "incoming/manifest.csv").write_text(
         'file,author,group,licence,camera\nrugby/a b.jpg,"Smith, J.",007,CC0,Leica\nrugby/gone.jpg,Nobody,1,CC0,Leica\n'
@@ -170,6 +174,7 @@ def test_a_manifest_gives_group_licence_and_author(paths: Paths, params: Params)
     table = ingested(paths, params).set_index("class")
     assert tuple(table.loc["rugby", ["group", "licence", "author"]]) == ("007", "CC0", "Smith, J.")
     assert tuple(table.loc["soccer", ["group", "licence", "author"]]) == ("", "", "")
+    assert names(capsys.readouterr().out, "manifest.csv", "camera")
 
 
 @pytest.mark.parametrize(

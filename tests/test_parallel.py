@@ -232,6 +232,9 @@ def test_the_environment_names_a_cluster_before_params_do(
     assert (parallel.scheduler(params_with()), parallel.scheduler(named)) == ("", "tcp://host:8786")
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tls://other:1")
     assert parallel.scheduler(params_with()) == parallel.scheduler(named) == "tls://other:1"
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "host:8786")
+    with pytest.raises(ParamsError, match=r"DASK_SCHEDULER_ADDRESS is host:8786"):
+        parallel.scheduler(named)
     shipped["compute"]["scheduler"] = "host:8786"
     with pytest.raises(ParamsError, match=r"compute\.scheduler is 'host:8786'; allowed: "):
         params.check(shipped)
@@ -398,7 +401,7 @@ def test_a_cluster_predicts_the_same_of_names_that_hang_on_this_folder(
                 assert float(other[key]) == pytest.approx(float(row[key]), abs=0.0011)
             else:
                 assert other[key] == row[key]
-    assert b"0000000000000046.jpg: cut off" in there.err and b"0000000000000047.jpg: no photo" in there.err
+    assert b"0000000000000046.jpg: cut off" in there.err and b"0000000000000047.jpg: not an image" in there.err
     assert [path.name for path in project.locks.glob("*.keras")] == []
 
 

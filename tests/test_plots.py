@@ -92,6 +92,7 @@ def test_the_most_confused_pairs_come_with_their_share_of_the_true_class() -> No
         {"class": "a", "predicted": "b", "photos": 2, "share": 0.5},
         {"class": "b", "predicted": "c", "photos": 1, "share": 0.5},
     ]
+    assert plots.most_confused(table[table["class"] == table["predicted"]]) == []  # a model without a mistake
 
 
 def page(params: Params, **changes: Any) -> str:

@@ -178,6 +178,16 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(ask: Ask, somewhere: 
     assert said.error.exit_code == 1 and names(str(said.error), "8")
 
 
+def test_without_an_answer_there_is_no_table_and_a_folder_of_other_files_is_named(ask: Ask, somewhere: Path) -> None:
+    said = ask("missing.jpg", form="table")
+    assert said.bytes == b"" and names(said.notes, "missing.jpg") and said.error.exit_code == 1
+    (somewhere / "papers").mkdir()
+    for count in (1, 2):
+        (somewhere / f"papers/{count}.pdf").write_bytes(b"%PDF-1.4")
+        said = ask("papers", form="table")
+        assert said.bytes == b"" and said.error.exit_code == 1 and names(str(said.error), "papers", str(count))
+
+
 def test_a_batch_without_a_single_photo_does_no_harm(ask: Ask, somewhere: Path) -> None:
     for number in range(2 * BATCH):
         (somewhere / f"{number:03}.jpg").write_bytes(b"nothing")
@@ -200,6 +210,15 @@ def test_a_pattern_is_filled_in_where_no_shell_did(ask: Ask, somewhere: Path) ->
     assert list(ask("a/*").labels) == ["a/1.jpg", "a/b/2.jpg", "a/b/3.png"]
     # A file that is called like a pattern is that file.
     assert list(ask("[x].jpg").labels) == ["[x].jpg"]
+
+
+def test_what_explain_drew_is_not_classified_in_the_next_run(ask: Ask, somewhere: Path) -> None:
+    for name in ("a/1.jpg", "a/2.jpg", "a/1.jpg.touchline.jpg"):
+        draw(somewhere / name, "red")
+    listed = sorted(f"a/{path.name}" for path in (somewhere / "a").iterdir())  # as a shell fills in a/*
+    for given, stdin in ((["a/*"], b""), (listed, b""), (["-"], "\n".join(listed).encode())):
+        assert list(ask(*given, stdin=stdin).labels) == ["a/1.jpg", "a/2.jpg"]
+    assert list(ask("a/1.jpg.touchline.jpg").labels) == ["a/1.jpg.touchline.jpg"]
 
 
 def test_names_come_from_stdin(ask: Ask, somewhere: Path) -> None:
@@ -350,8 +369,8 @@ def test_models_that_cannot_be_asked_are_one_line(ask: Ask, somewhere: Path) -> 
     files.write_json(somewhere / "oblong.json", {"classes": CLASSES})
     for model, code, named in (
         ("", 1, ("rugby-soccer", "make run")),
-        ("7", 2, ("--model 7", "rugby-soccer")),
-        ("vgg", 2, ("--model vgg", "params.yaml", "cnn", "transfer", ".keras")),
+        ("7", 2, ("7", "rugby-soccer")),
+        ("vgg", 2, ("vgg", "params.yaml", "cnn", "transfer", ".keras")),
         ("0" * 32, 1, ("0" * 32,)),
         ("transfer", 1, ("transfer.keras",)),
         ("nameless.keras", 1, ("nameless.keras", "nameless.json")),

@@ -33,6 +33,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from touchline.commands import serve as serving
 from touchline.commands.serve import Limits
 from touchline.commands.serve_batches import Batches
+from touchline.core import ports
+from touchline.core.errors import TouchlineError
 from touchline.data import photos
 from touchline.models.classifier import Classifier
 from touchline.models.engines import Network
@@ -210,8 +212,8 @@ def test_a_photo_is_answered_whatever_its_content_type(serve: Callable[..., Serv
     [
         (b"", "empty file"),
         (b"<!doctype html><title>403</title>", "a web page"),
-        (b'{"photo": "photo.jpg"}', "no photo"),
-        (b"no photo at all" * 1000, "no photo"),
+        (b'{"photo": "photo.jpg"}', "not an image"),
+        (b"no photo at all" * 1000, "not an image"),
         (jpeg(size=(300, 300))[:-200], "cut off"),
         (b"\xff\xd8\xff" + bytes(5000) + b"\xff\xd9", "does not decode: "),
         (png(9000, 7000), "9000 x 7000 pixels are more than validate.max_megapixels"),
@@ -706,6 +708,13 @@ def test_one_photo_has_one_answer_wherever_it_is_asked(project: projects.Project
         np.testing.assert_allclose(found, stored, atol=1e-5)
     np.testing.assert_allclose(invoked, stored, atol=1e-5)
     np.testing.assert_allclose([list(asked["probabilities"].values()), alone[0]], [stored[0]] * 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-machine.invalid"])
+def test_a_host_that_is_not_this_machine_is_no_question_of_the_port(host: str) -> None:
+    with pytest.raises(TouchlineError) as raised:
+        ports.bound(host, 0)
+    assert host in str(raised.value) and "--host" in str(raised.value) and "--port" not in str(raised.value)
 
 
 def test_a_server_without_a_champion_says_so_and_ends(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ def test_a_film_strip_lies_beside_the_clip(watch: Any, somewhere: Path) -> None:
     with Image.open(target) as strip:
         assert strip.width > 2.5 * strip.height  # three passages in a row
     assert [found.path.name for found in predict.find([str(somewhere)])] == ["match.avi"]
+    assert [found.source for found in video.find([f"{somewhere}/*"])] == [str(clip)]
+    assert [found.source for found in video.find([str(clip), str(target)])] == [str(clip)]
     target.write_bytes(b"somebody's")
     said = watch(clip, explain=True)
     assert target.read_bytes() == b"somebody's" and names(said.notes, target.name) and len(said.rows) == 3

@@ -374,7 +374,10 @@ def list_versions() -> None:
         if found.rolled_back:
             why = f"rolled back on {found.rolled_back[:10]}; before: {why}"
         table.add_row(str(found.number), tags.get("touchline.model", ""), *accuracies, ", ".join(found.aliases), why)
-    Console().print(table)
+    if table.row_count:
+        Console().print(table)
+    else:
+        print(f"{name} has no version yet: `make run` makes one")
 
 
 @registry.command("compare")

@@ -134,31 +134,38 @@ def run(
             print(f"{classifier.name}: {said}" + (f"; {left_out:,} other files left out" if left_out else ""))
     if failed:
         raise TouchlineError(f"{failed:,} failed, named above")
+    if left_out and not counts:
+        raise TouchlineError(f"no photo in {', '.join(map(shown, names))}: {left_out:,} other files left out")
     if unrecorded:
         raise TouchlineError(f"{unrecorded.total():,} answers could not be recorded in {paths.served}: see above")
 
 
-def find(names: Iterable[str]) -> Iterator[Found]:
+def find(names: Sequence[str]) -> Iterator[Found]:
     """What to read, in the order of the names, each folder's in the order of its paths.
 
     Args:
-        names: files; folders, of which all that is in and below them is meant, without what is hidden and what
-            `--explain` drew; patterns that no shell has filled in, where `**` is any depth; and `-`, which reads names,
-            one a line, from stdin.
+        names: files; folders, of which all that is in and below them is meant, without what is hidden; patterns that
+            no shell has filled in, where `**` is any depth; and `-`, which reads names, one a line, from stdin.
+            What `--explain` drew is left out, unless it is the only name.
 
     Raises:
         ParamsError: stdin holds a photo where names are wanted.
     """
-    for name in names:
+    for name in without_drawn(names):
         if name == STDIN:
             yield from _from_stdin()
         elif os.path.lexists(name) or not glob.has_magic(name):
             yield from _at(Path(name))
-        elif matches := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
-            for match in matches:
+        elif matches := without_drawn(glob.glob(name, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
+            for match in sorted(matches):
                 yield from _at(Path(match))
         else:
             yield Found(Path(name), error="no file matches")
+
+
+def without_drawn(names: Sequence[str]) -> Sequence[str]:
+    """Several names, as a shell or a pattern gives them, without the pictures that an earlier `--explain` drew."""
+    return names if len(names) == 1 else [name for name in names if not name.endswith(OVERLAY)]
 
 
 def is_other(found: Found) -> bool:
@@ -172,7 +179,7 @@ def _from_stdin() -> Iterator[Found]:
             raise ParamsError(
                 f"{STDIN} reads names of photos, one a line, and stdin holds a photo itself: name its file"
             )
-        if name := os.fsdecode(line.rstrip(b"\r\n")):
+        if (name := os.fsdecode(line.rstrip(b"\r\n"))) and not name.endswith(OVERLAY):
             yield from _at(Path(name))
 
 
@@ -371,7 +378,8 @@ def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tup
             numbers += [f"{answer.similarity:.3f}", f"{answer.percentile:.1f}"]
         table.add_row(Text(shown(path)), label, *numbers)
     # Without a terminal, no line is folded: rich would take 80 columns.
-    Console(file=results, width=None if results.isatty() else 10_000).print(table)
+    if table.row_count:
+        Console(file=results, width=None if results.isatty() else 10_000).print(table)
 
 
 def _write_json(results: IO[str], _: Sequence[str], answers: Iterable[tuple[Path, Answer]]) -> None:

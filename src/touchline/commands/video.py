@@ -154,7 +154,7 @@ def find(names: Sequence[str]) -> list[Clip]:
         ParamsError: they name videos and photos.
     """
     clips, photos = [], []
-    for name in names:
+    for name in predict.without_drawn(names):
         if (clip := Clip(name)).is_address or clip.is_camera:
             clips.append(clip)
         elif name != predict.STDIN and (found := _clips_of(name)):
@@ -465,7 +465,8 @@ def _write_table(results: IO[str], columns: Sequence[str], rows: Iterable[dict[s
         texts = [Text(_cell(name, value)) for name, value in zip(columns, _values(columns, row), strict=True)]
         texts[columns.index("label")].stylize("yellow" if label in (UNSURE, UNKNOWN) else "bold")
         table.add_row(*texts)
-    Console(file=results, width=None if results.isatty() else 10_000).print(table)
+    if table.row_count:
+        Console(file=results, width=None if results.isatty() else 10_000).print(table)
 
 
 def _cell(column: str, value: object) -> str:

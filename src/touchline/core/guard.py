@@ -17,7 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from touchline.core.errors import ParamsError
+
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"\[[0-9a-f:.]+\]|[^:/\s]+")
 _EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 
 
@@ -30,11 +33,16 @@ class Guard:
     Args:
         host: the address that the server listens on.
         allowed: further host names, without port: a forwarded connection has another one.
+
+    Raises:
+        ParamsError: one of these is an address with `http://` or a port, which no request would match.
     """
 
     def __init__(self, app: ASGIApp, host: str, allowed: Sequence[str] = ()) -> None:
         self._app = app
         self._names = {*_LOOPBACK, *(_bracketed(name.lower()) for name in (host, *allowed))}
+        if wrong := [name for name in allowed if not _HOST.fullmatch(_bracketed(name.lower()))]:
+            raise ParamsError(f"--allowed-host {wrong[0]}: give the name alone, without http:// and port")
         self._any_address = host in _EVERY_ADDRESS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,7 +70,7 @@ class Guard:
     def _refusal(self, method: str, headers: Headers) -> str:
         """Why a request is refused, or nothing."""
         host = headers.get("host", "").lower()
-        parts = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:]+)(:\d+)?", host)
+        parts = re.fullmatch(rf"({_HOST.pattern})(:\d+)?", host)
         if not parts or not (parts[1] in self._names or (self._any_address and _is_address(parts[1]))):
             return "this server does not answer to that name: use localhost, or start it with --allowed-host NAME"
         origin = headers.get("origin")

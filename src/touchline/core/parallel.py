@@ -11,6 +11,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -27,8 +28,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-from touchline.core.errors import TouchlineError, one_line
-from touchline.core.params import Params
+from touchline.core.errors import ParamsError, TouchlineError, one_line
+from touchline.core.params import DASK_ADDRESS, Params
 from touchline.core.progress import say
 
 if TYPE_CHECKING:
@@ -51,8 +52,15 @@ _keeping = Lock()
 
 
 def scheduler(params: Params) -> str:
-    """Address of the Dask scheduler; empty for this machine. The environment overrides params.yaml."""
-    return os.environ.get(_ADDRESS) or params.compute.scheduler
+    """Address of the Dask scheduler; empty for this machine. The environment overrides params.yaml.
+
+    Raises:
+        ParamsError: the environment has no address.
+    """
+    named = os.environ.get(_ADDRESS) or params.compute.scheduler
+    if named and not re.fullmatch(DASK_ADDRESS, named):
+        raise ParamsError(f"{_ADDRESS} is {named}; allowed: an address as `dask scheduler` prints it, tcp://host:8786")
+    return named
 
 
 def in_order(work: Callable[[S], T], items: Iterable[S], ahead: int = 64, threads: int = 1) -> Iterator[T]:

@@ -395,8 +395,12 @@ class RegisterParams(Section):
     use: Use = "research"
 
 
+# Of a Dask scheduler, as Dask prints it.
+DASK_ADDRESS = r"(tcp|tls|ws|wss)://\S+:\d+"
+
+
 class ComputeParams(Section):
-    scheduler: Annotated[str, StringConstraints(pattern=r"^$|^(tcp|tls|ws|wss)://\S+:\d+$")]
+    scheduler: Annotated[str, StringConstraints(pattern=rf"^$|^{DASK_ADDRESS}$")]
     devices: Literal["one", "all"]
     engine: Literal["auto", "openvino", "tensorflow"]
     slowdown: Ratio
@@ -580,6 +584,8 @@ def _one_line(error: ErrorDetails) -> str:
             return f"{key} is {found}; allowed: text, so put it in quotes"
         case "string_pattern_mismatch":
             return f"{key} is {found}; allowed: what matches {error['ctx']['pattern']}"
+        case "list_type" | "tuple_type":
+            return f"{key} is {found}; allowed: a list, for example [a, b]"
         case "dict_type" | "model_type" | "model_attributes_type":
             return f"{key} is {found}; allowed: keys with their values"
         case _:

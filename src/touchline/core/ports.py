@@ -1,5 +1,6 @@
 """Addresses that servers listen on."""
 
+import errno
 import socket
 from contextlib import suppress
 from ipaddress import ip_address
@@ -14,7 +15,7 @@ def bound(host: str, port: int, option: str = "--port") -> socket.socket:
         option: of the command line, which chooses the port.
 
     Raises:
-        TouchlineError: another program has it.
+        TouchlineError: another program has it, or it is none of this machine's.
     """
     holding = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -22,6 +23,10 @@ def bound(host: str, port: int, option: str = "--port") -> socket.socket:
         holding.bind((host, port))
     except OSError as error:
         holding.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise TouchlineError(
+                f"{host} is no address of this machine ({error.strerror}): choose another --host, 127.0.0.1 or 0.0.0.0"
+            ) from None
         raise TouchlineError(f"{host}:{port} is not free ({error.strerror}): choose another {option}") from None
     return holding
 

@@ -139,7 +139,7 @@ def flaw(content: bytes) -> str:
             whole = b"\x3b" in content[-16:]
         case "":
             page = re.search(rb"<!doctype html|<html|<\?xml", content[:1024], re.IGNORECASE)
-            return "a web page" if page else "no photo"
+            return "a web page" if page else "not an image"
         case _:
             whole = True
     return "" if whole else "cut off"

@@ -215,8 +215,8 @@ def _from_store(paths: Paths, params: Params, wanted: str) -> Classifier:
     if not wanted:
         raise TouchlineError(f"{name} has no champion yet: `make run` trains one, or name a model with --model")
     raise ParamsError(
-        f"--model {wanted} is no version or alias of {name}, no run, no model of params.yaml "
-        f"({', '.join(params.models)}) and no .keras file"
+        f"there is no model {wanted}: name a version or alias of {name}, a run, a model of params.yaml "
+        f"({', '.join(params.models)}) or a .keras file"
     )
 
 

@@ -260,7 +260,8 @@ def most_confused(of_model: "pd.DataFrame", most: int = 20) -> list[dict[str, An
     """The pairs of true class and answer with the most mistakes: class, predicted, photos and their share of class."""
     wrong = of_model[of_model["class"] != of_model["predicted"]]
     pairs = wrong.groupby(["class", "predicted"]).size().rename("photos").reset_index()
-    pairs["share"] = pairs["photos"] / pairs["class"].map(of_model["class"].value_counts())
+    # Not `map`: of no mistake at all it gives text, which nothing can be divided by.
+    pairs["share"] = pairs["photos"] / of_model["class"].value_counts().reindex(pairs["class"]).to_numpy()
     ordered = pairs.sort_values(["photos", "share", "class", "predicted"], ascending=[False, False, True, True])
     return ordered.head(most).to_dict("records")
 

@@ -43,7 +43,7 @@ def candidates(received: Received, classes: Sequence[str]) -> Iterator[Candidate
     folder = received.folder
     if not folder.is_dir():
         raise ParamsError(
-            f"ingest.folder: {folder} is no folder: put photos into {folder}/<class>/ or name another one"
+            f"ingest.folder: {folder} is not a folder: put photos into {folder}/<class>/ or name another one"
         )
     parents = _parents(folder, classes)
     for label in classes:
@@ -89,7 +89,8 @@ def _parents(folder: Path, classes: Sequence[str]) -> dict[Path, str]:
 def _beside(received: Received, classes: Sequence[str], parents: dict[Path, str]) -> list[str]:
     """What lies beside the folders that are used, each with its reason, the most photos first."""
     folder = received.folder
-    used = {*parents, folder / _MANIFEST, *(parent / label for parent in parents for label in classes)}
+    used = {*parents, *(parent / label for parent in parents for label in classes)}
+    used |= {folder / _MANIFEST, folder / "README.md"}  # data/incoming has a README.md of this project's own
     unused = []
     for path in (path for parent in {folder: "", **parents} for path in entries(parent) if path not in used):
         name = shown(path.relative_to(folder).as_posix())
@@ -125,6 +126,9 @@ def _manifest(received: Received, origins: Sequence[str]) -> dict[str, dict[str,
     if "file" not in table:
         raise TouchlineError(f"{path} has no column `file` (path within the folder): add it or take the manifest away")
     known = [column for column in _MANIFEST_COLUMNS if column in table]
+    if unread := [shown(column) for column in table.columns if column not in (*known, "file")]:
+        # A misspelt `group` would let photos of one group onto both sides of the split.
+        say(f"folder: {_MANIFEST}: not read: {', '.join(unread)}; read: {', '.join(['file', *known])}")
     find = _Finder(origins, received.folder)
     facts: dict[str, dict[str, Any]] = {}
     unmatched = []

@@ -80,7 +80,7 @@ def run(paths: Paths, params: Params) -> str:
     if offered.empty:
         allowed = " that `rights` allows" if permissions.refused else ""
         raise TouchlineError(
-            f"the sources {', '.join(params.ingest.sources)} offer no photo{allowed}: see `ingest` in params.yaml"
+            f"no photos{allowed} from {', '.join(params.ingest.sources)}: see `ingest.sources` in params.yaml"
         )
     table = _corrected(offered, [source.name for source in chosen if source.corrects])
     _check_remote(table, params)
