@@ -165,14 +165,17 @@ def test_a_network_file_is_made_on_first_use_and_then_no_model_is_loaded(
     np.testing.assert_array_equal(first.forward(photographs(2)), second.forward(photographs(2)))
 
 
+@pytest.mark.parametrize("views", [1, 2])
 def test_the_network_of_a_backbone_is_made_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params_with: Callable
+    views: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params_with: Callable
 ) -> None:
     monkeypatch.setenv("TOUCHLINE_CACHE", str(tmp_path))
-    features = params_with().features["pooled"].model_copy(update={"image_size": SIDE})
-    found = [backbones.network(features, tmp_path, "openvino").forward(photographs(2))]
+    features = params_with().features["pooled"].model_copy(update={"image_size": SIDE, "views": views})
     expected = backbones.network(features, tmp_path, "tensorflow").forward(photographs(2))
-    monkeypatch.setattr(backbones, "pooled", None)
+    if views == 1:  # of one EfficientNet-Lite TensorFlow is not needed
+        monkeypatch.setattr(backbones, "import_tensorflow", None)
+    found = [backbones.network(features, tmp_path, "openvino").forward(photographs(2))]
+    monkeypatch.setattr(backbones, "_pooled_lite" if views == 1 else "pooled", None)
     found.append(backbones.network(features, tmp_path, "openvino").forward(photographs(2)))
     np.testing.assert_array_equal(*found)
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=engines.TOLERANCE)
