@@ -92,8 +92,8 @@ def network(features: BackboneFeatures, project: Path, engine: str) -> Network:
         return pooled(features, project)
 
     def write(path: Path) -> None:
-        if features.views == 1 and len(features.backbone) == 1 and features.backbone[0] in _LITES:
-            engines.write(_pooled_lite(features.backbone[0], features, project), path)
+        if made := without_tensorflow(features, project):
+            engines.write(made, path)
         else:
             engines.convert(make(), path)
 
@@ -323,17 +323,37 @@ def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path)
     return keras.Model(inputs, _lite_map(x, _of_keras(), backbone, features, project), name=backbone)
 
 
-def _pooled_lite(backbone: str, features: BackboneFeatures, project: Path) -> "openvino.Model":
-    """`pooled` of one EfficientNet-Lite for OpenVINO, which takes no start of TensorFlow to make."""
+def without_tensorflow(
+    features: BackboneFeatures, project: Path, last: "tuple[np.ndarray, np.ndarray] | None" = None
+) -> "openvino.Model | None":
+    """`pooled` for OpenVINO, with the outputs that `engines` names, in half a second: converted, it takes TensorFlow's
+    start and two.
+
+    Args:
+        last: weights and bias of a dense layer with softmax that ends the network: `architectures.transfer`.
+
+    Returns:
+        None where only TensorFlow can make it.
+    """
+    if features.views > 1 or len(features.backbone) > 1 or features.backbone[0] not in _LITES:
+        return None
     openvino = engines.import_openvino()
     from openvino import opset15 as ops
 
     photo = ops.parameter([-1, features.image_size, features.image_size, 3], np.uint8, "photo")
     scaled = ops.add(ops.multiply(ops.convert(photo, "f32"), np.float32(1 / 128)), np.float32(-127 / 128))
     channels_first = ops.transpose(scaled, np.array([0, 3, 1, 2]))
-    rows = ops.reduce_mean(_lite_map(channels_first, _of_openvino(), backbone, features, project), np.array([2, 3]))
-    rows.output(0).set_names({"rows"})
-    return openvino.Model([rows], [photo], "pooled")
+    maps = _lite_map(channels_first, _of_openvino(), features.backbone[0], features, project)
+    rows = ops.reduce_mean(maps, np.array([2, 3]))
+    outputs = {"rows": rows}
+    if last:
+        weights, bias = last
+        logits = ops.add(ops.matmul(rows, weights, False, False), bias)
+        evidence = ops.matmul(ops.transpose(maps, np.array([0, 2, 3, 1])), weights, False, False)
+        outputs = {"rows": ops.softmax(logits, 1), "features": rows, "logits": logits, "evidence": evidence}
+    for name, output in outputs.items():
+        output.output(0).set_names({name})
+    return openvino.Model([*outputs.values()], [photo], features.backbone[0])
 
 
 def _lite_map(x: Any, operations: _Operations, backbone: str, features: BackboneFeatures, project: Path) -> Any:
