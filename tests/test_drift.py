@@ -223,6 +223,7 @@ class Made:
         pooled = keras.layers.AveragePooling2D(kind.image_size // 4)(keras.layers.Rescaling(1 / 255)(photo))
         self.backbone = keras.Model(photo, keras.layers.Flatten()(pooled))
         monkeypatch.setattr(backbones, "pooled", lambda features, project: self.backbone)
+        monkeypatch.setattr(backbones, "without_tensorflow", lambda features, project: None)
         monkeypatch.setattr(backbones, "identity", lambda features, project: "planted")
         self.settings = {"image_size": kind.image_size, "backbone": kind.backbone, "views": kind.views}
         images = [photos.read(root / path, kind.image_size) for path in table["path"]]

@@ -26,6 +26,7 @@ from touchline.core.errors import TouchlineError
 from touchline.core.params import ArticleParams, CnnParams
 from touchline.core.paths import Paths
 from touchline.models import architectures, backbones, engines, explain
+from touchline.models.heads import Head
 from touchline.models.inference import ModelFiles
 from touchline.stages import train
 from touchline.tracking import registered, registry, runs
@@ -165,20 +166,40 @@ def test_a_network_file_is_made_on_first_use_and_then_no_model_is_loaded(
     np.testing.assert_array_equal(first.forward(photographs(2)), second.forward(photographs(2)))
 
 
+@pytest.mark.parametrize("views", [1, 2])
 def test_the_network_of_a_backbone_is_made_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params_with: Callable
+    views: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params_with: Callable
 ) -> None:
     monkeypatch.setenv("TOUCHLINE_CACHE", str(tmp_path))
-    features = params_with().features["pooled"].model_copy(update={"image_size": SIDE})
-    found = [backbones.network(features, tmp_path, "openvino").forward(photographs(2))]
+    features = params_with().features["pooled"].model_copy(update={"image_size": SIDE, "views": views})
     expected = backbones.network(features, tmp_path, "tensorflow").forward(photographs(2))
-    monkeypatch.setattr(backbones, "pooled", None)
+    if views == 1:  # of one EfficientNet-Lite TensorFlow is not needed
+        monkeypatch.setattr(backbones, "import_tensorflow", None)
+    found = [backbones.network(features, tmp_path, "openvino").forward(photographs(2))]
+    monkeypatch.setattr(backbones, "without_tensorflow", None)
     found.append(backbones.network(features, tmp_path, "openvino").forward(photographs(2)))
     np.testing.assert_array_equal(*found)
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=engines.TOLERANCE)
     other = features.model_copy(update={"image_size": 2 * SIDE})
     with pytest.raises(TypeError):  # of another size it is another network
         backbones.network(other, tmp_path, "openvino")
+
+
+def test_a_whole_model_for_openvino_is_the_same_put_together_or_converted(
+    tmp_path: Path, params_with: Callable
+) -> None:
+    features = params_with().features["pooled"].model_copy(update={"image_size": SIDE})
+    random = np.random.default_rng(0)
+    last = random.normal(0, 0.03, (1280, 2)).astype(np.float32), random.normal(0, 1, 2).astype(np.float32)
+    engines.convert(architectures.transfer(Head(*last), features, tmp_path), tmp_path / "converted.openvino")
+    engines.write(backbones.without_tensorflow(features, tmp_path, last), tmp_path / "put-together.openvino")
+    asked = []
+    for path in sorted(tmp_path.glob("*.openvino")):
+        network, images = engines.with_openvino(path), photographs(2)
+        asked.append((network.input_shape, network.described(images), network.heat(images, np.array([0, 1]))))
+    assert asked[0][0] == asked[1][0]
+    for one, other in zip(*(each[1:] for each in asked), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=engines.TOLERANCE)
 
 
 @pytest.fixture(scope="module")

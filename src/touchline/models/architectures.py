@@ -158,7 +158,9 @@ def _train_head(params: HeadParams, task: Task) -> Trained:
     def seen(_: Network, chosen: np.ndarray) -> np.ndarray:
         return task.arrays[training.pick(both.digests, chosen)].astype(np.float32)
 
-    return Trained(whole, task.history, kept, both, seen, imagenet, forecasts)
+    last = whole_head.weights, whole_head.bias
+    for_openvino = partial(backbones.without_tensorflow, task.features, task.project, last)
+    return Trained(whole, task.history, kept, both, seen, imagenet, forecasts, for_openvino)
 
 
 def _fit_head(

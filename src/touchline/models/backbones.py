@@ -32,6 +32,7 @@ from touchline.models.reference import ImageNet
 
 if TYPE_CHECKING:
     import keras
+    import openvino
 
 
 def build(features: BackboneFeatures, project: Path) -> "keras.Model":
@@ -82,18 +83,24 @@ def network(features: BackboneFeatures, project: Path, engine: str) -> Network:
     """`pooled`, ready to run.
 
     Args:
-        engine: as `compute.engine` has it. OpenVINO's network file is made once for each user and machine; after that
-            TensorFlow is not started.
+        engine: as `compute.engine` has it. OpenVINO's network file is made once for each user and machine; of one
+            EfficientNet-Lite without TensorFlow, which is started for the others, and then not again.
     """
 
     def make() -> "keras.Model":
         import_tensorflow()
         return pooled(features, project)
 
+    def write(path: Path) -> None:
+        if made := without_tensorflow(features, project):
+            engines.write(made, path)
+        else:
+            engines.convert(make(), path)
+
     if engines.chosen(engine) == engines.TENSORFLOW:
         return engines.with_tensorflow(make())
     known = [features.backbone, features.image_size, features.views, features.alpha, identity(features, project)]
-    return engines.with_openvino(engines.cached(json.dumps(known), make, " and ".join(features.backbone)))
+    return engines.with_openvino(engines.cached(json.dumps(known), write, " and ".join(features.backbone)))
 
 
 def imagenet(features: BackboneFeatures, project: Path) -> "ImageNet | None":
@@ -252,86 +259,169 @@ _MOBILENETS = {
 }
 
 
-def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path) -> "keras.Model":
-    """EfficientNet without squeeze-and-excitation, with ReLU6, and with the widths of stem and top fixed.
+@dataclass(frozen=True)
+class _Operations:
+    """What an EfficientNet-Lite is put together from: Keras's layers, or OpenVINO's operations.
 
-    The architecture and its input scaling, (x - 127) / 128, are those of tensorflow/tpu, efficientnet/lite.
+    Attributes:
+        convolve: a map, a name, a kernel (side, side, channels before, channels after), a bias, a stride.
+        convolve_depthwise: the same with a kernel (side, side, channels, 1).
+        relu6: a map, a name.
+        add: a map, another one, a name.
     """
+
+    convolve: Callable[[Any, str, "np.ndarray", "np.ndarray", int], Any]
+    convolve_depthwise: Callable[[Any, str, "np.ndarray", "np.ndarray", int], Any]
+    relu6: Callable[[Any, str], Any]
+    add: Callable[[Any, Any, str], Any]
+
+
+def _of_keras() -> _Operations:
+    from keras import layers
+
+    def apply(layer: "layers.Layer", x: Any, *values: "np.ndarray") -> Any:
+        y = layer(x)
+        layer.set_weights(values)
+        return y
+
+    return _Operations(
+        lambda x, name, kernel, bias, stride: apply(
+            layers.Conv2D(len(bias), len(kernel), stride, padding="same", name=f"{name}_conv"), x, kernel, bias
+        ),
+        lambda x, name, kernel, bias, stride: apply(
+            layers.DepthwiseConv2D(len(kernel), stride, padding="same", name=f"{name}_dwconv"), x, kernel, bias
+        ),
+        lambda x, name: layers.ReLU(6, name=f"{name}_activation")(x),
+        lambda x, y, name: layers.Add(name=f"{name}_add")([x, y]),
+    )
+
+
+def _of_openvino() -> _Operations:
+    from openvino import opset15 as ops
+
+    def convolve(operation: Callable[..., Any], x: Any, kernel: "np.ndarray", bias: "np.ndarray", stride: int) -> Any:
+        y = operation(x, kernel, [stride] * 2, [0, 0], [0, 0], [1, 1], auto_pad="same_upper")
+        return ops.add(y, bias.reshape(1, -1, 1, 1))
+
+    return _Operations(
+        lambda x, _, kernel, bias, stride: convolve(ops.convolution, x, kernel.transpose(3, 2, 0, 1), bias, stride),
+        lambda x, _, kernel, bias, stride: convolve(
+            ops.group_convolution, x, kernel.transpose(2, 3, 0, 1)[:, None], bias, stride
+        ),
+        lambda x, _: ops.clamp(x, 0, 6),
+        lambda x, y, _: ops.add(x, y),
+    )
+
+
+def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path) -> "keras.Model":
+    """EfficientNet without squeeze-and-excitation, with ReLU6, and with the widths of stem and top fixed."""
     import keras
     from keras import layers
 
+    inputs = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
+    x = layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(inputs)
+    return keras.Model(inputs, _lite_map(x, _of_keras(), backbone, features, project), name=backbone)
+
+
+def without_tensorflow(
+    features: BackboneFeatures, project: Path, last: "tuple[np.ndarray, np.ndarray] | None" = None
+) -> "openvino.Model | None":
+    """`pooled` for OpenVINO, with the outputs that `engines` names, in half a second: converted, it takes TensorFlow's
+    start and two.
+
+    Args:
+        last: weights and bias of a dense layer with softmax that ends the network: `architectures.transfer`.
+
+    Returns:
+        None where only TensorFlow can make it.
+    """
+    if features.views > 1 or len(features.backbone) > 1 or features.backbone[0] not in _LITES:
+        return None
+    openvino = engines.import_openvino()
+    from openvino import opset15 as ops
+
+    photo = ops.parameter([-1, features.image_size, features.image_size, 3], np.uint8, "photo")
+    scaled = ops.add(ops.multiply(ops.convert(photo, "f32"), np.float32(1 / 128)), np.float32(-127 / 128))
+    channels_first = ops.transpose(scaled, np.array([0, 3, 1, 2]))
+    maps = _lite_map(channels_first, _of_openvino(), features.backbone[0], features, project)
+    rows = ops.reduce_mean(maps, np.array([2, 3]))
+    outputs = {"rows": rows}
+    if last:
+        weights, bias = last
+        logits = ops.add(ops.matmul(rows, weights, False, False), bias)
+        evidence = ops.matmul(ops.transpose(maps, np.array([0, 2, 3, 1])), weights, False, False)
+        outputs = {"rows": ops.softmax(logits, 1), "features": rows, "logits": logits, "evidence": evidence}
+    for name, output in outputs.items():
+        output.output(0).set_names({name})
+    return openvino.Model([*outputs.values()], [photo], features.backbone[0])
+
+
+def _lite_map(x: Any, operations: _Operations, backbone: str, features: BackboneFeatures, project: Path) -> Any:
+    """The feature map of a photo `x`, scaled by (x - 127) / 128.
+
+    Architecture and scaling are those of tensorflow/tpu, efficientnet/lite.
+    """
     lite = _LITES[backbone]
     file = _lite_file(backbone, features, project)
     tensors = torch_weights.read(file, features.weights_sha256 or lite.sha256)
 
-    def take(name: str, *axes: int) -> "np.ndarray":
+    def take(name: str, *shape: int) -> "np.ndarray":
         try:
             tensor = tensors.pop(name)
         except KeyError:
             raise TouchlineError(f"{file} has no {name}: it is not the weights of {backbone}") from None
-        return tensor.transpose(axes) if axes else tensor
+        if shape and tensor.shape != shape:
+            raise TouchlineError(f"{file} does not fit {backbone}: {name} is {tensor.shape}, not {shape}")
+        return tensor
 
-    def apply(layer: "layers.Layer", x: Any, *values: "np.ndarray") -> Any:
-        y = layer(x)
-        try:
-            layer.set_weights(values)
-        except ValueError as error:
-            raise TouchlineError(f"{file} does not fit {backbone}: {one_line(error)}") from None
-        return y
-
-    def folded(kernel: "np.ndarray", source: str, axis: int) -> "tuple[np.ndarray, np.ndarray]":
+    def folded(source: str, normalization: str, *shape: int) -> "tuple[np.ndarray, np.ndarray]":
         """Kernel and bias of a convolution and the BatchNorm after it in one: frozen, it is a scale and a shift."""
+        kernel = take(f"{source}.weight", *shape)
         # How many batches the training saw is of no use to a frozen network.
-        take(f"{source}.num_batches_tracked")
+        take(f"{normalization}.num_batches_tracked")
         gamma, beta, mean, variance = (
-            take(f"{source}.{part}").astype("float64") for part in ("weight", "bias", "running_mean", "running_var")
+            take(f"{normalization}.{part}", shape[0]).astype("float64")
+            for part in ("weight", "bias", "running_mean", "running_var")
         )
         scale = gamma / (variance + 1e-3) ** 0.5
-        shape = [-1 if number == axis else 1 for number in range(4)]
-        return (kernel * scale.reshape(shape)).astype("float32"), (beta - mean * scale).astype("float32")
+        return (kernel * scale.reshape(-1, 1, 1, 1)).astype("float32"), (beta - mean * scale).astype("float32")
 
     def convolve(
-        x: Any, name: str, source: str, normalization: str, channels: int, kernel: int = 1, stride: int = 1
+        x: Any, name: str, source: str, normalization: str, before: int, after: int, side: int = 1, stride: int = 1
     ) -> Any:
-        layer = layers.Conv2D(channels, kernel, stride, padding="same", name=f"{name}_conv")
-        return apply(layer, x, *folded(take(f"{source}.weight", 2, 3, 1, 0), normalization, axis=3))
+        kernel, bias = folded(source, normalization, after, before, side, side)
+        return operations.convolve(x, name, kernel.transpose(2, 3, 1, 0), bias, stride)
 
-    def convolve_depthwise(x: Any, name: str, source: str, normalization: str, kernel: int, stride: int) -> Any:
-        layer = layers.DepthwiseConv2D(kernel, stride, padding="same", name=f"{name}_dwconv")
-        return apply(layer, x, *folded(take(f"{source}.weight", 2, 3, 0, 1), normalization, axis=2))
+    def activate(x: Any, name: str) -> Any:
+        return operations.relu6(x, name)
 
-    inputs = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
-    x = layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(inputs)
-    x = convolve(x, "stem", "_conv_stem", "_bn0", _STEM_CHANNELS, kernel=3, stride=2)
-    x = layers.ReLU(6, name="stem_activation")(x)
-
-    number = 0
-    for stage, (base_repeats, kernel, stride, expansion, base_channels) in enumerate(_STAGES, start=1):
-        channels = _scaled_width(base_channels, lite.width)
+    x = activate(convolve(x, "stem", "_conv_stem", "_bn0", 3, _STEM_CHANNELS, side=3, stride=2), "stem")
+    channels, number = _STEM_CHANNELS, 0
+    for stage, (base_repeats, side, stride, expansion, base_channels) in enumerate(_STAGES, start=1):
+        after = _scaled_width(base_channels, lite.width)
         repeats = base_repeats if stage in (1, len(_STAGES)) else math.ceil(base_repeats * lite.depth)
         for repeat in range(repeats):
             name, source = f"block{stage}{chr(ord('a') + repeat)}", f"_blocks.{number}"
-            before = x
+            before, wide = x, expansion * channels
             if expansion > 1:
-                x = convolve(x, f"{name}_expand", f"{source}._expand_conv", f"{source}._bn0", expansion * x.shape[-1])
-                x = layers.ReLU(6, name=f"{name}_expand_activation")(x)
+                x = convolve(x, f"{name}_expand", f"{source}._expand_conv", f"{source}._bn0", channels, wide)
+                x = activate(x, f"{name}_expand")
+            kernel, bias = folded(f"{source}._depthwise_conv", f"{source}._bn1", wide, 1, side, side)
             here = stride if repeat == 0 else 1
-            x = convolve_depthwise(x, name, f"{source}._depthwise_conv", f"{source}._bn1", kernel, here)
-            x = layers.ReLU(6, name=f"{name}_activation")(x)
-            x = convolve(x, f"{name}_project", f"{source}._project_conv", f"{source}._bn2", channels)
+            x = activate(operations.convolve_depthwise(x, name, kernel.transpose(2, 3, 0, 1), bias, here), name)
+            x = convolve(x, f"{name}_project", f"{source}._project_conv", f"{source}._bn2", wide, after)
             if repeat > 0:
-                x = layers.Add(name=f"{name}_add")([x, before])
-            number += 1
+                x = operations.add(x, before, name)
+            channels, number = after, number + 1
 
-    x = convolve(x, "top", "_conv_head", "_bn1", _TOP_CHANNELS)
-    x = layers.ReLU(6, name="top_activation")(x)
+    x = activate(convolve(x, "top", "_conv_head", "_bn1", channels, _TOP_CHANNELS), "top")
 
     # The classifier of ImageNet's 1000 classes is what a backbone leaves away.
     take("_fc.weight")
     take("_fc.bias")
     if tensors:
         raise TouchlineError(f"{file} also has {min(tensors)}: it is not the weights of {backbone}")
-    return keras.Model(inputs, x, name=backbone)
+    return x
 
 
 def _scaled_width(channels: int, width: float) -> int:

@@ -34,10 +34,10 @@ from touchline.core import parallel
 from touchline.core.errors import TouchlineError, one_line
 from touchline.core.files import replacing
 from touchline.core.progress import say
-from touchline.core.tensorflow import import_tensorflow
 
 if TYPE_CHECKING:
     import keras
+    import openvino
 
 Forward = Callable[[np.ndarray], np.ndarray]
 # Photos uint8 (n, side, side, 3) and their classes (n,) to heat, float32 (n, height, width), 0 to 1.
@@ -142,7 +142,7 @@ def with_openvino_files(xml: Path) -> Network:
 
 
 def _compiled(xml: bytes, weights: bytes) -> Network:
-    openvino = _openvino()
+    openvino = import_openvino()
 
     core = openvino.Core()
     network = core.read_model(xml, weights)
@@ -203,7 +203,7 @@ def _compiled(xml: bytes, weights: bytes) -> Network:
     )
 
 
-def _openvino() -> ModuleType:
+def import_openvino() -> ModuleType:
     # Where the package openvino-telemetry is installed, the import of OpenVINO would report itself over the network.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python's own way to make an import fail
     import openvino
@@ -235,9 +235,19 @@ def convert(model: "keras.Model", path: Path) -> None:
     Raises:
         TouchlineError: OpenVINO cannot read one of its layers.
     """
+    _pack(lambda xml: serialize(model, xml), path)
+
+
+def write(network: "openvino.Model", path: Path) -> None:
+    """Write a network of OpenVINO's own as a network file."""
+    _pack(lambda xml: import_openvino().serialize(network, str(xml), str(xml.with_suffix(".bin"))), path)
+
+
+def _pack(make: Callable[[Path], None], path: Path) -> None:
+    """The network file of what `make` writes as `.xml` and `.bin`."""
     with tempfile.TemporaryDirectory() as folder:
         xml, weights = Path(folder, _XML), Path(folder, _BIN)
-        serialize(model, xml)
+        make(xml)
         with zipfile.ZipFile(path, "w") as archive:
             for part in (xml, weights):
                 archive.write(part, part.name)
@@ -245,7 +255,7 @@ def convert(model: "keras.Model", path: Path) -> None:
 
 def serialize(model: "keras.Model", xml: Path) -> None:
     """Write a Keras model in OpenVINO's format: `xml`, and the weights beside it in a `.bin`."""
-    openvino = _openvino()
+    openvino = import_openvino()
 
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder), _outputs(model))
@@ -332,21 +342,20 @@ def _averaged_map(head: "keras.layers.Dense") -> Any:
         tensor = before[0]
 
 
-def cached(name: str, make: "Callable[[], keras.Model]", what: str) -> Path:
+def cached(name: str, make: Callable[[Path], None], what: str) -> Path:
     """A network file in this user's cache, made when missing.
 
     Args:
         name: what the network depends on.
-        make: gives the Keras model.
+        make: writes the file.
         what: what people call it.
     """
     path = _place(name)
     if not path.is_file():
         say(f"making the network file of {what} for OpenVINO, once on this machine: {path}")
-        import_tensorflow()
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, SUFFIX) as draft:
-            convert(make(), draft)
+            make(draft)
     with suppress(OSError):  # a cache that this user may only read
         path.touch()  # `touchline clean` goes by this time
     return path

@@ -119,7 +119,7 @@ class ModelFiles:
         if self.openvino:
             _check(self.openvino, self.openvino_sha256, self.remedy)
             return self.openvino
-        return engines.cached(sha256(self.model), self.load, self.model.name)
+        return engines.cached(sha256(self.model), lambda draft: engines.convert(self.load(), draft), self.model.name)
 
 
 def _check(path: Path, expected: str, remedy: str) -> None:

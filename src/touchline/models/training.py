@@ -26,6 +26,7 @@ from touchline.models.reference import ImageNet
 
 if TYPE_CHECKING:
     import keras
+    import openvino
     import pandas as pd
     import tensorflow as tf
 
@@ -100,6 +101,7 @@ class Trained:
             `seen`. None: by their files.
         imagenet: gives what tells ImageNet's classes by these, if the backbone's weights have it.
         forecast: gives what estimates its accuracy on photos without labels, where that can be learned cheaply.
+        for_openvino: gives the same network for OpenVINO, where that is quicker than to convert it.
     """
 
     make: Callable[[], "keras.Model"]
@@ -109,6 +111,7 @@ class Trained:
     seen: Callable[[Network, np.ndarray], np.ndarray] | None = None
     imagenet: Callable[[], ImageNet | None] = lambda: None
     forecast: Callable[[], Forecaster | None] = lambda: None
+    for_openvino: Callable[[], "openvino.Model | None"] = lambda: None
 
     @cached_property
     def model(self) -> "keras.Model":

@@ -12,8 +12,9 @@ NumPy's sines, exponentials, normal draws and matrix products, and OpenCV's othe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import product
+from operator import add
 from typing import Any
 
 import cv2
@@ -56,9 +57,11 @@ def _circle(angle: np.ndarray | float) -> np.ndarray:
     return np.array([_sine(angle + np.pi / 2), _sine(angle)])
 
 
-def _normal(rng: Rng, mean: float = 0.0, deviation: float = 1.0, size: int | tuple[int, ...] | None = None) -> Any:
+def _normal(rng: Rng, mean: float = 0.0, deviation: float = 1.0, *size: int) -> Any:
     """Nearly normal numbers, a float or an array of `size`: sums of twelve uniform ones."""
-    return mean + deviation * (sum(rng.random(size) for _ in range(12)) - 6)
+    uniform = rng.random((12, *size))
+    # Not `sum`, which from Python 3.12 on adds floats in another way.
+    return mean + deviation * (reduce(add, uniform if size else uniform.tolist()) - 6)
 
 
 def _product(left: np.ndarray, right: np.ndarray | Sequence[Any]) -> np.ndarray:
@@ -255,12 +258,12 @@ def _camera(shot: str, width: int, height: int, rng: Rng) -> tuple[Camera, tuple
 
 def _polygon(image: Image, points: np.ndarray, colour: Sequence[float] | float) -> None:
     # cv2 takes antialiased corners in 1/16 pixel.
-    cv2.fillPoly(image, [np.round(np.asarray(points) * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
+    cv2.fillPoly(image, [np.rint(np.asarray(points) * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
 
 
 def _stroke(image: Image, points: Vectors, width: float, colour: Sequence[float] | float) -> None:
     """A line through `points`, (n, 2) pixels."""
-    corners = np.round(np.asarray(points) * 16).astype(np.int32)
+    corners = np.rint(np.asarray(points) * 16).astype(np.int32)
     cv2.polylines(image, [corners], False, colour, max(1, round(width)), cv2.LINE_AA, 4)
 
 
@@ -290,7 +293,7 @@ def _blurred(image: Image, deviation: float) -> Image:
 
 def _mottle(width: int, height: int, cells: int, rng: Rng) -> np.ndarray:
     """Smooth noise, (height, width) of about mean 0 and deviation 1."""
-    values = _normal(rng, size=(cells, cells))
+    values = _normal(rng, 0, 1, cells, cells)
 
     def between(length: int) -> tuple[np.ndarray, np.ndarray]:
         at = np.linspace(0, cells - 1.001, length)
@@ -442,9 +445,9 @@ def _pitch(image: Image, camera: Camera, goal: Place, goal_kind: str, rng: Rng) 
     ground = cv2.subtract(ground, resized(blades, camera.width, camera.height)[rows])
     green = np.array(_pick(GREENS, rng))
     paint = np.array((238, 240, 235)) * rng.uniform(0.85, 1)
-    table = [np.interp(np.arange(256), (0, 160, 245), (0, green[c] * 1.3, paint[c])) for c in range(3)]
-    ground = cv2.LUT(cv2.merge([ground] * 3), np.clip(np.stack(table, -1), 0, 255).astype(np.uint8)[:, None])
-    cv2.copyTo(ground, mask[rows], image[rows])
+    tables = [np.interp(np.arange(256), (0, 160, 245), (0, green[c] * 1.3, paint[c])) for c in range(3)]
+    colours = [cv2.LUT(ground, np.clip(table, 0, 255).astype(np.uint8)) for table in tables]
+    cv2.copyTo(cv2.merge(colours), mask[rows], image[rows])
 
 
 @dataclass(frozen=True)
@@ -791,7 +794,7 @@ def _length(vector: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
 
 def _rotation(rng: Rng) -> np.ndarray:
     """A random turn, (3, 3), from a random unit quaternion."""
-    w, x, y, z = _normal(rng, size=4)
+    w, x, y, z = _normal(rng, 0, 1, 4)
     norm = w * w + x * x + y * y + z * z
     rows = [
         [w * w + x * x - y * y - z * z, 2 * (x * y - w * z), 2 * (x * z + w * y)],

@@ -156,7 +156,10 @@ def _write(trained: Trained, path: Path, classes: Sequence[str]) -> dict[str, st
         trained.model.save(temporary)
     openvino = path.with_suffix(engines.SUFFIX)
     with replacing(openvino, engines.SUFFIX) as temporary:
-        engines.convert(trained.model, temporary)
+        if made := trained.for_openvino():
+            engines.write(made, temporary)
+        else:
+            engines.convert(trained.model, temporary)
         side = trained.model.input_shape[1]
         images = np.stack([photos.read(file, side) for file in trained.learned_from.files[:_COMPARED]])
         network = engines.with_openvino(temporary)
