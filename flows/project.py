@@ -32,7 +32,9 @@ from flows import private_folder, stages
 from touchline.core import params
 from touchline.core.errors import ParamsError, TouchlineError, one_line
 from touchline.core.files import read_json
+from touchline.core.paths import Paths
 from touchline.sources.received import check_for_dvc
+from touchline.tracking import registered
 
 # A scheduled run that could not begin in time came upon another one, or the board was off: it is not made up for.
 _LATE_AFTER_SECONDS = float(os.environ.get("TOUCHLINE_LATE_AFTER", "120"))
@@ -145,12 +147,22 @@ def _short(change: str) -> str:
     return key.rpartition(".")[2] + equals + value
 
 
-def by_hand(flow: Callable[[], object]) -> None:
-    """Run a flow from the command line; without its Prefect server it ends at once, with one line."""
-    if why := no_answer(PREFECT_API_URL.value()):
-        print(f"touchline: {why}", file=sys.stderr)
-        sys.exit(1)
-    flow()
+def by_hand(flow: Callable[..., State[Any]]) -> None:
+    """Run a flow from the command line; a line says why it failed, or that there is no project or no Prefect server.
+
+    Prefect would end with a traceback of its own code.
+    """
+    try:
+        _check_project(Path.cwd())
+        params.load(Path.cwd() / "params.yaml")
+        if why := no_answer(PREFECT_API_URL.value()):
+            raise TouchlineError(why)
+        state = flow(return_state=True)
+        if not state.is_completed():
+            raise TouchlineError(state.message or str(state.name))
+    except TouchlineError as error:
+        print(f"touchline: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def no_answer(address: str | None) -> str:
@@ -202,10 +214,9 @@ def _result(workspace: Path, states: Mapping[str, State]) -> str:
     """What came of a run in a line: the champion, each model's test accuracy, and what ran."""
     found = []
     if "register" in states and states["register"].is_completed():
-        champion = _champion(workspace)
         models = read_json(workspace / "reports/metrics.json")["models"]
         found = [
-            f"champion is version {champion}" if champion else "no champion",
+            _champion_now(workspace),
             "test accuracy " + ", ".join(f"{name} {scores['accuracy']:.3f}" for name, scores in models.items()),
         ]
     ran = [name for name, state in states.items() if state.name != "Cached"]
@@ -322,11 +333,21 @@ def _decision(workspace: Path) -> dict[str, Any] | None:
 
 
 def _champion(workspace: Path) -> int | None:
-    """The version that the last decision made or left champion."""
+    """The version that the last decision made, or left, champion."""
     decision = _decision(workspace)
     if not decision:
         return None
     return decision["registered"]["version"] if decision["promoted"] else decision["champion_before"]
+
+
+def _champion_now(workspace: Path) -> str:
+    """Which version is champion, in words; it may have been promoted by hand since the last decision."""
+    try:
+        name = params.load(workspace / "params.yaml").register_.name
+        champion = registered.champion(registered.versions(Paths(workspace, Path.cwd()), name))
+    except TouchlineError as error:
+        return f"which version is champion is not known ({error})"
+    return f"champion is version {champion.number}" if champion else "no champion"
 
 
 def _has_remote(workspace: Path) -> bool:
@@ -334,12 +355,15 @@ def _has_remote(workspace: Path) -> bool:
     return bool(asked.stdout.strip())
 
 
+def _check_project(folder: Path) -> None:
+    if not (folder / "dvc.yaml").exists():
+        raise TouchlineError(f"{folder} has no dvc.yaml: run flows in the project's folder")
+
+
 @contextmanager
 def _workspace(clone: bool) -> Iterator[tuple[Path, dict[str, str]]]:
     """The folder to work in, and what the stages there need in their environment."""
-    here = Path.cwd()
-    if not (here / "dvc.yaml").exists():
-        raise TouchlineError(f"{here} has no dvc.yaml: run flows in the project's folder")
+    _check_project(here := Path.cwd())
     if not clone:
         yield here, {}
         return

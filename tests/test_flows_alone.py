@@ -17,13 +17,18 @@ import boards
 import projects
 import psutil
 import pytest
+from conftest import names
 from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
+from prefect.states import Cancelled, Failed
 
 from flows import project as flow_project
 from flows import stages
 from flows.overrides import overridden
 from touchline.core.errors import ParamsError, TouchlineError
+from touchline.core.paths import Paths
+from touchline.tracking import registry
+from touchline.tracking.runs import open_store
 
 
 @pytest.fixture
@@ -363,6 +368,18 @@ def test_a_flow_runs_by_hand_where_there_is_no_board(built_copy):
     boards.wait_for(lambda: working_in(built_copy.root) == [], 60)
 
 
+def test_the_champion_named_after_a_run_is_the_one_of_now(built_copy, monkeypatch):
+    store = open_store(Paths(built_copy.root, built_copy.root), projects.REGISTERED)
+    monkeypatch.chdir(built_copy.root)
+    last = [line for line in built_copy.call("summary").out.splitlines() if line.startswith("champion ")]
+    number = registry.alias(store, projects.REGISTERED, "champion").number
+    assert names(last[0], str(number)) and names(flow_project._champion_now(built_copy.root), str(number))
+    # By hand, so the decision in reports/registration.json still says otherwise.
+    store.client.delete_registered_model_alias(projects.REGISTERED, "champion")
+    last = [line for line in built_copy.call("summary").out.splitlines() if line.startswith("champion ")]
+    assert not names(last[0], str(number)) and not names(flow_project._champion_now(built_copy.root), str(number))
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_a_flow_started_by_hand_and_the_stage_it_was_at(built_copy):
     # Long enough to be caught at it; ingest is what would be tried again.
@@ -423,6 +440,33 @@ def test_a_prefect_server_that_does_not_answer_is_one_line_that_names_it(address
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "PREFECT_API_URL" in done.stderr and "secret" not in done.stderr
     assert address.rpartition("@")[2].removeprefix("http://") in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, instead, code, named",
+    [("epochs: 20\n", "epochs: twenty\n", 2, ("models.cnn.epochs", "twenty")), (None, "", 1, ("dvc.yaml",))],
+)
+def test_a_flow_by_hand_that_cannot_begin_is_one_line(tmp_path, line, instead, code, named):
+    root = Path(__file__).parents[1]
+    if line:
+        (tmp_path / "dvc.yaml").write_bytes((root / "dvc.yaml").read_bytes())
+        shipped = (root / "params.yaml").read_text()
+        assert line in shipped
+        (tmp_path / "params.yaml").write_text(shipped.replace(line, instead))
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.pipeline"], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code and done.stderr.count("\n") == 1 and names(done.stderr, *named), done.stderr
+
+
+@pytest.mark.parametrize("state", [Failed(message="ingest: no folder"), Cancelled(message="300 s late")])
+def test_a_flow_by_hand_that_fails_ends_with_the_reason_in_a_line(monkeypatch, capsys, state):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit) as ended:
+        flow_project.by_hand(lambda return_state: state)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.count("\n") == 1 and names(said, state.message)
 
 
 @pytest.mark.parametrize("status", [200, 401])

@@ -432,6 +432,9 @@ def test_a_model_of_the_store_is_the_champion_a_version_an_alias_or_a_run(
         assert said.labels == {"a.jpg": label}, (model, said.error)
     said = Said(paths, ["a.jpg"], "json", b"", modelless)
     assert names(str(said.error), modelless)
+    runs.open_store(paths, NAME).client.delete_registered_model_alias(NAME, "champion")
+    said = Said(paths, ["a.jpg"], "json", b"", "")
+    assert names(str(said.error), NAME, "2", "touchline promote", "--model") and said.error.exit_code == 1
 
 
 def command(project: Paths, *arguments: str) -> subprocess.CompletedProcess:

@@ -144,11 +144,12 @@ class Models:
         from touchline.tracking.registry import CHALLENGER, CHAMPION
 
         name = self._params.register_.name
-        versions = {str(found.number): found for found in registered.versions(self._paths, name)}
+        known = registered.versions(self._paths, name)
+        versions = {str(found.number): found for found in known}
         alias = {each: number for number, found in versions.items() for each in found.aliases}
         first = self._wanted or alias.get(CHAMPION)
         if not first:
-            raise TouchlineError(f"{name} has no champion yet: `make run` trains one, or name a model with --model")
+            raise registered.no_champion(name, known, option=True)
         model_of = {number: found.tags.get("touchline.model", "") for number, found in versions.items()}
         words = {first: first} | {
             number: f"{model_of[number]} (version {number}{_standing(found.aliases)})".strip()

@@ -422,12 +422,11 @@ def _check_features(paths: Paths, name: str, features: BackboneFeatures) -> None
 def find_champion(paths: Paths, params: Params) -> Champion:
     """The champion; TouchlineError if there is none."""
     from touchline.tracking import registered
-    from touchline.tracking.registry import CHAMPION
 
     name = params.register_.name
-    version = next((each for each in registered.versions(paths, name) if CHAMPION in each.aliases), None)
-    if version is None:
-        raise TouchlineError(f"{name} has no champion yet: `make run` trains one")
+    known = registered.versions(paths, name)
+    if not (version := registered.champion(known)):
+        raise registered.no_champion(name, known, option=False)
     stored = registered.model(paths, version)
     found = from_stored(stored, f"{name} version {version.number}", params.compute.engine)
     if params.predict.unknown_share is not None:

@@ -365,7 +365,7 @@ def _show(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("where", title=f"{len(task.photos):,} photos to forget", title_justify="left")
+    table = Table("where", title=f"photos to forget: {len(task.photos):,}", title_justify="left")
     table.add_column("files", justify="right")
     table.add_column("what happens", overflow="fold")
     again = "made again without it"

@@ -6,6 +6,7 @@ from touchline.core.params import Params
 from touchline.core.paths import Paths
 from touchline.models import scores
 from touchline.stages import register
+from touchline.tracking import registered
 
 
 def show(paths: Paths, params: Params) -> None:
@@ -41,17 +42,16 @@ def show(paths: Paths, params: Params) -> None:
     console.print(f"seconds     {total:.0f} ({each})")
     if found := stage.slower(costs, params.compute.slowdown):
         console.print(f"slower      {'; '.join(found)}")
-    registered = outcome["registered"]
-    if registered:
-        aliases = " and ".join(registered["aliases"])
-        console.print(
-            f"registered  version {registered['version']} of {params.register_.name} ({aliases}): {registered['model']}"
-        )
+    if made := outcome["registered"]:
+        console.print(f"registered  version {made['version']} of {params.register_.name}: {made['model']}")
     elif outcome["experiment"]:
         console.print(
             f"registered  no, these are the results of an experiment: {register.ONCE_MORE} registers its model"
         )
     console.print(f"why         {outcome['why_better']}; {outcome['reason']}")
+    # It may have been changed since, by `touchline promote` or `rollback`.
+    champion = registered.champion(registered.versions(paths, params.register_.name))
+    console.print(f"champion    {f'version {champion.number}' if champion else 'none'}")
     if "sample" in params.ingest.sources:
         console.print("note        the sample's photos are drawn: accuracy on them says nothing about photos")
     console.print(f"report      {paths.relative(paths.reports / 'report.html')}")

@@ -213,7 +213,7 @@ def _from_store(paths: Paths, params: Params, wanted: str) -> Classifier:
         noted = version.tags.get(runs.LICENCES)
         return replace(found, licences=tuple(json.loads(noted))) if noted else found
     if not wanted:
-        raise TouchlineError(f"{name} has no champion yet: `make run` trains one, or name a model with --model")
+        raise registered.no_champion(name, known, option=True)
     raise ParamsError(
         f"there is no model {wanted}: name a version or alias of {name}, a run, a model of params.yaml "
         f"({', '.join(params.models)}) or a .keras file"

@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import urllib.request
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import url2pathname
 
+from touchline.core.errors import TouchlineError
 from touchline.core.paths import Paths
 from touchline.tracking import registry
 from touchline.tracking.client import artifacts_uri, database, is_own, own_uri, read_only, registry_uri, tracking_uri
@@ -47,6 +48,26 @@ def versions(paths: Paths, name: str) -> list[Version]:
         return _from_tables(paths, name) if is_own(paths) else _from_server(_server(paths), name)
     except _AskMlflow:
         return registry.versions(open_store(paths, name), name)
+
+
+def champion(known: Sequence[Version]) -> Version | None:
+    """The champion among the versions of a model."""
+    return next((each for each in known if registry.CHAMPION in each.aliases), None)
+
+
+def no_champion(name: str, known: Sequence[Version], *, option: bool) -> TouchlineError:
+    """The error that none of the known versions of `name` is champion, with what to do.
+
+    Args:
+        option: the command has `--model`.
+    """
+    instead = ", or name a model with --model" if option else ""
+    if not known:
+        return TouchlineError(f"{name} has no champion yet: `make run` trains one{instead}")
+    return TouchlineError(
+        f"none of the {len(known):,} versions of {name} is champion: `touchline registry list` shows why; use "
+        f"`touchline promote`{instead}"
+    )
 
 
 def model(paths: Paths, version: Version) -> StoredModel:
