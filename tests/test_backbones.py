@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import cv2
 import keras
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from scipy.special import softmax
 from servers import Host
 
 from touchline.core.errors import ParamsError, TouchlineError
@@ -71,7 +73,7 @@ def untrained(network: str, size: int) -> keras.Model:
 
 def test_lite0_is_a_frozen_map_from_photos_to_features(lite0: keras.Model) -> None:
     assert lite0.name == "efficientnet_lite0"
-    assert (lite0.inputs[0].dtype, lite0.input_shape) == ("uint8", (None, 128, 128, 3))
+    assert lite0.input_shape == (None, 128, 128, 3)
     assert (lite0.outputs[0].dtype, lite0.output_shape) == ("float32", (None, 4, 4, 1280))
     assert lite0.trainable_weights == []
 
@@ -273,6 +275,40 @@ def test_two_views_are_the_mean_of_the_photo_and_its_mirror_image(lite0: keras.M
     assert two.output_shape == (None, 1280) and two.trainable_weights == []
 
 
+def test_four_views_also_hold_the_inner_part_and_its_mirror_image_all_of_one_size() -> None:
+    photo = drawn_photo(100)
+    whole = cv2.resize(photo[0].astype(np.float32), (80, 80), interpolation=cv2.INTER_LINEAR)[None]
+    inner = photo[:, 10:-10, 10:-10].astype(np.float32)
+    four = backbones.pooled(features("efficientnet_lite0", 100, 4), Path())
+    backbone = backbones.build(features("efficientnet_lite0", 80), Path())
+    views = [backbone(view).numpy().mean(axis=(1, 2)) for view in (whole, inner, whole[:, :, ::-1], inner[:, :, ::-1])]
+    np.testing.assert_allclose(four(photo), np.mean(views, axis=0), atol=1e-4)
+    np.testing.assert_allclose(four(photo[:, :, ::-1]), np.mean(views, axis=0), atol=1e-4)
+    assert np.abs(views[0] - views[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("names", [["efficientnet_lite0"], ["efficientnet_lite0", "efficientnet_lite2"]])
+def test_imagenets_classes_stand_behind_the_features_as_a_vector_of_one_length(names: list[str]) -> None:
+    photo, options = drawn_photo(64), features(names, views=2)
+    channels = 1280 * len(names)
+    plain = backbones.pooled(options, Path())(photo).numpy()
+    model = backbones.pooled(options.model_copy(update={"imagenet_classes": True}), Path())
+    found = model(photo).numpy()
+    assert found.shape == (len(photo), channels + 1000) and model.trainable_weights == []
+    np.testing.assert_allclose(found[:, :channels], plain, atol=1e-5)
+    layer = backbones.imagenet(options, Path())
+    logits = np.mean([layer.bias[at] + plain[:, 1280 * at :][:, :1280] @ layer.weights[1280 * at :][:1280]
+                      for at in range(len(names))], axis=0)  # fmt: skip
+    expected = softmax(logits, axis=1)
+    expected *= 8 / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found[:, channels:], expected, atol=1e-4)
+
+
+def test_imagenets_classes_are_refused_where_weights_do_not_tell_them() -> None:
+    with pytest.raises(ParamsError, match=r"mobilenet_v2.*imagenet_classes"):
+        backbones.pooled(features("mobilenet_v2", imagenet_classes=True), Path())
+
+
 @pytest.mark.parametrize(
     "name, network, module",
     [
@@ -408,11 +444,11 @@ print(json.dumps(model.predict(numpy.load(sys.argv[2]), verbose=0).tolist()))
 
 
 @pytest.mark.slow
-def test_a_whole_model_of_two_backbones_and_two_views_says_the_same_where_this_package_is_unknown(
+def test_a_whole_model_of_two_backbones_and_four_views_says_the_same_where_this_package_is_unknown(
     tmp_path: Path,
 ) -> None:
-    options = features(["efficientnet_lite0", "efficientnet_lite2"], 64, views=2)
-    head = Head(np.random.default_rng(0).normal(0, 0.1, (2560, 3)).astype(np.float32), np.zeros(3, np.float32))
+    options = features(["efficientnet_lite0", "efficientnet_lite2"], 64, views=4, imagenet_classes=True)
+    head = Head(np.random.default_rng(0).normal(0, 0.1, (3560, 3)).astype(np.float32), np.zeros(3, np.float32))
     model = architectures.transfer(head, options, tmp_path)
     photos = np.concatenate([drawn_photo(64), drawn_photo(64)[:, :, ::-1], drawn_photo(64)[:, ::-1]])
     expected = model.predict(photos, verbose=0)

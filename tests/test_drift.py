@@ -28,6 +28,7 @@ from touchline.core.params import BackboneFeatures, DriftParams, Params
 from touchline.core.paths import Paths
 from touchline.data import feature_store, photos
 from touchline.models import backbones, forecast
+from touchline.stages.features import settings_of
 from touchline.tracking import registered
 from touchline.tracking.registry import Version
 from touchline.tracking.runs import StoredModel
@@ -225,7 +226,7 @@ class Made:
         monkeypatch.setattr(backbones, "pooled", lambda features, project: self.backbone)
         monkeypatch.setattr(backbones, "without_tensorflow", lambda features, project: None)
         monkeypatch.setattr(backbones, "identity", lambda features, project: "planted")
-        self.settings = {"image_size": kind.image_size, "backbone": kind.backbone, "views": kind.views}
+        self.settings = settings_of(kind, root)
         images = [photos.read(root / path, kind.image_size) for path in table["path"]]
         self.features = dict(zip(table["sha256"], self.backbone.predict(np.stack(images), verbose=0), strict=True))
         self.store(weights="planted")

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -45,8 +46,10 @@ def cnn() -> "keras.Model":
     return architectures.cnn(CnnParams(**settings, **rest, augmentation=AUGMENTATION), SIDE, 3)
 
 
-def two_views() -> "keras.Model":
-    """A backbone whose map is averaged over the places of a photo and of its mirror image, and a head."""
+def two_views(with_classes: bool = False) -> "keras.Model":
+    """A backbone whose map is averaged over the places of a photo and of its mirror image, and a head; between them,
+    if so asked, probabilities of other classes behind the mean.
+    """
     import keras
     from keras import layers
 
@@ -54,7 +57,11 @@ def two_views() -> "keras.Model":
     backbone = keras.Model(photo, layers.Conv2D(5, 3, 4, activation="relu")(layers.Rescaling(1 / 255)(photo)))
     pooling = layers.GlobalAveragePooling2D()
     views = [pooling(backbone(view, training=False)) for view in (photo, keras.ops.flip(photo, 2))]
-    return keras.Model(photo, layers.Dense(3, activation="softmax")(layers.Average()(views)))
+    mean = layers.Average()(views)
+    if with_classes:
+        classes = layers.UnitNormalization()(layers.Dense(7, activation="softmax")(mean))
+        mean = layers.Concatenate()([mean, layers.Rescaling(4.0)(classes)])
+    return keras.Model(photo, layers.Dense(3, activation="softmax")(mean))
 
 
 def article() -> "keras.Model":
@@ -63,7 +70,13 @@ def article() -> "keras.Model":
     return architectures.article(ArticleParams(**settings, **rest, augmentation=AUGMENTATION), SIDE, 3)
 
 
-MODELS = {"cnn": cnn, "two views": two_views, "article": article, "planted": planted}
+MODELS = {
+    "cnn": cnn,
+    "two views": two_views,
+    "classes behind the mean": partial(two_views, with_classes=True),
+    "article": article,
+    "planted": planted,
+}
 
 
 def photographs(count: int) -> np.ndarray:

@@ -222,6 +222,8 @@ def test_imagenets_classes_count_beside_the_features(tmp_path: Path) -> None:
     plain, both = (Reference.of(rows, ["a"] * 10, names, known) for known in (None, tilted))
     assert plain.similarity(asked)[1] > 0.99 and both.similarity(asked)[1] < 0.7 < both.similarity(asked)[0]
     assert imagenet.probabilities(asked.astype(np.float32)).sum(axis=1) == pytest.approx(1)
+    # What a model has behind its backbone's channels is not looked at.
+    np.testing.assert_array_equal(both.similarity(np.hstack([asked, np.eye(2)])), both.similarity(asked))
     both.save(tmp_path / "cnn.reference.npz")
     np.testing.assert_allclose(
         Reference.load(tmp_path / "cnn.reference.npz").similarity(asked), both.similarity(asked), atol=1e-6

@@ -406,14 +406,9 @@ def _backbone(params: Params, champion: "Version") -> tuple[str, BackboneFeature
 
 def _check_features(paths: Paths, name: str, features: BackboneFeatures) -> None:
     """Raise where the stored features are not what the new photos will get."""
-    from touchline.models import backbones
+    from touchline.stages.features import settings_of
 
-    wanted = {
-        "image_size": features.image_size,
-        "backbone": features.backbone,
-        "views": features.views,
-        "weights": backbones.identity(features, paths.project),
-    }
+    wanted = settings_of(features, paths.project)
     stored = Arrays(paths.features / name).settings
     if differing := [key for key in wanted if stored.get(key) != wanted[key]]:
         raise TouchlineError(f"data/features/{name} was made with another {_listed(differing)}: run `dvc repro`")

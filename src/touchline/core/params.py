@@ -299,7 +299,8 @@ class BackboneFeatures(Section):
         Field(min_length=1),
         AfterValidator(_distinct),
     ]
-    views: Literal[1, 2]
+    views: Literal[1, 2, 4]
+    imagenet_classes: bool = False
     alpha: Positive | None = None
     weights: str | None = None
     weights_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None

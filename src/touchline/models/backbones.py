@@ -1,4 +1,4 @@
-"""Frozen ImageNet backbones: uint8 RGB photos in, feature maps out, each with its own input scaling inside.
+"""Frozen ImageNet backbones: RGB photos in, feature maps out, each with its own input scaling inside.
 
 `efficientnet_lite0`, `efficientnet_lite1` and `efficientnet_lite2` have their weights in pip packages; every other name
 is a network of `keras.applications`, with the weights that Keras keeps in its cache or downloads, or with those of a
@@ -47,8 +47,8 @@ def build(features: BackboneFeatures, project: Path) -> "keras.Model":
         project: folder that a relative `features.weights` is relative to.
 
     Returns:
-        A functional model named after the backbone: uint8 RGB `(None, image_size, image_size, 3)`, 0 to 255, to a
-        float32 feature map `(None, height, width, channels)`, before any pooling.
+        A functional model named after the backbone: RGB `(None, image_size, image_size, 3)`, 0 to 255, to a float32
+        feature map `(None, height, width, channels)`, before any pooling.
 
     Raises:
         ParamsError: the backbone is unknown, an option does not fit it, or several do not fit each other.
@@ -64,19 +64,59 @@ def build(features: BackboneFeatures, project: Path) -> "keras.Model":
 
 
 def pooled(features: BackboneFeatures, project: Path) -> "keras.Model":
-    """A frozen backbone with its feature map averaged over all places, and over the views.
+    """A frozen backbone with its feature map averaged over all places, and over the views; if so set, with the
+    probabilities of ImageNet's classes behind.
+
+    Of four views, all as large as the inner part of the photo that two of them are, so that this is not enlarged.
 
     Returns:
         uint8 (None, image_size, image_size, 3) to float32 (None, channels).
+
+    Raises:
+        ParamsError, TouchlineError: as `build`; or the backbone's weights do not tell ImageNet's classes.
     """
     import keras
+    from keras import layers, ops
+
+    if features.imagenet_classes and (others := [name for name in features.backbone if name not in _LITES]):
+        raise ParamsError(
+            f"the weights of {' and '.join(others)} do not tell ImageNet's classes: set imagenet_classes to false"
+        )
+    side = features.image_size
+    photo = keras.Input((side, side, 3), dtype="uint8", name="photo")
+    shown = [photo]
+    if features.views == 4:
+        edge = round(side * (1 - _INNER) / 2)
+        inner = ops.cast(photo[:, edge : side - edge, edge : side - edge], "float32")
+        side -= 2 * edge
+        shown = [ops.image.resize(ops.cast(photo, "float32"), (side, side)), inner]
+    if features.views > 1:
+        shown += [ops.flip(view, 2) for view in shown]
+    backbone = build(features.model_copy(update={"image_size": side}), project)
+    pooling = layers.GlobalAveragePooling2D(name="pooling")
+    # training=False keeps BatchNorm in inference mode whatever is unfrozen later.
+    views = [pooling(backbone(view, training=False)) for view in shown]
+    mean = views[0] if len(views) == 1 else layers.Average(name="views")(views)
+    rows = _with_classes(mean, features, project) if features.imagenet_classes else mean
+    return keras.Model(photo, rows, name="pooled")
+
+
+def _with_classes(mean: Any, features: BackboneFeatures, project: Path) -> Any:
+    """A feature map's mean with the probabilities of ImageNet's classes behind it, as a vector of length `_CLASSES`.
+
+    Of several backbones, with the probabilities of their mean logits.
+    """
     from keras import layers
 
-    photo = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
-    backbone, pooling = build(features, project), layers.GlobalAveragePooling2D(name="pooling")
-    # training=False keeps BatchNorm in inference mode whatever is unfrozen later.
-    views = [pooling(backbone(view, training=False)) for view in (photo, keras.ops.flip(photo, 2))[: features.views]]
-    return keras.Model(photo, views[0] if len(views) == 1 else layers.Average(name="views")(views), name="pooled")
+    layer = imagenet(features, project)
+    assert layer is not None  # `pooled` has made sure
+    # Frozen whatever is unfrozen later: what it says of photos is good because it did not learn from these.
+    classes = layers.Dense(layer.bias.shape[1], activation="softmax", name="imagenet", trainable=False)
+    scaled = layers.Rescaling(_CLASSES, name="imagenet_scaled")(
+        layers.UnitNormalization(name="imagenet_unit")(classes(mean))
+    )
+    classes.set_weights([layer.weights / len(layer.bias), layer.bias.mean(axis=0)])
+    return layers.Concatenate(name="features")([mean, scaled])
 
 
 def network(features: BackboneFeatures, project: Path, engine: str) -> Network:
@@ -99,7 +139,8 @@ def network(features: BackboneFeatures, project: Path, engine: str) -> Network:
 
     if engines.chosen(engine) == engines.TENSORFLOW:
         return engines.with_tensorflow(make())
-    known = [features.backbone, features.image_size, features.views, features.alpha, identity(features, project)]
+    options = features.image_size, features.views, features.imagenet_classes, features.alpha
+    known = [features.backbone, *options, identity(features, project)]
     return engines.with_openvino(engines.cached(json.dumps(known), write, " and ".join(features.backbone)))
 
 
@@ -151,7 +192,7 @@ def _side_by_side(built: "list[keras.Model]") -> "keras.Model":
     """Backbones on one photo: a feature map whose channels are those of all."""
     import keras
 
-    photo = keras.Input(built[0].input_shape[1:], dtype="uint8", name="photo")
+    photo = keras.Input(built[0].input_shape[1:], name="photo")
     maps = [model(photo) for model in built]
     if len({tuple(each.shape[1:3]) for each in maps}) > 1:
         sizes = ", ".join(
@@ -228,6 +269,10 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )
 _STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
+# The share of a photo's sides that its inner part has.
+_INNER = 0.8
+# Length of the vector of ImageNet's probabilities; the features of a photo have a length of about 10.
+_CLASSES = 8.0
 
 
 @dataclass(frozen=True)
@@ -335,7 +380,8 @@ def without_tensorflow(
     Returns:
         None where only TensorFlow can make it.
     """
-    if features.views > 1 or len(features.backbone) > 1 or features.backbone[0] not in _LITES:
+    plain = features.views == 1 and not features.imagenet_classes and len(features.backbone) == 1
+    if not plain or features.backbone[0] not in _LITES:
         return None
     openvino = engines.import_openvino()
     from openvino import opset15 as ops
@@ -437,8 +483,8 @@ def _keras_application(backbone: str, features: BackboneFeatures, project: Path)
     network, module = _network(backbone)
     file = _weight_file(backbone, features, project)
     shape = (features.image_size, features.image_size, 3)
-    inputs = keras.Input(shape, dtype="uint8", name="photo")
-    scaled = module.preprocess_input(keras.ops.cast(inputs, "float32"))
+    inputs = keras.Input(shape, name="photo")
+    scaled = module.preprocess_input(inputs)
     options: dict[str, float] = {} if features.alpha is None else {"alpha": features.alpha}
     weights = "imagenet" if file is None else None
     try:

@@ -301,17 +301,29 @@ def _outputs(model: "keras.Model") -> Callable[[Any], Mapping[str, Any]]:
     head = _head(model)
     if head is None:
         return lambda photo: {"rows": model(photo, training=False)}
-    maps = _averaged_map(head)
-    if maps is None:
+    found = _averaged_map(head)
+    if found is None:
         both = keras.Model(model.inputs, [model.output, head.input])
         return lambda photo: dict(zip(("rows", "features"), both(photo, training=False), strict=True))
-    whole = keras.Model(model.inputs, [head.input, maps])
+    mean, maps = found
+    whole = keras.Model(model.inputs, [mean, maps])
+    between = None if mean is head.input else keras.Model(mean, head.input)
 
     def outputs(photo: Any) -> Mapping[str, Any]:
         pooled, last = whole(photo, training=False)
-        logits = tf.matmul(pooled, head.kernel) + (head.bias if head.use_bias else 0.0)
-        evidence = tf.tensordot(last, head.kernel, 1)
-        return {"rows": tf.nn.softmax(logits), "features": pooled, "logits": logits, "evidence": evidence}
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(pooled)
+            features = between(pooled) if between else pooled
+            logits = tf.matmul(features, head.kernel) + (head.bias if head.use_bias else 0.0)
+            of_classes = tf.unstack(logits, axis=1)
+        if between:
+            # How much each channel's mean raises each class: the layers between make that another for each photo.
+            slopes = tf.stack([tape.gradient(logit, pooled) for logit in of_classes], axis=2)
+            places = tf.reshape(last, (-1, last.shape[1] * last.shape[2], last.shape[3]))
+            evidence = tf.reshape(tf.matmul(places, slopes), (-1, *last.shape[1:3], slopes.shape[2]))
+        else:
+            evidence = tf.tensordot(last, head.kernel, 1)
+        return {"rows": tf.nn.softmax(logits), "features": features, "logits": logits, "evidence": evidence}
 
     return outputs
 
@@ -325,19 +337,23 @@ def _head(model: "keras.Model") -> "keras.layers.Dense | None":
     return head if ends_so else None
 
 
-def _averaged_map(head: "keras.layers.Dense") -> Any:
-    """The feature map (a symbolic tensor) whose mean over all places a network's last layer is given, of several views
-    the first; None where it is given something else.
+def _averaged_map(head: "keras.layers.Dense") -> tuple[Any, Any] | None:
+    """The mean over all places that a network's last layer is given, and the feature map that it is the mean of, of
+    several views the first (symbolic tensors); None where it is given something else.
+
+    The mean may have behind it what is made of it; see `backbones.pooled`.
     """
     from keras import layers
 
-    tensor = head.input
+    mean = tensor = head.input
     while True:
         layer, node, _ = tensor._keras_history
         before = layer._inbound_nodes[node].input_tensors
         if isinstance(layer, layers.GlobalAveragePooling2D):
-            return before[0]
-        if not isinstance(layer, layers.Dropout | layers.Average):
+            return mean, before[0]
+        if isinstance(layer, layers.Concatenate) and tensor is head.input:
+            mean = before[0]
+        elif not isinstance(layer, layers.Dropout | layers.Average):
             return None
         tensor = before[0]
 

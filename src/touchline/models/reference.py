@@ -223,6 +223,9 @@ def covering(rows: np.ndarray, most: int) -> np.ndarray:
 def _described(features: np.ndarray, imagenet: ImageNet | None) -> np.ndarray:
     """What photos are compared by: rows of unit length, float32."""
     given = features.astype(np.float32)
+    if imagenet is not None:
+        # Behind its channels a model may have the probabilities among its features; see `backbones.pooled`.
+        given = given[:, : len(imagenet.weights)]
     # Square roots: else the few largest channels would decide alone.
     rows = _unit(np.sign(given) * np.sqrt(np.abs(given)))
     if imagenet is None:

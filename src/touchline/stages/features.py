@@ -1,7 +1,8 @@
 """The `features` stage: each photo as arrays, computed once and kept by its digest.
 
 `pixels` is the decoded photo; with a `backbone` it is what a frozen ImageNet network, or several, say of the photo and,
-with two views, of its mirror image. Neither depends on the split, so another seed computes nothing.
+with two views, of its mirror image; see `backbones.pooled`. Neither depends on the split, so another seed computes
+nothing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from touchline.models.engines import Forward
 def run(paths: Paths, params: Params, name: str) -> str:
     """Bring `data/features/<name>` up to date with the validated photos; how many had to be computed."""
     features = params.features[name]
-    settings = _settings(features, paths.project)
+    settings = settings_of(features, paths.project)
     table = read_table(paths.validated_table)
     files = {row.sha256: paths.workspace / row.path for row in table[["sha256", "path"]].itertuples()}
     engine = engines.chosen(params.compute.engine)
@@ -55,7 +56,8 @@ def pooled(
         rows: photos as RGB uint8, shape (image_size, image_size, 3).
 
     Yields:
-        float32, shape (channels,); with two views the mean of what is said of the photo and of its mirror image.
+        float32, shape (channels,); with two views the mean of what is said of the photo and of its mirror image;
+        with ImageNet's classes their probabilities behind it.
     """
     return _through(backbones.network(features, project, engine).forward, rows)
 
@@ -85,10 +87,11 @@ def _forward_of(features_json: str, project: Path, weights: str, engine: str) ->
     return backbones.network(features, project, engine).forward
 
 
-def _settings(features: Any, project: Path) -> dict[str, Any]:
+def settings_of(features: PixelFeatures | BackboneFeatures, project: Path) -> dict[str, Any]:
     """What rows depend on besides the photo; `features.image_size` and the like, and which weights."""
-    settings = {"image_size": features.image_size}
+    settings: dict[str, Any] = {"image_size": features.image_size}
     if isinstance(features, BackboneFeatures):
         settings |= {"backbone": features.backbone, "views": features.views}
+        settings["imagenet_classes"] = features.imagenet_classes
         settings["weights"] = backbones.identity(features, project)
     return settings
