@@ -59,7 +59,7 @@ def two_views(with_classes: bool = False) -> "keras.Model":
     views = [pooling(backbone(view, training=False)) for view in (photo, keras.ops.flip(photo, 2))]
     mean = layers.Average()(views)
     if with_classes:
-        classes = layers.UnitNormalization()(layers.Dense(7, activation="softmax")(mean))
+        classes = layers.UnitNormalization()(layers.Dense(7, activation="softmax", name=engines.IMAGENET)(mean))
         mean = layers.Concatenate()([mean, layers.Rescaling(4.0)(classes)])
     return keras.Model(photo, layers.Dense(3, activation="softmax")(mean))
 

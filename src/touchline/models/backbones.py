@@ -111,10 +111,9 @@ def _with_classes(mean: Any, features: BackboneFeatures, project: Path) -> Any:
     layer = imagenet(features, project)
     assert layer is not None  # `pooled` has made sure
     # Frozen whatever is unfrozen later: what it says of photos is good because it did not learn from these.
-    classes = layers.Dense(layer.bias.shape[1], activation="softmax", name="imagenet", trainable=False)
-    scaled = layers.Rescaling(_CLASSES, name="imagenet_scaled")(
-        layers.UnitNormalization(name="imagenet_unit")(classes(mean))
-    )
+    classes = layers.Dense(layer.bias.shape[1], activation="softmax", name=engines.IMAGENET, trainable=False)
+    unit = layers.UnitNormalization(name="imagenet_unit")(classes(mean))
+    scaled = layers.Rescaling(_CLASSES, name="imagenet_scaled")(unit)
     classes.set_weights([layer.weights / len(layer.bias), layer.bias.mean(axis=0)])
     return layers.Concatenate(name="features")([mean, scaled])
 
@@ -271,8 +270,8 @@ _STAGES = (
 _STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
 # The share of a photo's sides that its inner part has.
 _INNER = 0.8
-# Length of the vector of ImageNet's probabilities; the features of a photo have a length of about 10.
-_CLASSES = 8.0
+# Length of the vector of ImageNet's probabilities; the features of a photo have a length of about 10. See docs/models.md.
+_CLASSES = 4.0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ OpenVINO's own format. Its outputs:
 - `logits` and `evidence`, of networks that end in a mean over all places and one dense layer with softmax: the logits,
   shape (n, classes), and what each place of the last feature map adds to them, shape (n, height, width, classes). The
   mean of the evidence over all places, plus the bias, is the logits: the class activation map of Zhou et al. (2016).
+  Where ImageNet's classes stand behind the mean, the evidence is each place times the slope of the logits there.
 """
 
 import ctypes
@@ -47,6 +48,8 @@ OPENVINO, TENSORFLOW = "openvino", "tensorflow"
 # How far the engines may differ in a number of a row: sums in another order differ by less than a tenth of it.
 TOLERANCE = 1e-5
 SUFFIX = ".openvino"
+# The layer that tells ImageNet's classes in networks that look at them.
+IMAGENET = "imagenet"
 _XML, _BIN = "network.xml", "network.bin"
 # Part of the names of files in the cache: raise it when the outputs of a network file change.
 _FORMAT = 2
@@ -301,31 +304,42 @@ def _outputs(model: "keras.Model") -> Callable[[Any], Mapping[str, Any]]:
     head = _head(model)
     if head is None:
         return lambda photo: {"rows": model(photo, training=False)}
-    found = _averaged_map(head)
-    if found is None:
+    mean, classes = _mean_and_classes(head)
+    maps = _averaged_map(mean)
+    if maps is None:
         both = keras.Model(model.inputs, [model.output, head.input])
         return lambda photo: dict(zip(("rows", "features"), both(photo, training=False), strict=True))
-    mean, maps = found
-    whole = keras.Model(model.inputs, [mean, maps])
-    between = None if mean is head.input else keras.Model(mean, head.input)
+    whole = keras.Model(model.inputs, [head.input, maps])
 
     def outputs(photo: Any) -> Mapping[str, Any]:
-        pooled, last = whole(photo, training=False)
-        with tf.GradientTape(persistent=True) as tape:
-            tape.watch(pooled)
-            features = between(pooled) if between else pooled
-            logits = tf.matmul(features, head.kernel) + (head.bias if head.use_bias else 0.0)
-            of_classes = tf.unstack(logits, axis=1)
-        if between:
-            # How much each channel's mean raises each class: the layers between make that another for each photo.
-            slopes = tf.stack([tape.gradient(logit, pooled) for logit in of_classes], axis=2)
-            places = tf.reshape(last, (-1, last.shape[1] * last.shape[2], last.shape[3]))
-            evidence = tf.reshape(tf.matmul(places, slopes), (-1, *last.shape[1:3], slopes.shape[2]))
-        else:
+        features, last = whole(photo, training=False)
+        logits = tf.matmul(features, head.kernel) + (head.bias if head.use_bias else 0.0)
+        if classes is None:
             evidence = tf.tensordot(last, head.kernel, 1)
+        else:
+            height, width, channels = last.shape[1:]
+            places = tf.reshape(last, (-1, height * width, channels))
+            evidence = tf.matmul(places, _slopes(head.kernel, classes.kernel, features))
+            evidence = tf.reshape(evidence, (-1, height, width, head.units))
         return {"rows": tf.nn.softmax(logits), "features": features, "logits": logits, "evidence": evidence}
 
     return outputs
+
+
+def _slopes(kernel: Any, of_classes: Any, features: Any) -> Any:
+    """How much each channel's mean raises each logit, shape (n, channels, classes): directly, and by what stands behind
+    the channels, p times a constant over the length of p, where p is the softmax of channels times `of_classes`.
+
+    The derivative, written out: OpenVINO does not read what TensorFlow makes of it.
+    """
+    import tensorflow as tf
+
+    channels = of_classes.shape[0]
+    direct, behind = kernel[:channels], kernel[channels:]
+    scaled = features[:, channels:]
+    raised = tf.matmul(scaled, behind) / tf.reduce_sum(scaled**2, axis=1, keepdims=True)
+    by_classes = scaled[:, :, None] * behind - (scaled**2)[:, :, None] * raised[:, None, :]
+    return direct + tf.matmul(of_classes[None], by_classes)
 
 
 def _head(model: "keras.Model") -> "keras.layers.Dense | None":
@@ -337,23 +351,35 @@ def _head(model: "keras.Model") -> "keras.layers.Dense | None":
     return head if ends_so else None
 
 
-def _averaged_map(head: "keras.layers.Dense") -> tuple[Any, Any] | None:
-    """The mean over all places that a network's last layer is given, and the feature map that it is the mean of, of
-    several views the first (symbolic tensors); None where it is given something else.
-
-    The mean may have behind it what is made of it; see `backbones.pooled`.
+def _mean_and_classes(head: "keras.layers.Dense") -> "tuple[Any, keras.layers.Dense | None]":
+    """What a network's last layer is given (a symbolic tensor); if the probabilities of ImageNet's classes stand behind
+    it, as `backbones.pooled` puts them there, without these, and the layer that tells them.
     """
     from keras import layers
 
-    mean = tensor = head.input
+    joined = head.input._keras_history.operation
+    if isinstance(joined, layers.Concatenate):
+        mean, behind = joined.input
+        while not isinstance(behind._keras_history.operation, layers.InputLayer):
+            layer = behind._keras_history.operation
+            if layer.name == IMAGENET:
+                return mean, layer
+            behind = layer.input
+    return head.input, None
+
+
+def _averaged_map(tensor: Any) -> Any:
+    """The feature map whose mean over all places a tensor is, of several views the first (symbolic tensors); None where
+    it is something else.
+    """
+    from keras import layers
+
     while True:
         layer, node, _ = tensor._keras_history
         before = layer._inbound_nodes[node].input_tensors
         if isinstance(layer, layers.GlobalAveragePooling2D):
-            return mean, before[0]
-        if isinstance(layer, layers.Concatenate) and tensor is head.input:
-            mean = before[0]
-        elif not isinstance(layer, layers.Dropout | layers.Average):
+            return before[0]
+        if not isinstance(layer, layers.Dropout | layers.Average):
             return None
         tensor = before[0]
 
