@@ -48,7 +48,7 @@ def test_the_shipped_file_loads_into_typed_values() -> None:
 
 def test_the_articles_network_can_be_a_model_and_works_on_pixels(shipped: dict[str, Any]) -> None:
     entry = shipped["models"]["cnn"] | {"architecture": "article", "dense_units": 128}
-    del entry["filters"], entry["weight_decay"]
+    del entry["filters"], entry["convolutions"], entry["weight_decay"]
     assert type(params.check(changed(shipped, "models.old", entry)).models["old"]) is ArticleParams
     said = message_of(changed(shipped, "models.old", entry | {"input": "pooled"}))
     assert names(said, "models.old.input", "'pooled'", "article", "pixels"), said

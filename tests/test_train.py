@@ -48,7 +48,7 @@ CNN = CnnParams(
     seed=1,
 )
 ARTICLE = ArticleParams(
-    **CNN.model_dump(exclude={"architecture", "filters", "weight_decay", "learning_rate"}),
+    **CNN.model_dump(exclude={"architecture", "filters", "convolutions", "weight_decay", "learning_rate"}),
     architecture="article",
     dense_units=8,
     learning_rate=0.003,
@@ -170,12 +170,13 @@ def test_the_simple_network_learns_red_from_blue(planted: Planted, trained_cnn: 
     assert set(trained_cnn.history[0]) == {"epoch", *fitting.METRICS.values()}
 
 
-def test_the_simple_network_halves_the_side_for_each_width_and_ends_in_a_mean() -> None:
-    network = architectures.cnn(CNN.model_copy(update={"filters": [8, 16, 24]}), 96, 3)
+@pytest.mark.parametrize("each", [1, 2])
+def test_the_simple_network_halves_the_side_for_each_width_and_ends_in_a_mean(each: int) -> None:
+    network = architectures.cnn(CNN.model_copy(update={"filters": [8, 16, 24], "convolutions": each}), 96, 3)
     convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
     sides = [(layer.output.shape[1], layer.output.shape[-1]) for layer in convolutions]
-    assert sides == [(48, 8), (48, 8), (24, 16), (24, 16), (12, 24), (12, 24)]
-    assert sum(isinstance(layer, keras.layers.BatchNormalization) for layer in network.layers) == 6
+    assert sides == [width for width in ((48, 8), (24, 16), (12, 24)) for _ in range(each)]
+    assert sum(isinstance(layer, keras.layers.BatchNormalization) for layer in network.layers) == 3 * each
     assert not any(isinstance(layer, keras.layers.Flatten) for layer in network.layers)
     assert (network.input_shape, network.output_shape) == ((None, 96, 96, 3), (None, 3))
 
@@ -199,15 +200,29 @@ def test_a_saved_model_gives_the_same_probabilities_in_another_process(
     np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_rate_falls_to_nothing_over_the_epochs_and_weight_decay_is_no_part_of_the_loss(
+def test_the_rate_ends_at_nothing_with_the_last_epoch_and_weight_decay_is_no_part_of_the_loss(
     trained_cnn: Trained,
 ) -> None:
     optimizer = trained_cnn.model.optimizer
     assert len(trained_cnn.history) == CNN.epochs and int(optimizer.iterations) == CNN.epochs * 6
     assert float(optimizer.learning_rate) == pytest.approx(0, abs=1e-8)
-    assert float(fitting.adam_w(CNN, 96).learning_rate) == pytest.approx(CNN.learning_rate)
     assert isinstance(optimizer, keras.optimizers.AdamW) and optimizer.weight_decay == CNN.weight_decay
     assert not trained_cnn.model.losses
+
+
+def test_the_rate_rises_for_a_fifth_of_the_steps_and_then_falls_to_nothing() -> None:
+    optimizer = fitting.adam_w(CNN, 96)  # 5 epochs of 6 steps
+
+    def rate(step: int) -> float:
+        optimizer.iterations.assign(step)
+        return float(optimizer.learning_rate)
+
+    rates = [rate(step) for step in range(31)]
+    assert 0 < rates[0] < CNN.learning_rate / 10 and rates[6] == pytest.approx(CNN.learning_rate)
+    assert rates[:7] == sorted(rates[:7]) and rates[6:] == sorted(rates[6:], reverse=True)
+    assert rates[30] == pytest.approx(0, abs=1e-8)
+    few = fitting.adam_w(CNN.model_copy(update={"epochs": 1}), 16)  # one step: none to rise over
+    assert float(few.learning_rate) == pytest.approx(CNN.learning_rate)
 
 
 def test_the_articles_network_is_still_there_with_its_constant_rate(planted: Planted) -> None:

@@ -352,6 +352,7 @@ class CnnParams(NetworkParams):
     architecture: Literal["cnn"]
     # Each width is a halving of the side: five leave one pixel of the smallest photos.
     filters: Annotated[list[Count], Field(min_length=1, max_length=5)]
+    convolutions: Count = 2
     weight_decay: NotNegative
 
 

@@ -39,10 +39,11 @@ _HELD = 2**25
 
 
 def cnn(params: CnnParams, image_size: int, classes: int) -> "keras.Model":
-    """The simple network: VGG16's blocks of two 3x3 convolutions, with BatchNorm, and a mean over all places last.
+    """The simple network: blocks of 3x3 convolutions, as in VGG16, with BatchNorm, and a mean over all places last.
 
     Args:
-        params: `filters` are the widths of the blocks, each of which works at half the side of the one before.
+        params: `filters` are the widths of the blocks, each of which works at half the side of the one before;
+            `convolutions` is how many each has.
         image_size: side of the photos in pixels.
         classes: number of classes.
 
@@ -60,8 +61,9 @@ def cnn(params: CnnParams, image_size: int, classes: int) -> "keras.Model":
     for block, filters in enumerate(params.filters):
         if block:
             x = layers.MaxPooling2D()(x)
-        # At full side a block would take half of all the time, so the first convolution halves it.
-        for strides in (1 if block else 2, 1):
+        for number in range(params.convolutions):
+            # At full side a block would take half of all the time, so the first convolution halves it.
+            strides = 1 if block or number else 2
             x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
             # Few photos are few steps: with Keras's 0.99 the statistics would lag behind the weights by epochs.
             x = layers.BatchNormalization(momentum=0.9, synchronized=shared)(x)

@@ -157,14 +157,18 @@ class Rows:
 
 
 def adam_w(params: NetworkParams | FineTuneParams, photos: int) -> "keras.optimizers.Optimizer":
-    """AdamW whose rate falls to nothing along half a cosine.
+    """AdamW whose rate rises over the first fifth of the steps, then falls to nothing along half a cosine.
 
     Args:
         photos: how many make an epoch.
     """
     from keras import optimizers
 
-    rate = optimizers.schedules.CosineDecay(params.learning_rate, params.epochs * -(-photos // params.batch_size))
+    steps = params.epochs * -(-photos // params.batch_size)
+    # Few epochs need a high rate, which the first steps, from random weights, do not bear.
+    rising = steps // 5
+    low, high = params.learning_rate / 20, params.learning_rate
+    rate = optimizers.schedules.CosineDecay(low, steps - rising, warmup_target=high, warmup_steps=rising)
     return optimizers.AdamW(rate, weight_decay=getattr(params, "weight_decay", 0.0))
 
 
