@@ -398,7 +398,7 @@ def test_a_cluster_predicts_the_same_of_names_that_hang_on_this_folder(
                 assert float(other[key]) == pytest.approx(float(row[key]), abs=0.0011)
             else:
                 assert other[key] == row[key]
-    assert b"0000000000000046.jpg: cut off" in there.err and b"0000000000000047.jpg: no photo" in there.err
+    assert b"0000000000000046.jpg: cut off" in there.err and b"0000000000000047.jpg: not an image" in there.err
     assert [path.name for path in project.locks.glob("*.keras")] == []
 
 

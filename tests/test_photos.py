@@ -399,10 +399,10 @@ def test_bytes_after_the_end_are_no_flaw() -> None:
 @pytest.mark.parametrize(
     "content, found",
     [
-        (b"", "no photo"),
-        (b"\n", "no photo"),
-        (b"\xff\xd8", "no photo"),
-        (b"%PDF-1.4", "no photo"),
+        (b"", "empty file"),
+        (b"\n", "not an image"),
+        (b"\xff\xd8", "not an image"),
+        (b"%PDF-1.4", "not an image"),
         (b"<!DOCTYPE HTML><title>Sign in</title>", "a web page"),
         (b"\n\n<html>", "a web page"),
         (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "a web page"),
