@@ -258,7 +258,9 @@ def engines(project: Path, found: list[Path], options: argparse.Namespace) -> No
         streams = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT"}
         requests = openvino.AsyncInferQueue(core.compile_model(network, "CPU", streams))
         found_rows: dict[int, np.ndarray] = {}
-        requests.set_callback(lambda request, number: found_rows.update({number: request.results[0].copy()}))
+        requests.set_callback(
+            lambda request, number: found_rows.update({number: request.get_output_tensor(0).data.copy()})
+        )
 
         def a_photo_a_request(images: np.ndarray) -> np.ndarray:
             for number in range(len(images)):

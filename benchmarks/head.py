@@ -5,7 +5,7 @@
 Each number of rows has a process of its own. It does what `train` does to a head: cross-validation of each strength of
 params.yaml, the head of the training photos, its validation, and the head of all. DIR, by default the folder for
 temporary files, takes 5 kB a row. Up to `--compare` rows the weights are compared with those of scikit-learn's
-LogisticRegression with a tolerance of 1e-7: its own, 1e-4, ends further from the solution than what is asked here.
+LogisticRegression with a tolerance of 1e-9: its own, 1e-4, ends further from the solution than what is asked here.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def fitted(folder: Path, rows: int, what: str) -> dict[str, object]:
     task = Task(loaded.features[wanted.input], Arrays(folder), *parts, project, lambda _: None)
     began = time.perf_counter()
     if what == "ours":
-        _, kept, head = architectures._fit_head(wanted, task, photos)
+        _, kept, head, _ = architectures._fit_head(wanted, task, photos)
         strength = wanted.strengths[kept]
         seconds = time.perf_counter() - began
         total = squares = 0.0
@@ -122,7 +122,7 @@ def fitted(folder: Path, rows: int, what: str) -> dict[str, object]:
         strength = float(what.split()[1])
         held = Arrays(folder)[photos.digests]
         mean, scale = held.mean(axis=0, dtype=np.float64), held.std(dtype=np.float64)
-        regression = LogisticRegression(C=strength, tol=1e-7, max_iter=5000)
+        regression = LogisticRegression(C=strength, tol=1e-9, max_iter=5000)
         balance = heads.balance(photos.labels, photos.groups, wanted.balance)
         regression.fit((held - mean) / scale, photos.labels, sample_weight=balance)
         weights, seconds = regression.coef_[0] / 2, time.perf_counter() - began

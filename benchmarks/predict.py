@@ -1,11 +1,13 @@
 """What `touchline predict` costs beside Keras's own way, and how often it says `unsure`.
 
-    python benchmarks/predict.py --photos DIR --model FILE.keras [--count 2000] [--held DIR] [--others DIR]
+    python benchmarks/predict.py --photos DIR --model FILE.keras [--count 2000] [--megapixels 12] [--held DIR]
+        [--others DIR]
 
 Speed: both read the same folder of `--count` hard links to the photos of DIR and write a CSV, each in a process of its
 own. Keras's way is `load_model`, `image_dataset_from_directory` and `predict`; it reads neither WebP nor files with a
 wrong ending, so those are links to PNG copies for it, made before and not counted. The rate without start-up is taken
-from the difference to a run on 32 photos.
+from the difference to a run on 32 photos. With `--megapixels`, the photos are JPEG copies enlarged to that size, like
+those of cameras; small photos take a network most of the time, large ones their decoding.
 
 Unsure: on `--held`, photos of the classes that the model was not trained on, and on `--others`, photos of neither.
 Without `--others` these are 100 scenes drawn by the program, of sports that it makes up: not photos, and so only a try.
@@ -25,6 +27,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from touchline.core import parallel
 from touchline.data import photos
 from touchline.models.classifier import UNSURE
 from touchline.models.inference import BATCH
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--model", required=True, help="a .keras file with its .json beside it")
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--megapixels", type=float, help="enlarge the photos to this size first")
     parser.add_argument("--held", type=Path, help="a folder, or a text file with a name a line")
     parser.add_argument("--others", type=Path, help="likewise")
     options = parser.parse_args()
@@ -58,24 +62,31 @@ def main() -> None:
         folder = Path(temporary)
         there = [path for path in sorted(options.photos.rglob("*")) if path.is_file()]
         found = [path for path in there if photos.header(path.read_bytes()).extension]
+        if options.megapixels:
+            found = enlarged(found[: options.count], folder / "enlarged", options.megapixels)
         ways = {
             "touchline": (ours, linked(found, folder / "ours", options.count, readable=False)),
             "keras": ([sys.executable, "-c", KERAS_WAY], linked(found, folder / "keras", options.count, readable=True)),
         }
         print(f"{options.count:,} links to {len(found):,} photos, {os.cpu_count()} cores")
-        print(f"{'':10}{'seconds':>10}{'start-up':>10}{'photos/s':>10}{'peak MB':>10}")
+        print(f"{'':10}{'seconds':>10}{'processor':>10}{'start-up':>10}{'photos/s':>10}{'peak MB':>10}")
+        took: dict[str, tuple[float, float]] = {}
         for name, (command, many) in ways.items():
             few = folder / f"{name} few"
             few.mkdir()
             for path in sorted(many.iterdir())[:BATCH]:
                 os.link(path, few / path.name)
             # The first run also brings the programs from the disk.
-            _, (short, _, _), (long, peak, rows) = (
+            _, (short, *_), (long, processor, peak, rows) = (
                 timed([*command, str(each), *([model] if name == "keras" else [])]) for each in (few, few, many)
             )
             assert rows >= options.count, f"{name} answered {rows} of {options.count}"
-            rate = f"{(options.count - BATCH) / (long - short):.1f}" if long > short else "?"
-            print(f"{name:10}{long:>10.1f}{short:>10.1f}{rate:>10}{peak:>10.0f}", flush=True)
+            assert long > short, f"{name}: 32 photos took longer than {options.count}"
+            rate = (options.count - BATCH) / (long - short)
+            took[name] = (long, long - short)
+            print(f"{name:10}{long:>10.1f}{processor:>10.1f}{short:>10.1f}{rate:>10.1f}{peak:>10.0f}", flush=True)
+        whole, alone = (keras / ours for ours, keras in zip(took["touchline"], took["keras"], strict=True))
+        print(f"Keras's way takes {whole:.1f} times the seconds, {alone:.1f} times without start-up", flush=True)
         others = options.others or drawn(folder / "others")
         what = "photos of neither class" if options.others else "drawn scenes of neither sport"
         for told, place in (("held-out photos", options.held), (what, others)):
@@ -104,8 +115,22 @@ def linked(found: list[Path], folder: Path, count: int, *, readable: bool) -> Pa
     return folder
 
 
-def timed(command: list[str]) -> tuple[float, float, int]:
-    """Seconds, peak megabytes and lines of output."""
+def enlarged(found: list[Path], folder: Path, megapixels: float) -> list[Path]:
+    """JPEG copies of photos, of so many megapixels, in their shape."""
+    folder.mkdir()
+
+    def enlarge(path: Path) -> Path:
+        image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+        factor = np.sqrt(1e6 * megapixels / (image.shape[0] * image.shape[1]))
+        target = folder / f"{path.stem}.jpg"
+        cv2.imwrite(str(target), cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC))
+        return target
+
+    return list(parallel.in_order(enlarge, found))
+
+
+def timed(command: list[str]) -> tuple[float, float, float, int]:
+    """Seconds, processor seconds, peak megabytes and lines of output."""
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=PROJECT, stdout=output, stderr=subprocess.DEVNULL)
@@ -113,7 +138,7 @@ def timed(command: list[str]) -> tuple[float, float, int]:
         seconds = time.perf_counter() - began
         assert os.waitstatus_to_exitcode(status) in {0, 1}, command
         output.seek(0)
-        return seconds, usage.ru_maxrss / 1024, sum(1 for _ in output)
+        return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, sum(1 for _ in output)
 
 
 def drawn(folder: Path, count: int = 100) -> Path:

@@ -426,7 +426,7 @@ def test_a_photo_without_length_that_breaks_off_is_no_photo(tmp_path: Path) -> N
         (Fault.status(429, retry_after=0), "answers 429"),
         (Fault.reset(), "no answer"),
         (Fault.stall(after=100, seconds=60), "timed out"),
-        (Fault.changed(b""), "not an image"),
+        (Fault.changed(b""), "empty file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -447,7 +447,7 @@ def test_what_went_wrong_once_is_tried_again_and_counted(host: Host, tmp_path: P
     "content, reason",
     [
         (jpeg(1, 200, 200)[:-300], "cut off"),  # with the right Content-Length
-        (b"", "not an image"),
+        (b"", "empty file"),
         (b"<html>gone</html>", "a web page"),
     ],
 )

@@ -38,17 +38,22 @@ def test_classes_that_features_tell_apart_are_learned(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_it_is_scikit_learns_regression_on_rows_of_one_scale(classes: int) -> None:
-    labels = np.arange(60) % classes
-    rows = separable(labels)
+def test_at_every_strength_weights_are_those_of_scikit_learn_on_rows_of_one_scale(classes: int) -> None:
+    random, channels = np.random.default_rng(0), 40
+    labels, spread = random.integers(0, classes, 2000), np.geomspace(1, 0.01, channels)
+    told = random.normal(0, 0.1, (classes, channels))[labels]
+    rows = np.maximum((random.standard_normal((2000, channels)) + told) * spread, 0).astype(np.float32)
     weights = np.where(labels == 0, 1.5, 0.75)
-    mean, deviation = rows.mean(axis=0, dtype=np.float64), rows.std(dtype=np.float64)
-    # Strengths are meant for rows of variance 1 in 1,280 channels; here are 40.
-    scaled = ((rows - mean) / (deviation * np.sqrt(40 / 1280))).astype(np.float32)
-    for strength in (0.01, 0.3):
-        regression = LogisticRegression(C=strength, tol=1e-6, max_iter=2000).fit(scaled, labels, sample_weight=weights)
-        found = head_of(rows, labels, strength, weights).probabilities(rows)
-        np.testing.assert_allclose(found, regression.predict_proba(scaled), atol=1e-6)
+    # Strengths are meant for rows of variance 1 in 1,280 channels.
+    scale = rows.std(dtype=np.float64) * np.sqrt(channels / 1280)
+    scaled = (rows - rows.mean(axis=0, dtype=np.float64)) / scale
+    strengths = [0.003, 0.1, 1.0]
+    for strength, head in zip(strengths, heads.path(rows, labels, weights, strengths), strict=True):
+        exact = LogisticRegression(C=strength, tol=1e-10, solver="newton-cholesky")
+        exact.fit(scaled, labels, sample_weight=weights)
+        expected = heads._of_every_class(exact)[0].T
+        assert np.abs(head.weights * scale - expected).max() < 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(head.probabilities(rows), exact.predict_proba(scaled), atol=1e-5)
 
 
 def test_the_unit_of_the_features_and_where_their_zero_lies_change_nothing() -> None:

@@ -399,7 +399,7 @@ def test_bytes_after_the_end_are_no_flaw() -> None:
 @pytest.mark.parametrize(
     "content, found",
     [
-        (b"", "not an image"),
+        (b"", "empty file"),
         (b"\n", "not an image"),
         (b"\xff\xd8", "not an image"),
         (b"%PDF-1.4", "not an image"),

@@ -24,6 +24,7 @@ from touchline.core.errors import ParamsError, TouchlineError
 from touchline.core.paths import Paths
 from touchline.models import classifier, explain, inference
 from touchline.models.inference import BATCH
+from touchline.sources.received import Received
 from touchline.tracking import registry, runs
 
 if TYPE_CHECKING:
@@ -186,6 +187,24 @@ def test_without_an_answer_there_is_no_table_and_a_folder_of_other_files_is_name
         (somewhere / f"papers/{count}.pdf").write_bytes(b"%PDF-1.4")
         said = ask("papers", form="table")
         assert said.bytes == b"" and said.error.exit_code == 1 and names(str(said.error), "papers", str(count))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"# A text", "not an image"),
+        (b"\0\0\0\x18ftypheic", "a HEIC photo"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+    ],
+)
+def test_without_a_photo_there_is_no_table_and_predict_says_what_ingest_does(
+    ask: Ask, somewhere: Path, content: bytes, reason: str
+) -> None:
+    path = somewhere / "other"
+    path.write_bytes(content)
+    said = ask("other", form="table")
+    assert said.bytes == b"" and said.error.exit_code == 1
+    assert names(said.notes, "other", reason) and Received(somewhere, 1, False).refusal(path) in said.notes
 
 
 def test_a_batch_without_a_single_photo_does_no_harm(ask: Ask, somewhere: Path) -> None:

@@ -174,7 +174,7 @@ class Models:
             wanted: a key of what `choices` gave: a browser may send any text, and `resolve` opens files.
 
         Raises:
-            TouchlineError: there is no such model, or the bytes are no photo that is fit to be judged.
+            TouchlineError: there is no such model, or the bytes are not an image that can be judged.
         """
         if wanted not in self._offered:
             raise TouchlineError("there is no such model: load the page again")

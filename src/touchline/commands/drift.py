@@ -487,7 +487,7 @@ def _read(found: predict.Found, sides: tuple[int, int], max_megapixels: float) -
         return path, found.error
     try:
         content = photos.content_of(path)
-        flaw = photos.flaw(content) if content else "empty file"
+        flaw = photos.flaw(content)
         if flaw not in {"", "cut off"}:
             return path, None if predict.is_other(found) else flaw
         measured = photos.measure(path, max_megapixels)

@@ -137,7 +137,7 @@ def format_of(content: bytes) -> str:
 
 
 def other(content: bytes) -> str:
-    """What a file of an unsupported format is and what to do, from its first 64 bytes; empty if unknown."""
+    """What a file is that is not an image we read, and what to do, from its first 1,024 bytes; empty if unknown."""
     return next((words for words, start in _OTHERS.items() if start.match(content)), "")
 
 
@@ -588,6 +588,8 @@ _OTHERS = {
         "a HEIC photo, which is not supported: save it as JPEG or PNG":
             rb"\0\0\0.ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)",
         "a Git LFS pointer: git lfs pull": rb"version https://git-lfs\.github\.com/spec/",
+        "a web page": rb"(?i:.{0,1000}?(?:<!doctype html|<html|<\?xml))",
+        "empty file": rb"\Z",
     }.items()
 }  # fmt: skip
 _READERS: dict[str, Callable[[bytes], Layout]] = {

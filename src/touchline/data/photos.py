@@ -8,7 +8,6 @@ before `layout` has found out what decoding it will cost: a thread that decodes 
 
 import io
 import os
-import re
 import struct
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Header:
     """What a file says of itself without being decoded.
 
     Attributes:
-        extension: by content, not by name; empty where the content is no photo.
+        extension: by content, not by name; empty where the content is not an image.
         width, height: pixels as a person sees it (EXIF orientation applied); 0 where unknown.
     """
 
@@ -122,7 +121,7 @@ def measure(path: Path, max_megapixels: float) -> Measurement:
 
 
 def flaw(content: bytes) -> str:
-    """Why bytes that came over a network are no whole photo; empty where first and last bytes look right.
+    """Why bytes are not a whole image; empty where first and last bytes look right.
 
     Decoding in full costs more than fetching, and is done later, once, by `measure`.
     """
@@ -138,8 +137,7 @@ def flaw(content: bytes) -> str:
         case "GIF":
             whole = b"\x3b" in content[-16:]
         case "":
-            page = re.search(rb"<!doctype html|<html|<\?xml", content[:1024], re.IGNORECASE)
-            return "a web page" if page else "not an image"
+            return layout.other(content) or "not an image"
         case _:
             whole = True
     return "" if whole else "cut off"
@@ -181,7 +179,7 @@ def decode(content: bytes, size: int, name: str = "photo") -> np.ndarray:
         RGB, uint8, shape (size, size, 3).
 
     Raises:
-        TouchlineError: the bytes are no readable photo.
+        TouchlineError: the bytes are not a readable image.
     """
     try:
         found = layout.read(content)
@@ -192,7 +190,7 @@ def decode(content: bytes, size: int, name: str = "photo") -> np.ndarray:
 
 
 def read(path: Path, size: int) -> np.ndarray:
-    """`decode` of a file. Raises TouchlineError where it is missing or no readable photo."""
+    """`decode` of a file. Raises TouchlineError where it is missing or not a readable image."""
     try:
         content = path.read_bytes()
     except OSError as error:

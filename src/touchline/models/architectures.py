@@ -191,14 +191,14 @@ def _fit_head(
     kept = int(np.argmin(losses))
     strength = params.strengths[kept]
     # For streamed rows, heads fitted to the sample only choose the strength and the starting point.
-    tolerance = heads.ROUGH if isinstance(rows, Stream) else heads.EXACT
-    fitted = list(heads.path(sample, labels, weights, params.strengths, tolerance))
+    streamed = isinstance(rows, Stream)
+    fitted = list(heads.path(sample, labels, weights, params.strengths, rough=streamed))
     of_both = heads.balance(both.labels, both.groups, params.balance)
     if isinstance(rows, Stream):
         of_train = heads.balance(train.labels, train.groups, params.balance)
         counts = of_train[chosen] * stand_for
         refined = partial(heads.refined, strength=strength, sample=sample, sample_weights=counts)
-        near = next(heads.path(sample, labels, counts, [strength], tolerance))
+        near = next(heads.path(sample, labels, counts, [strength], rough=True))
         fitted[kept] = refined(near, cast("Stream", learned), train.labels, of_train)
         whole = refined(fitted[kept], rows, both.labels, of_both)
     else:

@@ -235,8 +235,6 @@ def pixels(content: bytes, side: int, max_megapixels: float) -> np.ndarray:
     Raises:
         TouchlineError: why not. OpenCV fills what is cut off with grey, and a model would judge the grey.
     """
-    if not content:
-        raise NotAnImage("empty file")
     if flaw := photos.flaw(content):
         raise TouchlineError("cut off") if flaw == "cut off" else NotAnImage(flaw)
     header = photos.header(content)

@@ -79,7 +79,7 @@ def overlay(content: bytes, heat: np.ndarray, caption: str, similar: Sequence[tu
         similar: training photos to draw under it, and their classes.
 
     Raises:
-        TouchlineError: the bytes are no readable photo.
+        TouchlineError: the bytes are not a readable image.
     """
     import cv2
 

@@ -111,7 +111,7 @@ def of_head(
     for number, (train, out) in enumerate(_parts(names)):
         if len(np.unique(truth[train])) > labels.max():
             weights = heads.balance(truth[train], names[train], params.balance)
-            head = next(heads.path(held[train], truth[train], weights, [strength]))
+            head = next(heads.path(held[train], truth[train], weights, [strength], rough=True))
             left_out[out], parts[out] = head.probabilities(held[out]), number
     return Forecaster.of(truth, validated, left_out, parts)
 

@@ -16,7 +16,7 @@ from touchline.core.params import Params
 from touchline.core.progress import say
 from touchline.data import layout
 
-_FIRST_BYTES = 64
+_FIRST_BYTES = 1024
 # What macOS, Windows and network drives put beside photos, case ignored; hidden files are passed over anyway.
 _OF_SYSTEMS = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir"}
 

@@ -268,7 +268,7 @@ def _keep(paths: Paths, candidate: Candidate) -> Sequence[object]:
         content = candidate.read()
     except OSError as error:
         raise TouchlineError(f"{candidate.source}: {candidate.origin} cannot be read ({error.strerror})") from None
-    # A name tells the content's true type; what is no photo keeps a neutral one and is validation's to reject.
+    # A name tells the content's true type; what is not an image keeps a neutral one, and validation rejects it.
     entry = fetch.described(candidate, content)
     path = paths.photos / candidate.label / entry.name
     # Not the size alone: a damaged disk, or a person's editor, leaves other bytes under the same name.
