@@ -27,26 +27,22 @@ OFF = PARAMS.model_copy(update={"min_slice_accuracy": None, "max_unknown_share":
 CHAMPION = Version("rugby-soccer", 3, "run", "models:/m", "", {"touchline.model_sha256": "old"}, ("champion",))
 
 
-def test_the_model_that_is_better_on_validation_is_chosen_whatever_the_test_photos_say() -> None:
-    validation = {"cnn": {"validation/accuracy": 0.8}, "transfer": {"validation/accuracy": 0.9}}
-    test = {
-        "cnn": {"accuracy": 0.99, "milliseconds_a_photo": 1.0},
-        "transfer": {"accuracy": 0.5, "milliseconds_a_photo": 9.0},
-    }
-    chosen, reason = choose(validation, test)
+def measured(accuracy: float, loss: float) -> dict[str, float]:
+    return {"validation/accuracy": accuracy, "validation/loss": loss}
+
+
+def test_the_model_that_is_better_on_validation_is_chosen() -> None:
+    chosen, reason = choose({"cnn": measured(0.8, 0.1), "transfer": measured(0.9, 0.5)})
     assert chosen == "transfer" and names(reason, "0.900", "cnn", "0.800")
 
 
-def test_of_equals_the_faster_one_is_chosen() -> None:
-    validation = {name: {"validation/accuracy": 0.9} for name in ("cnn", "transfer", "vgg")}
-    validation["vgg"]["validation/accuracy"] = 0.7
-    test = {name: {"milliseconds_a_photo": time} for name, time in (("cnn", 9.0), ("transfer", 2.0), ("vgg", 1.0))}
-    chosen, reason = choose(validation, test)
+def test_of_equals_the_one_with_the_lower_log_loss_is_chosen() -> None:
+    chosen, reason = choose({"cnn": measured(0.9, 0.4), "transfer": measured(0.9, 0.3), "vgg": measured(0.7, 0.1)})
     assert chosen == "transfer" and names(reason, "0.900", "cnn")
 
 
 def test_the_only_model_is_chosen() -> None:
-    chosen, reason = choose({"cnn": {"validation/accuracy": 0.4}}, {"cnn": {"milliseconds_a_photo": 1.0}})
+    chosen, reason = choose({"cnn": measured(0.4, 0.7)})
     assert chosen == "cnn" and reason
 
 

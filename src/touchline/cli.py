@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from touchline.core.paths import Paths
     from touchline.tracking.client import Store
 
-# Set unless the environment says otherwise: no telemetry, no start-up notes of TensorFlow, one thread for NumPy's BLAS.
+# Set unless the environment says otherwise: no telemetry, and no start-up notes of TensorFlow.
 _ENVIRONMENT = {
     "DVC_NO_ANALYTICS": "1",
     "GX_ANALYTICS_ENABLED": "false",
@@ -26,10 +26,11 @@ _ENVIRONMENT = {
     # Eight processes of 0.2 GB each beside the server, for pages about language models.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    # Its threads wait for work by spinning, on cores that decoding and networks need: `predict` of 360 photos took
-    # 13.2 s of processor time with two of them, 11.7 s with one.
-    "OPENBLAS_NUM_THREADS": "1",
 }
+# The same for commands that answer photo by photo. Threads of NumPy's BLAS wait for work by spinning, on cores that
+# decoding and networks need: `predict` of 360 photos took 13.2 s of processor time with two of them, 11.7 s with one.
+_ANSWERING = {"predict", "serve", "app"}
+_WHILE_ANSWERING = {"OPENBLAS_NUM_THREADS": "1"}
 
 _Record = Annotated[bool, typer.Option("--record", help="record each answer, without the photo, in data/served")]
 _RecordPhotos = Annotated[bool, typer.Option("--record-photos", help="the same, and keep a small copy of each photo")]
@@ -80,7 +81,8 @@ app.add_typer(registry, name="registry")
 
 def main() -> None:
     """Entry point: a TouchlineError becomes one line on stderr and its exit code; any other error is a bug."""
-    for name, value in _ENVIRONMENT.items():
+    answering = sys.argv[1:2] and sys.argv[1] in _ANSWERING
+    for name, value in (_ENVIRONMENT | (_WHILE_ANSWERING if answering else {})).items():
         os.environ.setdefault(name, value)
     try:
         app()

@@ -377,8 +377,6 @@ def _write_table(results: IO[str], classes: Sequence[str], answers: Iterable[tup
         if answer.similarity is not None:
             numbers += [f"{answer.similarity:.3f}", f"{answer.percentile:.1f}"]
         table.add_row(Text(shown(path)), label, *numbers)
-    if not table.row_count:
-        return
     # Without a terminal, no line is folded: rich would take 80 columns.
     if table.row_count:
         Console(file=results, width=None if results.isatty() else 10_000).print(table)

@@ -270,7 +270,7 @@ _STAGES = (
 _STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
 # The share of a photo's sides that its inner part has.
 _INNER = 0.8
-# Length of the vector of ImageNet's probabilities; the features of a photo have a length of about 10. See docs/models.md.
+# Length of the vector of ImageNet's probabilities, beside features of a length of about 10; see docs/models.md.
 _CLASSES = 4.0
 
 

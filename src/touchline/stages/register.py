@@ -61,7 +61,7 @@ def run(paths: Paths, params: Params) -> str:
     records = model_records(paths.models, params.models, paths.split_table)
     for name in records:
         check_digest(paths.models / f"{name}.json", speeds[name]["record_sha256"], evaluated)
-    better, why_better = choose({name: record["metrics"] for name, record in records.items()}, speeds)
+    better, why_better = choose({name: record["metrics"] for name, record in records.items()})
     rows = rights.learned_from(paths, records[better]["training_photos"])
     rights.check_use(better, rows, params)
     licences = rights.by_author(rows)
@@ -121,25 +121,24 @@ def run(paths: Paths, params: Params) -> str:
     return outcome["decision"]
 
 
-def choose(validation: Mapping[str, Mapping[str, float]], speeds: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-    """The model that is better on validation; the faster one of two equals.
+def choose(validation: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+    """The model with the highest accuracy on validation; of equals the one with the lowest log loss.
 
     Args:
-        validation: by model, `validation/accuracy`.
-        speeds: by model, `milliseconds_a_photo`.
+        validation: by model, `validation/accuracy` and `validation/loss`.
 
     Returns:
         The model's name and why.
     """
     ranked = sorted(
-        validation, key=lambda name: (-validation[name]["validation/accuracy"], speeds[name]["milliseconds_a_photo"])
+        validation, key=lambda name: (-validation[name]["validation/accuracy"], validation[name]["validation/loss"])
     )
     best = validation[ranked[0]]["validation/accuracy"]
     equals = [name for name in ranked if validation[name]["validation/accuracy"] == best]
     if len(ranked) == 1:
         return ranked[0], "the only model"
     if len(equals) > 1:
-        return ranked[0], f"validation accuracy {best:.3f}, as {' and '.join(equals[1:])}, and faster"
+        return ranked[0], f"validation accuracy {best:.3f}, as {' and '.join(equals[1:])}, and a lower log loss"
     second = validation[ranked[1]]["validation/accuracy"]
     return ranked[0], f"validation accuracy {best:.3f}, {ranked[1]} {second:.3f}"
 
