@@ -429,7 +429,8 @@ def _save(fill: Callable[["Figure"], None], target: Any, kind: str) -> None:
         if kind == "svg":
             canvas = FigureCanvasSVG(figure)
             fill(figure)
-            canvas.print_svg(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            # Matplotlib gives its writers no types.
+            canvas.print_svg(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))  # type: ignore[no-untyped-call]
             return
         pixels = FigureCanvasAgg(figure)
         fill(figure)
@@ -439,7 +440,7 @@ def _save(fill: Callable[["Figure"], None], target: Any, kind: str) -> None:
             more = [f"and {len(spelt) - _MOST_SPELT} more"] if len(spelt) > _MOST_SPELT else []
             figure.supxlabel("\n".join([*spelt[:_MOST_SPELT], *more]), x=0.01, ha="left", fontsize=7)
         write = pixels.print_png if kind == "png" else pixels.print_jpg
-        write(target)
+        write(target)  # type: ignore[no-untyped-call]
 
 
 def _without_glyph(text: str) -> set[str]:

@@ -349,9 +349,9 @@ def _stands(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
     along, down = 2 * reach / wide * np.array([cosine, 0, sine, 0]), np.array([0, -high / tall, 0, 0])
     view = _product(camera.matrix, np.stack([along, down, left_top], axis=1))
     _, y, depth = _product(view, np.array([(u, v, 1) for u in (0, wide) for v in (0, tall)], float).T)
-    rows = _rows(image, y / depth)
-    shown, within = _warped(wall, view, rows, camera.width)
-    cv2.copyTo(shown, within.astype(np.uint8), image[rows])
+    shown_in = _rows(image, y / depth)
+    shown, within = _warped(wall, view, shown_in, camera.width)
+    cv2.copyTo(shown, within.astype(np.uint8), image[shown_in])
 
 
 def _countryside(image: Image, camera: Camera, goal_z: float, rng: Rng) -> None:
@@ -439,15 +439,15 @@ def _pitch(image: Image, camera: Camera, goal: Place, goal_kind: str, rng: Rng) 
     left, right = camera.project([(-400, 0, 400), (400, 0, 400)])
     mask = np.zeros(image.shape[:2], np.uint8)
     _polygon(mask, np.array([left, right, (9000, 9000), (-9000, 9000)]), 255)
-    rows = _rows(image, np.array([left[1], right[1], camera.height]))
-    ground, _ = _warped(turf, view, rows, camera.width)
+    shown_in = _rows(image, np.array([left[1], right[1], camera.height]))
+    ground, _ = _warped(turf, view, shown_in, camera.width)
     blades = rng.integers(0, 24, size=(camera.height // 3 + 1, camera.width // 2 + 1), dtype=np.uint8)
-    ground = cv2.subtract(ground, resized(blades, camera.width, camera.height)[rows])
+    ground = cv2.subtract(ground, resized(blades, camera.width, camera.height)[shown_in])
     green = np.array(_pick(GREENS, rng))
     paint = np.array((238, 240, 235)) * rng.uniform(0.85, 1)
     tables = [np.interp(np.arange(256), (0, 160, 245), (0, green[c] * 1.3, paint[c])) for c in range(3)]
     colours = [cv2.LUT(ground, np.clip(table, 0, 255).astype(np.uint8)) for table in tables]
-    cv2.copyTo(cv2.merge(colours), mask[rows], image[rows])
+    cv2.copyTo(cv2.merge(colours), mask[shown_in], image[shown_in])
 
 
 @dataclass(frozen=True)
@@ -818,8 +818,8 @@ def _shadows(image: Image, camera: Camera, feet: Sequence[Vector], light: str, r
     dark = np.flatnonzero((keep < 255).any(axis=1))
     if len(dark):
         rows = slice(dark[0], dark[-1] + 1)
-        share = keep[rows].astype(np.uint16) + 1
-        image[rows] = image[rows] * cv2.merge([share] * 3) >> 8
+        share = cv2.merge([keep[rows].astype(np.uint16) + 1] * 3)
+        image[rows] = (image[rows] * share).astype(np.uint16) >> 8
 
 
 def _weather(image: Image, light: str, rng: Rng) -> Image:
