@@ -444,7 +444,7 @@ def test_a_prefect_server_that_does_not_answer_is_one_line_that_names_it(address
 
 @pytest.mark.parametrize(
     "line, instead, code, named",
-    [("epochs: 20\n", "epochs: twenty\n", 2, ("models.cnn.epochs", "twenty")), (None, "", 1, ("dvc.yaml",))],
+    [("epochs: 16\n", "epochs: twenty\n", 2, ("models.cnn.epochs", "twenty")), (None, "", 1, ("dvc.yaml",))],
 )
 def test_a_flow_by_hand_that_cannot_begin_is_one_line(tmp_path, line, instead, code, named):
     root = Path(__file__).parents[1]

@@ -275,7 +275,7 @@ def test_a_folder_that_is_missing_is_named(paths: Paths, params: Params, there: 
 def test_empty_folders_offer_no_photo(paths: Paths, params: Params) -> None:
     for label in params.classes:
         (paths.project / "incoming" / label).mkdir(parents=True)
-    with pytest.raises(TouchlineError, match=r"folder.*`ingest`"):
+    with pytest.raises(TouchlineError, match=r"folder.*`ingest\.sources`"):
         ingest.run(paths, params)
 
 

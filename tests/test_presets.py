@@ -1,5 +1,6 @@
 """Presets and the editing of params.yaml: what is asked for changes, and nothing else does."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_the_articles_network_replaces_the_simple_one_and_leaves_the_other(file:
 
 def test_a_model_of_ones_own_and_every_other_section_stay(file: Path) -> None:
     content = YAML().load(file)
-    content["models"]["mine"] = {**content["models"]["transfer"], "seed": 7}
+    content["models"]["mine"] = deepcopy(content["models"]["transfer"]) | {"seed": 7}
     with file.open("w") as stream:
         YAML().dump(content, stream)
     before = file.read_text()
