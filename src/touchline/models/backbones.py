@@ -362,7 +362,8 @@ def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path)
     import keras
     from keras import layers
 
-    inputs = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
+    # Not uint8: a view that was made smaller has fractions, which that would cut off.
+    inputs = keras.Input((features.image_size, features.image_size, 3), name="photo")
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(inputs)
     return keras.Model(inputs, _lite_map(x, _of_keras(), backbone, features, project), name=backbone)
 
