@@ -306,8 +306,9 @@ def test_imagenets_classes_stand_behind_the_features_as_a_vector_of_one_length(n
 
 
 def test_imagenets_classes_are_refused_where_weights_do_not_tell_them() -> None:
-    with pytest.raises(ParamsError, match=r"mobilenet_v2.*imagenet_classes"):
-        backbones.pooled(features("mobilenet_v2", imagenet_classes=True), Path())
+    for names in ("mobilenet_v2", ["efficientnet_lite0", "mobilenet_v2"]):
+        with pytest.raises(ValidationError, match="`imagenet_classes: true`"):
+            features(names, imagenet_classes=True)
 
 
 @pytest.mark.parametrize(
