@@ -4,15 +4,18 @@ test_app.py has the same for `touchline app`.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.responses import PlainTextResponse
 from test_serve import Model, Served, jpeg
 
+from touchline.commands import app
 from touchline.commands.serve import Limits
 from touchline.core import guard
 from touchline.core.errors import ParamsError
+from touchline.core.paths import Paths
 
 EVIL = "http://evil.example"
 
@@ -115,6 +118,11 @@ def test_an_allowed_host_that_no_request_would_match_is_one_line(name: str) -> N
     with pytest.raises(ParamsError, match="--allowed-host") as raised:
         guard.Guard(PlainTextResponse("hello"), "127.0.0.1", ["::1", "box", name])
     assert name in str(raised.value)
+
+
+def test_the_page_refuses_such_a_name_before_it_looks_for_a_model(tmp_path: Path, params_with: Callable) -> None:
+    with pytest.raises(ParamsError, match="--allowed-host"):
+        app.run(Paths(tmp_path, tmp_path), params_with(), "", "127.0.0.1", 0, ["http://touchline.example.com"])
 
 
 def test_no_answer_may_be_framed_or_taken_for_another_type(on_loopback: Served) -> None:

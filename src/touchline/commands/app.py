@@ -245,7 +245,9 @@ def run(
 
     Raises:
         TouchlineError: Gradio is not installed, the port is not free, or see `Models.choices` and `resolve_to_serve`.
+        ParamsError: see `guard.check_allowed`.
     """
+    guard.check_allowed(allowed_hosts)  # the guard itself is made when Gradio's server has started
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own server whether it is up, and a proxy of the network would not know it.
     proxied_not = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")

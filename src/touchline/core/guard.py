@@ -24,6 +24,12 @@ _HOST = re.compile(r"\[[0-9a-f:.]+\]|[^:/\s]+")
 _EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 
 
+def check_allowed(names: Sequence[str]) -> None:
+    """Raise ParamsError where one of the names is an address with `http://` or a port, which no request would match."""
+    if wrong := [name for name in names if not _HOST.fullmatch(_bracketed(name.lower()))]:
+        raise ParamsError(f"--allowed-host {wrong[0]}: give the name alone, without http:// and port")
+
+
 class Guard:
     """Answers only requests to this server's own names, and none from other pages.
 
@@ -35,14 +41,13 @@ class Guard:
         allowed: further host names, without port: a forwarded connection has another one.
 
     Raises:
-        ParamsError: one of these is an address with `http://` or a port, which no request would match.
+        ParamsError: as `check_allowed`.
     """
 
     def __init__(self, app: ASGIApp, host: str, allowed: Sequence[str] = ()) -> None:
+        check_allowed(allowed)
         self._app = app
         self._names = {*_LOOPBACK, *(_bracketed(name.lower()) for name in (host, *allowed))}
-        if wrong := [name for name in allowed if not _HOST.fullmatch(_bracketed(name.lower()))]:
-            raise ParamsError(f"--allowed-host {wrong[0]}: give the name alone, without http:// and port")
         self._any_address = host in _EVERY_ADDRESS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

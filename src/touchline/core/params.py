@@ -309,6 +309,9 @@ class BackboneFeatures(Section):
     def _options_fit(self) -> "BackboneFeatures":
         if len(self.backbone) > 1 and (self.alpha, self.weights, self.weights_sha256) != (None, None, None):
             raise PydanticCustomError("options", "`alpha` and `weights` only with one backbone")
+        if self.imagenet_classes and not all(name.startswith("efficientnet_lite") for name in self.backbone):
+            # The weights of keras.applications come without ImageNet's last layer.
+            raise PydanticCustomError("options", "`imagenet_classes: true` only with efficientnet_lite backbones")
         return self
 
 

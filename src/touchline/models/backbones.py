@@ -73,15 +73,11 @@ def pooled(features: BackboneFeatures, project: Path) -> "keras.Model":
         uint8 (None, image_size, image_size, 3) to float32 (None, channels).
 
     Raises:
-        ParamsError, TouchlineError: as `build`; or the backbone's weights do not tell ImageNet's classes.
+        ParamsError, TouchlineError: as `build`.
     """
     import keras
     from keras import layers, ops
 
-    if features.imagenet_classes and (others := [name for name in features.backbone if name not in _LITES]):
-        raise ParamsError(
-            f"the weights of {' and '.join(others)} do not tell ImageNet's classes: set imagenet_classes to false"
-        )
     side = features.image_size
     photo = keras.Input((side, side, 3), dtype="uint8", name="photo")
     shown = [photo]
@@ -109,7 +105,7 @@ def _with_classes(mean: Any, features: BackboneFeatures, project: Path) -> Any:
     from keras import layers
 
     layer = imagenet(features, project)
-    assert layer is not None  # `pooled` has made sure
+    assert layer is not None  # params allows it with EfficientNet-Lites only
     # Frozen whatever is unfrozen later: what it says of photos is good because it did not learn from these.
     classes = layers.Dense(layer.bias.shape[1], activation="softmax", name=engines.IMAGENET, trainable=False)
     unit = layers.UnitNormalization(name="imagenet_unit")(classes(mean))
@@ -272,6 +268,8 @@ _STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
 _INNER = 0.8
 # Length of the vector of ImageNet's probabilities, beside features of a length of about 10; see docs/models.md.
 _CLASSES = 4.0
+# ImageNet's classes, the last columns of a row that has them.
+IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -362,7 +360,8 @@ def _efficientnet_lite(backbone: str, features: BackboneFeatures, project: Path)
     import keras
     from keras import layers
 
-    inputs = keras.Input((features.image_size, features.image_size, 3), dtype="uint8", name="photo")
+    # Not uint8: a view that was made smaller has fractions, which that would cut off.
+    inputs = keras.Input((features.image_size, features.image_size, 3), name="photo")
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(inputs)
     return keras.Model(inputs, _lite_map(x, _of_keras(), backbone, features, project), name=backbone)
 
