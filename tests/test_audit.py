@@ -20,7 +20,6 @@ from touchline.core.errors import TouchlineError
 from touchline.core.params import BackboneFeatures, Params, check
 from touchline.core.paths import Paths
 from touchline.data import decisions, feature_store
-from touchline.models import backbones
 
 CHANNELS = 32
 
@@ -139,7 +138,6 @@ class Audited:
         self.paths, self.classes = Paths(root, root), classes
         self.features, self.labels = clusters(each, len(classes), 9, apart=8.0)
         self.given = self.labels.copy()
-        self.settings = {}
         self.origin = {}
         self.source = {}
 
@@ -169,9 +167,8 @@ class Audited:
         name = next(key for key, kind in params.features.items() if isinstance(kind, BackboneFeatures))
         of_digest = dict(zip(self.table["sha256"], self.features, strict=True))
         feature_store.update(
-            self.paths.features / name, self.settings, list(of_digest),
-            lambda wanted: (of_digest[digest] for digest in wanted),
-        )  # fmt: skip
+            self.paths.features / name, {}, list(of_digest), lambda wanted: (of_digest[digest] for digest in wanted)
+        )
         audit.run(self.paths, params, top, "Ann")
 
     def decide(self, *lines: str) -> None:
@@ -215,23 +212,6 @@ def test_the_audit_writes_a_table_and_a_page(project: Audited, capsys: pytest.Ca
     assert len(alternatives) == len(project.found) + 1 and all(alternatives)
     out = capsys.readouterr().out
     assert "wrong label" in out and "reports/audit.html" in out
-
-
-def seen(project: Audited) -> set[frozenset[str]]:
-    """Near-duplicates and outliers."""
-    return {frozenset((row["path"], row["near_to"])) for row in project.found if row["problem"] != "wrong label"}
-
-
-def test_imagenets_classes_make_no_near_duplicates_and_no_outliers(project: Audited) -> None:
-    project.features[12] = project.features[11]
-    project.run()
-    plain = seen(project)
-    classes = np.zeros((len(project.features), backbones.IMAGENET_CLASSES), np.float32)
-    classes[np.arange(len(classes)), np.arange(len(classes)) // 3] = 100
-    project.features = np.hstack([project.features, classes])
-    project.settings = {"imagenet_classes": True}
-    project.run()
-    assert seen(project) == plain != set()
 
 
 def test_a_pair_of_two_classes_is_one_to_relabel(project: Audited) -> None:

@@ -268,8 +268,6 @@ _STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
 _INNER = 0.8
 # Length of the vector of ImageNet's probabilities, beside features of a length of about 10; see docs/models.md.
 _CLASSES = 4.0
-# ImageNet's classes, the last columns of a row that has them.
-IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)

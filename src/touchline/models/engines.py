@@ -52,7 +52,7 @@ SUFFIX = ".openvino"
 IMAGENET = "imagenet"
 _XML, _BIN = "network.xml", "network.bin"
 # Part of the names of files in the cache: raise it when the outputs of a network file change.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
