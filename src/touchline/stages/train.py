@@ -163,8 +163,7 @@ def _write(trained: Trained, path: Path, classes: Sequence[str]) -> dict[str, st
         side = trained.model.input_shape[1]
         images = np.stack([photos.read(file, side) for file in trained.learned_from.files[:_COMPARED]])
         network = engines.with_openvino(temporary)
-        # Not in a graph: it would be built for this one batch.
-        by_keras = np.asarray(trained.model(images, training=False))
+        by_keras = engines.with_tensorflow(trained.model).forward(images)
         difference = float(np.abs(by_keras - network.forward(images)).max())
         # Written so that NaN is refused too.
         if not difference <= engines.TOLERANCE:
