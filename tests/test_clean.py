@@ -345,9 +345,9 @@ def test_a_copy_of_the_project_does_not_delete_the_artifacts_of_the_first(litter
     copied = Project(tmp_path / "a copy")
     shutil.copytree(littered.project.root, copied.root, symlinks=True)
     said = copied.run("touchline", "clean", "--yes", COLUMNS="300")
-    assert lines(said)["runs in MLflow"] == ("1", "stays")
+    assert lines(said)["runs in MLflow"] == ("5", "goes")
     assert tree(littered.project.root / "mlflow") == before
-    assert run_names(copied) == littered.names_before
+    assert run_names(copied) == {name for name in littered.names_before if not name.startswith("goes")}
 
 
 @pytest.mark.slow
