@@ -405,6 +405,8 @@ def test_bytes_after_the_end_are_no_flaw() -> None:
         (b"%PDF-1.4", "not an image"),
         (b"<!DOCTYPE HTML><title>Sign in</title>", "a web page"),
         (b"\n\n<html>", "a web page"),
+        (b"<html><svg>", "a web page"),
+        (b'<?xml version="1.0"?><svg>', "a drawing in SVG, which is not supported: save it as JPEG or PNG"),
         (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "a web page"),
         (b"\xff\xd8\xff", "cut off"),
     ],

@@ -1,6 +1,7 @@
 """What `make run` ends with: the last run in one table, and where to look next."""
 
 from touchline.core import stage
+from touchline.core.errors import TouchlineError
 from touchline.core.files import read_json
 from touchline.core.params import Params
 from touchline.core.paths import Paths
@@ -50,8 +51,11 @@ def show(paths: Paths, params: Params) -> None:
         )
     console.print(f"why         {outcome['why_better']}; {outcome['reason']}")
     # It may have been changed since, by `touchline promote` or `rollback`.
-    champion = registered.champion(registered.versions(paths, params.register_.name))
-    console.print(f"champion    {f'version {champion.number}' if champion else 'none'}")
+    try:
+        champion = registered.champion(registered.versions(paths, params.register_.name))
+        console.print(f"champion    {f'version {champion.number}' if champion else 'none'}")
+    except TouchlineError as error:  # a server that does not answer
+        console.print(f"champion    not known: {error}")
     if "sample" in params.ingest.sources:
         console.print("note        the sample's photos are drawn: accuracy on them says nothing about photos")
     console.print(f"report      {paths.relative(paths.reports / 'report.html')}")
