@@ -588,7 +588,8 @@ _OTHERS = {
         "a HEIC photo, which is not supported: save it as JPEG or PNG":
             rb"\0\0\0.ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)",
         "a Git LFS pointer: git lfs pull": rb"version https://git-lfs\.github\.com/spec/",
-        "a drawing in SVG, which is not supported: save it as JPEG or PNG": rb"(?i:(?!.{0,1000}?<(?:!doctype )?html).{0,1000}?<svg)",
+        "a drawing in SVG, which is not supported: save it as JPEG or PNG":
+            rb"(?i:(?!.{0,1000}?<(?:!doctype )?html).{0,1000}?<svg)",
         "a web page": rb"(?i:.{0,1000}?(?:<!doctype html|<html|<\?xml))",
         "empty file": rb"\Z",
     }.items()
