@@ -84,7 +84,7 @@ def memory(folder: Path, sizes: Sequence[int]) -> None:
     """Seconds and peak memory of each stage as photos grow."""
     costs: dict[int, dict[str, dict[str, float]]] = {}
     for photos in sizes:
-        root = project(folder / str(photos), {"ingest.sample.per_class": photos // 2, **QUICK})
+        root = project(folder / str(photos), {**drawn(photos // 2), **QUICK})
         dvc(root, "repro", "-q")
         costs[photos] = stage.costs(Paths(root, root))
     print(f"{'stage':18}" + "".join(f"{f'{photos:,} photos':>24}" for photos in sizes))
@@ -99,14 +99,17 @@ def memory(folder: Path, sizes: Sequence[int]) -> None:
 def retrain(folder: Path) -> None:
     """A transfer head trained again after one of its params changed; the features are kept."""
     # Near 63 % of the sample's photos come to train.
-    root = project(
-        folder / "retrain", {"ingest.sample.per_class": 1950, "models.cnn.epochs": 1, "models.cnn.patience": 1}
-    )
+    root = project(folder / "retrain", {**drawn(1950), "models.cnn.epochs": 1, "models.cnn.patience": 1})
     dvc(root, "repro", "-q", "train@transfer")
     change(root, {"models.transfer.balance": "class"})
     seconds = timed([sys.executable, "-m", "dvc", "repro", "train@transfer"], root)
     train = sum(",train," in line for line in (root / "data/split.csv").read_text().splitlines())
     print(f"head trained again at {train:,} training photos: {seconds:.1f} s, start-up included (goal: under 30)")
+
+
+def drawn(scenes: int) -> dict[str, int]:
+    """Params for so many scenes of each class, which ingest takes all."""
+    return {"ingest.sample.per_class": scenes, "ingest.per_class": scenes}
 
 
 # Epochs change neither memory nor what is compared.
