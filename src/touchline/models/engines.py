@@ -49,7 +49,7 @@ OPENVINO, TENSORFLOW = "openvino", "tensorflow"
 TOLERANCE = 1e-5
 SUFFIX = ".openvino"
 # The layer that tells ImageNet's classes in networks that look at them.
-IMAGENET = "imagenet"
+IMAGENET = "imagenet_classes"
 _XML, _BIN = "network.xml", "network.bin"
 # Part of the names of files in the cache: raise it when the outputs of a network file change.
 _FORMAT = 3
@@ -304,7 +304,7 @@ def _outputs(model: "keras.Model") -> Callable[[Any], Mapping[str, Any]]:
     head = _head(model)
     if head is None:
         return lambda photo: {"rows": model(photo, training=False)}
-    mean, classes = _mean_and_classes(head)
+    mean, classes = _mean_and_classes(model, head)
     maps = _averaged_map(mean)
     if maps is None:
         both = keras.Model(model.inputs, [model.output, head.input])
@@ -327,10 +327,16 @@ def _outputs(model: "keras.Model") -> Callable[[Any], Mapping[str, Any]]:
 
 
 def _slopes(kernel: Any, of_classes: Any, features: Any) -> Any:
-    """How much each channel's mean raises each logit, shape (n, channels, classes): directly, and by what stands behind
-    the channels, p times a constant over the length of p, where p is the softmax of channels times `of_classes`.
+    """How much each feature raises each logit: the derivative, shape (n, features, classes).
 
-    The derivative, written out: OpenVINO does not read what TensorFlow makes of it.
+    A feature counts twice: by itself, and through ImageNet's classes. Of these the network sees k p / |p|, where p is
+    the softmax of the features times `of_classes`, and k a constant. The derivative is written out because OpenVINO
+    cannot read the one that TensorFlow makes.
+
+    Args:
+        kernel: of the last layer, shape (features + ImageNet's classes, classes).
+        of_classes: of the layer that tells ImageNet's classes, shape (features, ImageNet's classes).
+        features: what the last layer is given, shape (n, features + ImageNet's classes).
     """
     import tensorflow as tf
 
@@ -351,21 +357,12 @@ def _head(model: "keras.Model") -> "keras.layers.Dense | None":
     return head if ends_so else None
 
 
-def _mean_and_classes(head: "keras.layers.Dense") -> "tuple[Any, keras.layers.Dense | None]":
-    """What a network's last layer is given (a symbolic tensor); if the probabilities of ImageNet's classes stand behind
-    it, as `backbones.pooled` puts them there, without these, and the layer that tells them.
+def _mean_and_classes(model: "keras.Model", head: "keras.layers.Dense") -> "tuple[Any, keras.layers.Dense | None]":
+    """What a network's last layer is given (a symbolic tensor), and None. Where `backbones.pooled` has put ImageNet's
+    classes behind the features: the features alone, and the layer that tells the classes.
     """
-    from keras import layers
-
-    joined = head.input._keras_history.operation
-    if isinstance(joined, layers.Concatenate):
-        mean, behind = joined.input
-        while not isinstance(behind._keras_history.operation, layers.InputLayer):
-            layer = behind._keras_history.operation
-            if layer.name == IMAGENET:
-                return mean, layer
-            behind = layer.input
-    return head.input, None
+    classes = next((layer for layer in model.layers if layer.name == IMAGENET), None)
+    return (head.input, None) if classes is None else (classes.input, classes)
 
 
 def _averaged_map(tensor: Any) -> Any:
